@@ -1,0 +1,3 @@
+"""kdcache: run the teacher once, distil as often as you like. Phase one and the cache; phase two lives in ``trainer``."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,145 @@
+"""Examples from a .jsonl or .parquet file or a Hub data set with ``prompt``/``completion`` or ``messages`` columns.
+
+Optional columns are taken over by name: id, group_id, reference, task, language, verifier.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import KDError, UsageError
+from kdcache.examples import BadRow, Columns, Example
+
+
+def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise KDError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+            if not isinstance(row, dict):
+                raise KDError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise KDError(f"{path}: not a Parquet file that can be read ({error})") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _jsonl,
+    ".ndjson": _jsonl,
+    ".parquet": _parquet,
+}
+
+
+def read_file(path: Path, columns: Columns) -> Iterator[Example | BadRow]:
+    if not path.exists():
+        raise UsageError(f"--examples {path}: no such file")
+    if path.is_dir() or path.suffix.lower() not in READERS:
+        raise UsageError(f"--examples {path}: expected a file ending in {', '.join(READERS)}")
+    try:
+        yield from _examples(READERS[path.suffix.lower()](path), path.stem, str(path), columns)
+    except UnicodeDecodeError as error:
+        raise KDError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def read_hub(name: str, columns: Columns, split: str = "train") -> Iterator[Example | BadRow]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise KDError(
+            f"--examples {name}: no such file here, and as a Hub data set its split {split!r} could not be loaded: {reason}"
+        ) from None
+    yield from _examples(rows, name, name, columns)
+
+
+def _examples(
+    rows: Iterable[dict[str, Any]], source: str, where: str, columns: Columns
+) -> Iterator[Example | BadRow]:
+    reader: Callable[[dict[str, Any]], tuple[list[dict[str, Any]], str | None] | str] | None = None
+    for number, row in enumerate(rows):
+        if reader is None:
+            reader = _row_reader(row, where, columns)
+        row_id = str(row["id"]) if row.get("id") is not None else str(number)
+        answer = reader(row)
+        if isinstance(answer, str):
+            yield BadRow(source, row_id, f"row {number + 1}: {answer}")
+            continue
+        messages, completion = answer
+        if columns.system is not None:
+            messages = [{"role": "system", "content": columns.system}, *messages]
+        verifier = row.get("verifier")
+        yield Example(
+            source=source,
+            row_id=row_id,
+            messages=tuple(messages),
+            completion=completion,
+            group_id=_text(row.get("group_id")),
+            reference=_text(row.get("reference")) or completion,
+            task=_text(row.get("task")),
+            language=_text(row.get("language")),
+            verifier=json.dumps(verifier) if isinstance(verifier, dict | list) else _text(verifier),
+        )
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _row_reader(first: dict[str, Any], where: str, columns: Columns):
+    """How this table's rows are read, decided by the first: (messages, completion), or a reason as a string."""
+    found = ", ".join(first) or "none"
+    for flag, column in (("--prompt-column", columns.prompt), ("--completion-column", columns.completion)):
+        if column is not None and column not in first:
+            raise UsageError(f"{flag} {column}: {where} has no such column; found: {found}")
+    if columns.prompt is None and "messages" in first:
+        return _from_messages
+    prompt = columns.prompt or "prompt"
+    completion = columns.completion or "completion"
+    if prompt not in first:
+        raise UsageError(
+            f"{where}: expected a column `prompt` (and `completion`) or `messages`; found: {found}. "
+            "Name them with --prompt-column and --completion-column."
+        )
+
+    def from_pair(row: dict[str, Any]):
+        text, answer = row.get(prompt), row.get(completion)
+        if not isinstance(text, str) or not text.strip():
+            return f"no prompt (column {prompt!r} is {'missing' if text is None else 'empty or not text'})"
+        if answer is not None and not isinstance(answer, str):
+            return f"column {completion!r} is {type(answer).__name__}, expected text"
+        return [{"role": "user", "content": text}], answer
+
+    return from_pair
+
+
+def _from_messages(row: dict[str, Any]):
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        return "no prompt (column 'messages' is not a list of {role, content})"
+    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    if messages[-1]["role"] == "assistant":
+        messages, answer = messages[:-1], messages[-1].get("content")
+        if not messages:
+            return "no prompt (column 'messages' holds only an assistant turn)"
+        return messages, answer
+    return messages, None

@@ -1,0 +1,98 @@
+"""What a model is: its folder, and hashes of its weights and tokenizer for the fingerprint.
+
+Files are hashed once and remembered by path, size and time (``KDCACHE_HOME/hashes.json``); files of the Hub's cache
+already carry their sha256 in the name that they link to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from kdcache import embedded, writer
+from kdcache.errors import KDError, UsageError
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("special_tokens_map.json", "chat_template.jinja", "chat_template.json", "added_tokens.json"),
+)
+
+
+def model_folder(model: str, revision: str | None = None) -> str:
+    """``embedded``, a folder, or a Hub id (downloaded to the Hub's own cache) -> a local folder."""
+    if model == "embedded":
+        return str(embedded.prepare())
+    if Path(model).is_dir():
+        if not (Path(model) / "config.json").is_file():
+            raise UsageError(f"{model}: the folder holds no config.json, so it is no Hugging Face model")
+        return model
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise UsageError(f"{model}: no such folder; expected `embedded`, a model folder, or a Hub id like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            model,
+            revision=revision,
+            ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*", "*.pth"],
+        )
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise KDError(f"{model}: no such folder here, and it could not be had from the Hub: {reason}") from None
+
+
+def weights(folder: str) -> str:
+    """One hash over all weight files of a model folder."""
+    files = sorted(f for pattern in _WEIGHTS for f in Path(folder).glob(pattern))
+    if not files:
+        raise KDError(f"{folder}: no weights (*.safetensors) in it")
+    return of_json([[f.name, _sha256(f)] for f in files])
+
+
+def tokenizer(folder: str) -> str:
+    """One hash over the tokenizer's files and the chat template."""
+    files = [Path(folder) / name for name in _TOKENIZER]
+    return of_json([[f.name, _sha256(f)] for f in files if f.is_file()])
+
+
+PROBE = "The quick brown fox: ¿cómo estás? año 2026\n\tdef f(x): return x**2  # 三 🙂"
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Equal for two tokenizers with the same token -> id map, special ids and encoding of a probe.
+
+    Chat templates and file layouts may differ: a student saved by another library version is still the same.
+    """
+    return of_json(
+        [
+            sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
+            [tokenizer.bos_token_id, tokenizer.eos_token_id],
+            tokenizer(PROBE, add_special_tokens=False)["input_ids"],
+        ]
+    )
+
+
+def of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
+
+
+def _sha256(file: Path) -> str:
+    target = file.resolve()
+    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
+        return target.name
+    status = target.stat()
+    key = f"{target}:{status.st_size}:{status.st_mtime_ns}"
+    store = embedded.home() / "hashes.json"
+    try:
+        known = json.loads(store.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = writer.sha256(target)
+        store.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_json(store, known)
+    return known[key]

@@ -1,0 +1,141 @@
+"""manifest.json, rejected.jsonl and README.md: what the shards say, summed. Always rebuilt from the shards' footers.
+
+Written by the driver when a capture ends, or by the first ``kd cache info``; never by parallel workers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdcache import card, format, writer
+from kdcache.errors import KDError
+
+
+def read_plan(cache: Path) -> dict[str, Any]:
+    """plan.json of a cache; KDError in a sentence if the folder is none."""
+    if not cache.is_dir():
+        raise KDError(f"{cache}: no such folder; make a cache with: kd cache-teacher --out {cache}")
+    try:
+        plan = json.loads((cache / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KDError(f"{cache} is not a cache (it has no plan.json)") from None
+    except ValueError as error:
+        raise KDError(f"{cache}/plan.json is not JSON ({error}); is this a cache?") from None
+    if plan.get("format_version") != format.FORMAT_VERSION:
+        raise KDError(
+            f"{cache} has cache format {plan.get('format_version')}; this version of kdcache reads {format.FORMAT_VERSION}"
+        )
+    return plan
+
+
+def write(cache: Path) -> dict[str, Any]:
+    """Sum the shards, write manifest.json, rejected.jsonl and README.md, and return the manifest."""
+    plan = read_plan(cache)
+    known = {shard["name"]: shard for shard in _read(cache).get("shards", [])}
+    shards, rejected = [], []
+    for planned in plan["shards"]:
+        path = cache / planned["name"]
+        if not path.is_file():
+            continue
+        shard, bad = _read_shard(path, planned["name"], known.get(planned["name"], {}))
+        shards.append(shard)
+        rejected.extend(bad)
+    manifest = {
+        "format_version": format.FORMAT_VERSION,
+        "fingerprint": plan["fingerprint"],
+        "complete": len(shards) == len(plan["shards"]),
+        "shards_planned": len(plan["shards"]),
+        "rows": sum(s["rows"] for s in shards),
+        "completion_tokens": sum(s["completion_tokens"] for s in shards),
+        "candidates": sum(s["candidates"] for s in shards),
+        "candidate_bytes": sum(s["candidate_bytes"] for s in shards),
+        "bytes": sum(s["bytes"] for s in shards),
+        "rejected": len(rejected),
+        "seconds": round(sum(s["seconds"] for s in shards), 1),
+        "shards": shards,
+    }
+    writer.write_text(
+        cache / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+    )
+    writer.write_json(cache / "manifest.json", manifest)
+    writer.write_text(cache / "README.md", card.render(plan, manifest))
+    return manifest
+
+
+def _read(cache: Path) -> dict[str, Any]:
+    try:
+        return json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _read_shard(path: Path, name: str, known: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One shard's line of the manifest, from its footer and one column; and its rejected rows."""
+    status = path.stat()
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            footer = file.metadata
+            metadata = json.loads((file.schema_arrow.metadata or {})[b"kdcache"])
+            tokens = sum(file.read(columns=["completion_tokens"])[0].to_pylist()) if footer.num_row_groups else 0
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise KDError(f"{path} is damaged ({error}); delete it and run the same kd cache-teacher command again", 3) from None
+    candidates = candidate_bytes = 0
+    for group in range(footer.num_row_groups):
+        for column in range(footer.num_columns):
+            chunk = footer.row_group(group).column(column)
+            if chunk.path_in_schema in format.CANDIDATE_LEAVES:
+                candidate_bytes += chunk.total_compressed_size
+                if chunk.path_in_schema == format.CANDIDATE_LEAVES[0]:
+                    candidates += chunk.num_values
+    same = known.get("bytes") == status.st_size and known.get("mtime_ns") == status.st_mtime_ns
+    shard = {
+        "name": name,
+        "split": format.split_of_shard(name),
+        "rows": footer.num_rows,
+        "completion_tokens": tokens,
+        "candidates": candidates,
+        "candidate_bytes": candidate_bytes,
+        "bytes": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "seconds": metadata.get("seconds", 0.0),
+        "engine": metadata.get("engine"),
+        "rejected": len(metadata.get("rejected", [])),
+        "sha256": known["sha256"] if same else writer.sha256(path),
+    }
+    return shard, metadata.get("rejected", [])
+
+
+def summary(cache: Path) -> dict[str, Any]:
+    """``kd cache info``: the manifest made anew from the shards, with what people ask first worked out."""
+    plan, manifest = read_plan(cache), write(cache)
+    tokens = manifest["completion_tokens"]
+    splits = Counter[str]()
+    for shard in manifest["shards"]:
+        splits[shard["split"]] += shard["rows"]
+    fields = plan["fields"]
+    return {
+        "cache": str(cache),
+        "complete": manifest["complete"],
+        "shards": f"{len(manifest['shards'])} of {manifest['shards_planned']}",
+        "teacher": fields["teacher"],
+        "engine": fields["engine"],
+        "dtype": fields["dtype"],
+        "mode": fields["mode"],
+        "sparsify": fields["sparsify"],
+        "precision": fields["precision"],
+        "samples": manifest["rows"],
+        **{f"samples_{split}": splits[split] for split in format.SPLITS},
+        "rejected": manifest["rejected"],
+        "completion_tokens": tokens,
+        "bytes": manifest["bytes"],
+        "bytes_per_token": round(manifest["bytes"] / tokens, 1) if tokens else None,
+        "candidate_bytes_per_token": round(manifest["candidate_bytes"] / tokens, 1) if tokens else None,
+        "teacher_seconds": manifest["seconds"],
+        "fingerprint": manifest["fingerprint"],
+    }

@@ -1,0 +1,92 @@
+"""A DuckDB connection with the views of sql/ over a cache.
+
+The files of sql/ are plain DuckDB: ``cd CACHE && duckdb`` and ``.read`` them, or set the variable ``cache`` first. A view
+may use others; ``VIEWS`` is an order in which they can be created.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from kdcache import format, manifest
+from kdcache.errors import KDError
+
+VIEWS = (
+    *("vocab", "samples", "positions", "candidates", "shards"),
+    *("sources", "captured_mass", "uncertain_tokens", "token_ranks", "hardest_samples"),
+)
+
+
+def connect(cache: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+    """An in-memory database with the views over ``cache``. It can read that folder alone, and write nothing there."""
+    manifest.read_plan(cache)
+    if not any((cache / "data").glob("*.parquet")):
+        raise KDError(f"{cache} has no shard yet; run the same kd cache-teacher command to the end")
+    connection = duckdb.connect()
+    folder = str(cache.resolve())
+    connection.execute("SET VARIABLE cache = ?", [folder])
+    connection.execute("SET enable_progress_bar = false")
+    if memory_limit:
+        connection.execute("SET memory_limit = ?", [memory_limit])
+    connection.execute("SET allowed_directories = ?", [[folder + "/"]])
+    connection.execute("SET enable_external_access = false")
+    connection.execute("SET lock_configuration = true")
+    try:
+        for name in VIEWS:
+            connection.execute(source(name))
+    except duckdb.Error as error:
+        raise KDError(f"{cache}: its shards could not be opened: {_first_line(error)}") from None
+    return connection
+
+
+def source(view: str) -> str:
+    return (format.resource_folder("sql") / f"{view}.sql").read_text(encoding="utf-8")
+
+
+def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    """Column names and rows of one query; KDError with DuckDB's own words if it is wrong."""
+    connection = connect(cache)
+    try:
+        statements = connection.extract_statements(sql)
+        if len(statements) != 1:
+            raise KDError(f"expected one SQL statement, found {len(statements)}", 2)
+        if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
+            raise KDError("only SELECT and EXPLAIN are run: a cache is read, never written", 2)
+        result = connection.execute(statements[0])
+        return [column[0] for column in result.description or []], result.fetchall()
+    except duckdb.Error as error:
+        raise KDError(str(error).strip()) from None
+    finally:
+        connection.close()
+
+
+def described() -> list[tuple[str, str]]:
+    """(view, what it answers) for each file of sql/, from its first line."""
+    found = []
+    for name in VIEWS:
+        first = source(name).splitlines()[0]
+        found.append((name, first.removeprefix(f"-- {name}: ")))
+    return found
+
+
+def select_samples(cache: Path, where: str | None, split: str) -> list[tuple[str, int, int, int]]:
+    """(file, row in file, prompt tokens, completion tokens) of the samples of a split, in file order."""
+    connection = connect(cache, memory_limit="512MB")
+    condition = f"AND ({where})" if where else ""
+    try:
+        return connection.execute(
+            "SELECT file, file_row_number, prompt_tokens, completion_tokens FROM samples "
+            f"WHERE split = ? {condition} ORDER BY file, file_row_number",
+            [split],
+        ).fetchall()
+    except duckdb.Error as error:
+        raise KDError(f"--where {where!r}: {_first_line(error)}", 2) from None
+    finally:
+        connection.close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,131 @@
+"""A cache -> rows and arrays. Refuses what does not match; every read verifies page checksums. No torch.
+
+Rounding moves a position's total by up to 1.4%: this module, and nothing else, scales each position's candidates so
+that they sum to 1 - exp(tail). Then a KL is 0 at a perfect student, and q - p is its gradient.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdcache import manifest
+from kdcache.errors import KDError
+
+TENSOR_COLUMNS = (
+    *("sample_id", "prompt_ids", "completion_ids", "completion_mask"),
+    *("candidate_ids", "candidate_logprobs", "tail_logprobs"),
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample's arrays: P prompt tokens, T completion tokens, N candidates in all."""
+
+    sample_id: str
+    prompt_ids: np.ndarray  # [P] int32
+    completion_ids: np.ndarray  # [T] int32
+    supervised: np.ndarray  # [T] bool
+    counts: np.ndarray  # [T] int32: candidates of each position
+    candidate_ids: np.ndarray  # [N] int32
+    candidate_logprobs: np.ndarray  # [N] float32; each position sums to 1 - exp(tail)
+    tail_logprobs: np.ndarray  # [T] float32
+
+
+class Cache:
+    """An opened cache: its plan, and access to row groups. Open files are kept few, memory holds what is asked for."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.plan = manifest.read_plan(self.path)
+        self.fingerprint: str = self.plan["fingerprint"]
+        self.vocab_size: int = self.plan["vocab_size"]
+        missing = [s["name"] for s in self.plan["shards"] if not (self.path / s["name"]).is_file()]
+        if missing:
+            raise KDError(
+                f"{self.path} is not complete: {len(missing)} of {len(self.plan['shards'])} shards are missing (the first is "
+                f"{missing[0]}); run the same kd cache-teacher command again to fill them"
+            )
+
+    def row_groups(self, file: str) -> list[int]:
+        """Rows of each row group of a shard."""
+        with self._open(file) as shard:
+            return [shard.metadata.row_group(g).num_rows for g in range(shard.metadata.num_row_groups)]
+
+    def read(self, file: str, row_group: int, rows: Sequence[int]) -> list[Sample]:
+        """The samples at ``rows`` of a row group, in that order."""
+        try:
+            with self._open(file) as shard:
+                table = shard.read_row_group(row_group, columns=list(TENSOR_COLUMNS), use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise KDError(f"{self.path / 'data' / file} is damaged ({error}); delete it and capture it again", 3) from None
+        return _samples(table, rows)
+
+    def _open(self, file: str) -> pq.ParquetFile:
+        path = self.path / "data" / file
+        shard = pq.ParquetFile(path, page_checksum_verification=True)
+        found = json.loads((shard.schema_arrow.metadata or {}).get(b"kdcache", b"{}")).get("fingerprint")
+        if found != self.fingerprint:
+            shard.close()
+            raise KDError(f"{path} belongs to another cache (fingerprint {found}, expected {self.fingerprint})", 3)
+        return shard
+
+
+def _values(array: Any, dtype: Any) -> np.ndarray:
+    return array.to_numpy(zero_copy_only=False).astype(dtype, copy=False)
+
+
+def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    columns = {n: c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for n, c in columns.items()}
+
+    def ragged(name: str, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+        column = columns[name]
+        return column.offsets.to_numpy(), _values(column.values, dtype)
+
+    prompt_offsets, prompt_ids = ragged("prompt_ids", np.int32)
+    offsets, completion_ids = ragged("completion_ids", np.int32)
+    _, tails = ragged("tail_logprobs", np.float32)
+    inner = columns["candidate_ids"].values
+    candidate_offsets = inner.offsets.to_numpy()
+    candidate_ids = _values(inner.values, np.int32)
+    logprobs = _values(columns["candidate_logprobs"].values.values, np.float32)
+    logprobs = normalise(logprobs, np.diff(candidate_offsets), tails)
+
+    found = []
+    for row in rows:
+        first, last = offsets[row], offsets[row + 1]
+        low, high = candidate_offsets[first], candidate_offsets[last]
+        mask = columns["completion_mask"][row].as_py()
+        found.append(
+            Sample(
+                sample_id=columns["sample_id"][row].as_py(),
+                prompt_ids=prompt_ids[prompt_offsets[row] : prompt_offsets[row + 1]],
+                completion_ids=completion_ids[first:last],
+                supervised=np.ones(last - first, bool) if mask is None else np.array(mask, bool),
+                counts=np.diff(candidate_offsets[first : last + 1]).astype(np.int32),
+                candidate_ids=candidate_ids[low:high],
+                candidate_logprobs=logprobs[low:high],
+                tail_logprobs=tails[first:last],
+            )
+        )
+    return found
+
+
+def normalise(logprobs: np.ndarray, counts: np.ndarray, tails: np.ndarray) -> np.ndarray:
+    """Flat candidates [N] of T positions, shifted so that each position sums to 1 - exp(tail), in float32."""
+    if not len(logprobs):
+        return logprobs
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    nonempty = counts > 0
+    totals = np.add.reduceat(np.exp(logprobs), starts[nonempty])
+    with np.errstate(divide="ignore"):
+        shift = np.log1p(-np.exp(tails[nonempty])) - np.log(totals)
+    return logprobs + np.repeat(shift, counts[nonempty]).astype(np.float32)

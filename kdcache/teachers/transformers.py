@@ -1,0 +1,87 @@
+"""The oracle: plain transformers, one forward pass a given answer, ``generate`` for sampled ones.
+
+Slow and readable. vLLM's candidates are compared with these in the tests, in both modes, end-of-turn included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from kdcache.errors import KDError, UsageError
+from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
+
+
+class TransformersTeacher:
+    def __init__(self, options: EngineOptions):
+        try:
+            import torch
+            import transformers
+        except ImportError as error:
+            raise missing_engine("transformers", error) from None
+        if options.extra:
+            names = ", ".join("--" + name.replace("_", "-") for name in options.extra)
+            raise UsageError(f"{names}: an option of vLLM; --engine transformers does not take it")
+        self.version = f"transformers {transformers.__version__}"
+        self._torch = torch
+        self._k = options.capture_k
+        self._options = options
+        self._device = "cuda" if has_gpu() else "cpu"
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+        except (OSError, ValueError) as error:
+            raise KDError(f"{options.model}: the model could not be loaded: {str(error).splitlines()[0]}") from None
+        self._model: Any = model.to(self._device).eval()
+
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
+        with self._torch.inference_mode():
+            for request in requests:
+                yield request, self._score(request) if request.completion_ids is not None else self._sample(request)
+
+    def _score(self, request: Request) -> Answer:
+        completion = list(request.completion_ids or ())
+        prompt = len(request.prompt_ids)
+        ids = self._torch.tensor([[*request.prompt_ids, *completion]], device=self._device)
+        logits = self._model(input_ids=ids, use_cache=False).logits[0]  # (L, V)
+        # The logits at position i are of token i + 1.
+        return self._arrays(completion, logits[prompt - 1 : prompt - 1 + len(completion)], None)
+
+    def _sample(self, request: Request) -> Answer:
+        torch, sampling = self._torch, self._options.sampling
+        ids = torch.tensor([list(request.prompt_ids)], device=self._device)
+        torch.manual_seed(request.seed or 0)
+        greedy = sampling.temperature == 0
+        choice = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        output = self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=not greedy,
+            max_new_tokens=min(sampling.max_tokens, self._options.max_model_len - ids.shape[1]),
+            pad_token_id=self._model.generation_config.pad_token_id or 0,
+            output_logits=True,  # before temperature and top-p
+            return_dict_in_generate=True,
+            **choice,
+        )
+        completion = output.sequences[0, ids.shape[1] :].tolist()
+        eos = self._model.generation_config.eos_token_id
+        stops = eos if isinstance(eos, list) else [eos]
+        reason = "stop" if completion and completion[-1] in stops else "length"
+        return self._arrays(completion, torch.stack([step[0] for step in output.logits]), reason)
+
+    def _arrays(self, completion: list[int], logits: Any, finish_reason: str | None) -> Answer:
+        """``logits`` (T, V) -> the arrays of one answer."""
+        torch = self._torch
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        best = logprobs.topk(self._k, dim=-1)
+        own = logprobs.gather(1, torch.tensor(completion, device=logprobs.device)[:, None])  # (T, 1)
+        ranks = (logprobs >= own).sum(dim=-1)
+        return Answer(
+            completion_ids=completion,
+            ids=best.indices.cpu().numpy().astype(np.int32),
+            logprobs=best.values.cpu().numpy(),
+            token_logprobs=own[:, 0].cpu().numpy(),
+            token_ranks=ranks.cpu().numpy().astype(np.int32),
+            finish_reason=finish_reason,
+        )

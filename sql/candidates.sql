@@ -1,0 +1,28 @@
+-- candidates: one row a candidate of a completion token.
+--
+-- columns  sample_id, source, split, task, origin; position (1-based); candidate (1 is the teacher's choice);
+--          token_id, text; logprob (nats), probability; is_given: this candidate is the completion's own token
+-- example  SELECT candidate, text, probability FROM candidates
+--          WHERE sample_id = 'builtin:en-001:g' AND position = 1 ORDER BY candidate LIMIT 5
+CREATE OR REPLACE VIEW candidates AS
+WITH by_position AS (
+    SELECT
+        sample_id, source, split, task, origin,
+        generate_subscripts(completion_ids, 1) AS position,
+        unnest(completion_ids) AS given_id,
+        unnest(candidate_ids) AS ids,
+        unnest(candidate_logprobs) AS logprobs
+    FROM samples
+), unnested AS (
+    SELECT
+        sample_id, source, split, task, origin, position, given_id,
+        generate_subscripts(ids, 1) AS candidate,
+        unnest(ids) AS token_id,
+        unnest(logprobs) AS logprob
+    FROM by_position
+)
+SELECT
+    sample_id, source, split, task, origin, position, candidate, token_id, text,
+    logprob, exp(logprob) AS probability, token_id = given_id AS is_given
+FROM unnested LEFT JOIN vocab USING (token_id);
+COMMENT ON VIEW candidates IS 'one row a candidate of a completion token, with its probability';
