@@ -82,6 +82,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     kd cache-teacher --teacher embedded --examples builtin --out data/cache
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --mode both --samples 4 --out data/qwen
     """
+    _quiet_libraries()
     from kdcache import capture, examples
     from kdcache.teachers import Sampling
 
@@ -183,6 +184,167 @@ def sql(cache: Path, query: str | None, list_views: bool, as_csv: bool, as_json:
         _print_table(names, rows)
 
 
+# --- phase two --------------------------------------------------------------------------------------------------------
+
+from_cache_option = click.option("--from-cache", type=click.Path(path_type=Path), multiple=True, required=True, help="A cache; give it again for several of one tokenizer.")
+where_option = click.option("--where", help="SQL condition on the samples, as in \"origin = 'sampled' AND language = 'es'\".")
+max_length_option = click.option("--max-length", type=int, default=2048, show_default=True, help="Longer samples (prompt + completion) are dropped whole and counted.")
+
+
+@kd.command("init-student", context_settings=CONTEXT)
+@click.option("--from", "base", default="embedded", show_default=True, help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.")
+@click.option("--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all].")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the student.")
+@click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
+@json_option
+def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Make a student: a checkpoint as it is, or some of the teacher's own layers.
+
+    \b
+    kd init-student --from embedded --keep-layers 20 --out data/student
+    """
+    _quiet_libraries()
+    from trainer import student
+
+    _print_facts(student.init_student(base, out, keep_layers, overwrite), as_json)
+
+
+@kd.command("train", context_settings=EXTRA_OPTIONS)
+@from_cache_option
+@click.option("--student", required=True, help="Hub id or folder of the student to start from.")
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--method", type=click.Choice(["kd", "sft"]), default="kd", show_default=True, help="Distillation, or plain fine-tuning on the same completions.")
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="Loss = (1 - alpha) cross-entropy + alpha KL to the teacher.")
+@where_option
+@max_length_option
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Of the student's weights (--bf16 keeps them in float32 and computes in bfloat16).")
+@click.option("--evals-per-epoch", type=click.IntRange(1), default=4, show_default=True, help="How often the validation split is measured and a checkpoint kept.")
+@click.option("--early-stopping-patience", type=click.IntRange(1), help="Stop after N measurements without a better one.")
+@click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
+@click.option("--dry-run", is_flag=True, help="Print samples, tokens and steps; train nothing.")
+@json_option
+@click.pass_context
+def train(context: click.Context, **options: Any) -> None:
+    """Train a student from the cache alone (phase two). The teacher is never loaded.
+
+    Run the same command again after an interruption: it continues at the last checkpoint. Other options are
+    transformers.TrainingArguments', by their names: --learning-rate 1e-4, --num-train-epochs 1,
+    --per-device-train-batch-size 8, --gradient-accumulation-steps 4, --bf16, --report-to tensorboard, ...
+
+    \b
+    kd train --from-cache data/cache --student data/student --output-dir data/kd --learning-rate 2e-4
+    """
+    _quiet_libraries()
+    from trainer import distill
+
+    arguments = _check_extra(_extra_options(context), distill.training_argument_names(), "TrainingArguments")
+    config = distill.TrainConfig(
+        arguments=arguments, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
+    )
+    run = distill.prepare(config)
+    if options["dry_run"]:
+        _print_facts(run.facts(), options["as_json"])
+        return
+    _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.facts().items() if value is not None))
+    started = time.monotonic()
+    first = _steps_done(run.checkpoint)
+
+    def report(step: int, steps: int, logs: dict[str, float]) -> None:
+        seconds = (time.monotonic() - started) / max(step - first, 1) * (steps - step)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "epoch")
+        _note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
+
+    try:
+        found = distill.train(run, report)
+    except KeyboardInterrupt:
+        _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
+        raise
+    _print_facts(found, options["as_json"])
+
+
+@kd.command("evaluate", context_settings=CONTEXT)
+@click.argument("students", nargs=-1, required=True)
+@from_cache_option
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
+@where_option
+@max_length_option
+@click.option("--generate", type=click.IntRange(0), help="Generate answers for N prompts; 0 leaves Rouge-L out [default: all].")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest generated answer.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the rows to this JSON file.")
+@json_option
+def evaluate(students: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
+    """Compare students on a cache's held-out split. The teacher's row comes from the cache.
+
+    kl: nats a token, bucket form; agreement: with the teacher's best token; ce, perplexity: of the completions;
+    rougeL: of greedy answers, against the reference and against the teacher's own cached answer.
+
+    \b
+    kd evaluate data/student data/sft data/kd --from-cache data/cache
+    """
+    _quiet_libraries()
+    from trainer import evaluate as evaluation
+
+    line = _ProgressLine("batches")
+    config = evaluation.EvaluateConfig(students=students, **options)
+    rows = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None))
+    line.close()
+    if out:
+        from kdcache import writer
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_json(out, rows)
+    if as_json:
+        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+    else:
+        names = list(rows[0])
+        _print_table(names, [[row[name] for name in names] for row in rows])
+
+
+@kd.command("chat", context_settings=CONTEXT)
+@click.argument("student")
+@click.option("--system", help="System prompt.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+def chat(student: str, system: str | None, temperature: float, max_new_tokens: int) -> None:
+    """Try a student by hand: one line, one answer; an empty line or Ctrl-D ends.
+
+    \b
+    kd chat data/kd
+    echo "What is 3 + 4?" | kd chat data/kd
+    """
+    _quiet_libraries()
+    from trainer import chat as chatting
+
+    conversation = chatting.Conversation(student, system, temperature, max_new_tokens)
+    while True:
+        if sys.stdin.isatty():
+            click.secho("> ", nl=False, err=True, bold=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        for piece in conversation.answer(line):
+            click.echo(piece, nl=False)
+        click.echo()
+
+
+@kd.command("demo", context_settings=CONTEXT)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True, help="Folder of everything it makes.")
+def demo(out: Path) -> None:
+    """Cache a teacher, train a student with KD and one with SFT on the same examples, and compare them.
+
+    Everything is real: SmolLM2-135M-Instruct in vLLM, DuckDB, transformers. About a quarter of an hour on two cores;
+    run it again after an interruption and it continues.
+
+    \b
+    kd demo --out data/demo
+    """
+    from kdcache import recipe
+
+    recipe.run("demo", out, _note)
+
+
 # --- how things are printed -------------------------------------------------------------------------------------------
 
 
@@ -250,6 +412,27 @@ class _ProgressLine:
     def close(self) -> None:
         if self.terminal and self.last:
             sys.stderr.write("\n")
+
+
+def _steps_done(checkpoint: str | None) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
+
+
+def _quiet_libraries() -> None:
+    """Progress and errors are ours to print; the libraries' own chatter stays off unless the user asked for it."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TORCH_LOGS": "-all",
+    }.items():
+        os.environ.setdefault(name, value)
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate")
 
 
 def _this_command() -> str:

@@ -258,9 +258,14 @@ class Capture:
         """Feed the teacher from all shards to do in turn; write each shard when its last answer is in."""
         open_shards: dict[str, OpenShard] = {}
 
+        written = time.monotonic()
+
         def finish(shard: OpenShard) -> None:
+            nonlocal written
             del open_shards[shard.shard.name]
-            self._write(shard, teacher)
+            now = time.monotonic()
+            self._write(shard, teacher, seconds=now - written)
+            written = now
             state.shards_done += 1
 
         def requests() -> Iterator[Request]:
@@ -307,6 +312,9 @@ class Capture:
             yield bad(str(error))
             return
         prompt_ids = self.prompts.prompt_ids(rendered)
+        if not prompt_ids:
+            yield bad("the prompt is empty")
+            return
         fields = {
             "prompt_id": f"{format.stable_hash(rendered):016x}",
             "group_id": _group_id(example),
@@ -409,7 +417,7 @@ class Capture:
             writer.write_table(out / "vocab.parquet", vocab_table(self.prompts.tokenizer, self.vocab_size))
             writer.write_json(out / "plan.json", self._plan_json())
 
-    def _write(self, shard: OpenShard, teacher: Teacher) -> None:
+    def _write(self, shard: OpenShard, teacher: Teacher, seconds: float) -> None:
         ids = [sample.fields["sample_id"] for sample in shard.samples]
         metadata = {
             "format_version": format.FORMAT_VERSION,
@@ -420,7 +428,7 @@ class Capture:
             "top_p": self.config.sampling.top_p,
             "engine": teacher.version,
             "hardware": "cuda" if has_gpu() else "cpu",
-            "seconds": round(time.monotonic() - shard.opened, 1),
+            "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
             "rejected": [asdict(row) for row in shard.rejected],
         }
         rows = [shard.rows[sample_id] for sample_id in ids]
@@ -444,7 +452,6 @@ class OpenShard:
     by_id: dict[str, Sample] = field(default_factory=dict)
     rejected: list[BadRow] = field(default_factory=list)
     rows: dict[str, writer.Row] = field(default_factory=dict)  # by sample_id
-    opened: float = field(default_factory=time.monotonic)
 
 
 def _teacher_name(teacher: str) -> str:

@@ -1,0 +1,253 @@
+"""Shards -> packed batches, in one deterministic order given (seed, epoch) that no number of ranks changes.
+
+The order is drawn over row groups: they are permuted, and samples are shuffled inside windows of a few of them, so that
+nothing is read before it is needed and memory does not grow with the cache. One global batch is one optimizer step; it
+is cut into accumulation x ranks micro-batches. The state of the stream is one integer: the step.
+
+A micro-batch is one packed row without padding: samples stand one after the other, kept apart by position ids that
+start again at 0, with no attention mask and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kdcache import query
+from kdcache.errors import KDError
+from kdcache.reader import Cache, Sample
+
+WINDOW_ROW_GROUPS = 4
+IGNORE = -100  # transformers' label of positions without a loss
+MAX_MASS_BEYOND_HEAD = 1e-3
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Units:
+    """The selected samples of several caches: which row group each is in, and how long it is (S samples)."""
+
+    caches: tuple[Cache, ...]
+    groups: tuple[tuple[int, str, int], ...]  # (cache, file, row group)
+    group: np.ndarray  # [S] index into groups; samples of a group are neighbours
+    row: np.ndarray  # [S] row inside the row group
+    tokens: np.ndarray  # [S] prompt + completion
+    completion_tokens: np.ndarray  # [S]
+    dropped: int  # longer than max_length
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def load(self, picked: np.ndarray) -> list[Sample]:
+        """The picked samples, in that order; each row group they are in is read once."""
+        found: dict[int, Sample] = {}
+        for group in np.unique(self.group[picked]):
+            members = picked[self.group[picked] == group]
+            cache, file, row_group = self.groups[group]
+            samples = self.caches[cache].read(file, row_group, self.row[members])
+            found.update(zip(members.tolist(), samples))
+        return [found[index] for index in picked.tolist()]
+
+
+def select(caches: Sequence[Cache], split: str, where: str | None = None, max_length: int | None = None) -> Units:
+    """The samples of ``split`` that fulfil ``where``; those longer than ``max_length`` are dropped whole and counted."""
+    groups: list[tuple[int, str, int]] = []
+    columns: list[np.ndarray] = []  # [n, 4]: group, row, tokens, completion tokens
+    dropped = 0
+    for number, cache in enumerate(caches):
+        by_file: dict[str, list[tuple[int, int, int]]] = {}
+        for file, row, prompt_tokens, completion_tokens in query.select_samples(cache.path, where, split):
+            if max_length is not None and prompt_tokens + completion_tokens > max_length:
+                dropped += 1
+            else:
+                by_file.setdefault(file, []).append((row, prompt_tokens + completion_tokens, completion_tokens))
+        for file, rows in by_file.items():
+            table = np.array(rows, dtype=np.int64)
+            starts = np.concatenate([[0], np.cumsum(cache.row_groups(file))])
+            row_groups = np.searchsorted(starts, table[:, 0], side="right") - 1
+            first = len(groups)
+            groups.extend((number, file, group) for group in range(len(starts) - 1))
+            columns.append(np.column_stack([first + row_groups, table[:, 0] - starts[row_groups], table[:, 1:]]))
+    merged = np.concatenate(columns) if columns else np.zeros((0, 4), dtype=np.int64)
+    narrow = merged.astype(np.int32)
+    return Units(tuple(caches), tuple(groups), *(narrow[:, c].copy() for c in range(4)), dropped=dropped)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Micro-batches of one rank, from ``step`` on. Iterating goes on where the last iteration ended.
+
+    Args:
+        samples_per_step: the global batch, over all ranks and accumulation steps.
+        parts: accumulation steps x ranks: how many micro-batches make one step.
+        rank, ranks: this process's.
+        step: the first optimizer step to deliver: all the state there is.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        head_rows: int,
+        samples_per_step: int,
+        parts: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+        seed: int = 0,
+        step: int = 0,
+    ):
+        if not len(units):
+            raise KDError("no sample to train on: the split is empty, or --where and --max-length leave nothing of it")
+        self.units, self.head_rows, self.seed, self.step = units, head_rows, seed, step
+        self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
+        self.steps_per_epoch = -(-len(units) // samples_per_step)
+
+    def __len__(self) -> int:
+        """Micro-batches an epoch, for this rank."""
+        return self.steps_per_epoch * self.parts // self.ranks
+
+    def __iter__(self) -> Iterator[Batch]:
+        wanted = self.steps_per_epoch
+        while wanted:
+            epoch, first = divmod(self.step, self.steps_per_epoch)
+            for samples in self._steps(epoch, first):
+                for part in range(self.rank, self.parts, self.ranks):
+                    # Strided, not contiguous: a short last step still spreads over its parts.
+                    yield pack(samples[part :: self.parts], self.head_rows)
+                self.step += 1
+                wanted -= 1
+                if not wanted:
+                    return
+
+    def _steps(self, epoch: int, first: int) -> Iterator[list[Sample]]:
+        """The global batches of an epoch from the ``first`` on; what lies before is not read."""
+        skip = first * self.samples_per_step
+        waiting: list[Sample] = []
+        for window in self.order(epoch):
+            if skip >= len(window):
+                skip -= len(window)
+                continue
+            waiting.extend(self.units.load(window[skip:]))
+            skip = 0
+            while len(waiting) >= self.samples_per_step:
+                yield waiting[: self.samples_per_step]
+                waiting = waiting[self.samples_per_step :]
+        if waiting:
+            yield waiting
+
+    def order(self, epoch: int) -> Iterator[np.ndarray]:
+        """The epoch's sample indices, a window at a time."""
+        random = np.random.default_rng([self.seed, epoch])
+        bounds = np.searchsorted(self.units.group, np.arange(len(self.units.groups) + 1))
+        groups = random.permutation(len(self.units.groups))
+        for start in range(0, len(groups), WINDOW_ROW_GROUPS):
+            window = np.concatenate(
+                [np.arange(bounds[g], bounds[g + 1]) for g in groups[start : start + WINDOW_ROW_GROUPS]]
+            )
+            if len(window):
+                yield random.permutation(window)
+
+
+def in_order(units: Units, head_rows: int, samples_per_batch: int) -> Iterator[Batch]:
+    """Batches for evaluation: every sample once, in the cache's order."""
+    for start in range(0, len(units), samples_per_batch):
+        yield pack(units.load(np.arange(start, min(start + samples_per_batch, len(units)))), head_rows)
+
+
+def pack(samples: Sequence[Sample], head_rows: int) -> Batch:
+    """One packed row of L tokens, with the candidates of its N supervised positions.
+
+    input_ids, position_ids, labels, shift_labels: (1, L). candidate_ids, candidate_logprobs: (N, K), padded with a
+    candidate of the same position at log-probability -inf; tail_logprobs: (N,). Row n belongs to the n-th position
+    whose shift_label is not -100. An empty list packs to one token without a loss.
+    """
+    if not samples:
+        return _empty()
+    input_ids, positions, labels, shifted, tails, counts, ids, logprobs = ([] for _ in range(8))
+    for sample in samples:
+        prompt, completion = sample.prompt_ids, sample.completion_ids
+        length = len(prompt) + len(completion)
+        input_ids += [prompt, completion]
+        positions.append(np.arange(length))
+        label = np.full(length + 1, IGNORE, dtype=np.int64)
+        label[len(prompt) : length] = np.where(sample.supervised, completion, IGNORE)
+        labels.append(label[:-1])
+        shifted.append(label[1:])
+        keep = np.repeat(sample.supervised, sample.counts)
+        counts.append(sample.counts[sample.supervised])
+        ids.append(sample.candidate_ids[keep])
+        logprobs.append(sample.candidate_logprobs[keep])
+        tails.append(sample.tail_logprobs[sample.supervised])
+    tokens = np.concatenate(input_ids).astype(np.int64)
+    if tokens.max() >= head_rows:
+        raise KDError(f"token id {tokens.max()} is beyond the student's vocabulary of {head_rows}; is this its cache?")
+    candidate_ids, candidate_logprobs = _rectangle(
+        np.concatenate(counts), np.concatenate(ids), np.concatenate(logprobs)
+    )
+    tail = np.concatenate(tails)
+    if candidate_ids.size and candidate_ids.max() >= head_rows:
+        candidate_ids, candidate_logprobs, tail = _fit_to_head(candidate_ids, candidate_logprobs, tail, head_rows)
+    return {
+        "input_ids": torch.from_numpy(tokens)[None],
+        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
+        "labels": torch.from_numpy(np.concatenate(labels))[None],
+        "shift_labels": torch.from_numpy(np.concatenate(shifted))[None],
+        "candidate_ids": torch.from_numpy(candidate_ids),
+        "candidate_logprobs": torch.from_numpy(candidate_logprobs),
+        "tail_logprobs": torch.from_numpy(tail),
+    }
+
+
+def _empty() -> Batch:
+    none = torch.full((1, 1), IGNORE)
+    return {
+        "input_ids": torch.zeros((1, 1), dtype=torch.int64),
+        "position_ids": torch.zeros((1, 1), dtype=torch.int64),
+        "labels": none,
+        "shift_labels": none.clone(),
+        "candidate_ids": torch.zeros((0, 1), dtype=torch.int64),
+        "candidate_logprobs": torch.zeros((0, 1)),
+        "tail_logprobs": torch.zeros(0),
+    }
+
+
+def _rectangle(counts: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flat candidates -> (N, K) int64 and float32, K the largest count."""
+    width = int(counts.max(initial=1))
+    filled = np.arange(width) < counts[:, None]
+    starts = np.cumsum(counts) - counts
+    wide_ids = np.repeat(ids[np.minimum(starts, len(ids) - 1)][:, None], width, axis=1).astype(np.int64)
+    wide_logprobs = np.full(filled.shape, -np.inf, dtype=np.float32)
+    wide_ids[filled] = ids
+    wide_logprobs[filled] = logprobs
+    return wide_ids, wide_logprobs
+
+
+def _fit_to_head(
+    ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, head_rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Move candidates that the student's head does not have to the tail; refuse it above MAX_MASS_BEYOND_HEAD."""
+    beyond = ids >= head_rows
+    mass = np.where(beyond, np.exp(logprobs), 0).sum(axis=1)
+    if mass.mean() > MAX_MASS_BEYOND_HEAD:
+        raise KDError(
+            f"{mass.mean():.1%} of the teacher's probability is on tokens beyond the student's vocabulary of {head_rows}; "
+            "this student cannot learn from this cache"
+        )
+    with np.errstate(divide="ignore"):
+        tail = np.log(np.exp(tail) + mass).astype(np.float32)
+    inside = np.where(beyond, np.take_along_axis(ids, beyond.argmin(axis=1)[:, None], axis=1), ids)
+    return inside, np.where(beyond, -np.inf, logprobs).astype(np.float32), tail
+
+
+def open_caches(paths: Sequence[Path]) -> list[Cache]:
+    """The caches to train on together: all of one tokenizer."""
+    caches = [Cache(path) for path in paths]
+    for cache in caches[1:]:
+        if cache.plan["tokenizer"] != caches[0].plan["tokenizer"]:
+            raise KDError(f"{cache.path} and {caches[0].path} were made with different tokenizers and cannot be mixed")
+    return caches

@@ -1,0 +1,49 @@
+"""Talk to a student: its answer as it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from threading import Thread
+from typing import Any
+
+import torch
+
+from kdcache import hashes
+from kdcache.prompts import Prompts
+from trainer.student import load_student
+
+
+class Conversation:
+    """Keeps the turns; ``answer`` yields pieces of text."""
+
+    def __init__(self, student: str, system: str | None, temperature: float, max_new_tokens: int):
+        self.model, self.tokenizer = load_student(student, "float32" if not torch.cuda.is_available() else "auto")
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.prompts = Prompts(hashes.model_folder(student), self.tokenizer)
+        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+
+    def answer(self, text: str) -> Iterator[str]:
+        from transformers import TextIteratorStreamer
+
+        self.messages.append({"role": "user", "content": text})
+        ids = torch.tensor([self.prompts.prompt_ids(self.prompts.render(self.messages))], device=self.model.device)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        greedy = self.temperature == 0
+        arguments = {
+            "attention_mask": torch.ones_like(ids),
+            "do_sample": not greedy,
+            "temperature": None if greedy else self.temperature,
+            "max_new_tokens": self.max_new_tokens,
+            "eos_token_id": self.prompts.end_of_turn,
+            "pad_token_id": self.prompts.end_of_turn,
+            "streamer": streamer,
+        }
+        thread = Thread(target=self.model.generate, args=(ids,), kwargs=arguments, daemon=True)
+        thread.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        thread.join()
+        self.messages.append({"role": "assistant", "content": "".join(pieces)})

@@ -1,0 +1,97 @@
+"""A student: from a checkpoint, or from the teacher's own layers; saved with its tokenizer as a Hugging Face folder.
+
+    kd init-student --from embedded --keep-layers 20 --out data/student
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache import hashes
+from kdcache.errors import KDError, UsageError
+from kdcache.reader import Cache
+
+
+def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite: bool = False) -> dict[str, Any]:
+    """Save a student made of ``base`` (all of it, or the layers named by ``keep_layers``) to ``out``."""
+    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
+        raise KDError(f"--out {out} is not empty; use another, or --overwrite")
+    model, tokenizer = load_student(base, "auto")
+    depth = model.config.get_text_config().num_hidden_layers
+    kept = list(range(depth))
+    if keep_layers is not None:
+        kept = parse_layers(keep_layers, depth)
+        _keep(model, kept)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {
+        "student": str(out),
+        "layers": f"{len(kept)} of {depth}",
+        "kept": ",".join(map(str, kept)),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def parse_layers(spec: str, depth: int) -> list[int]:
+    """``20``: that many, evenly spread, first and last kept. ``0-4,6,8-29``: just those, in order."""
+    if spec.isdigit():
+        count = int(spec)
+        if not 1 <= count <= depth:
+            raise UsageError(f"--keep-layers {spec}: the model has {depth} layers")
+        return [round(i * (depth - 1) / max(count - 1, 1)) for i in range(count)]
+    kept: set[int] = set()
+    try:
+        for part in spec.split(","):
+            first, _, last = part.partition("-")
+            kept.update(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise UsageError(f"--keep-layers {spec}: expected a number of layers, or layers like 0-4,6,8-29") from None
+    if not kept or max(kept) >= depth:
+        raise UsageError(f"--keep-layers {spec}: the model's layers are 0 to {depth - 1}")
+    return sorted(kept)
+
+
+def _keep(model: Any, kept: Sequence[int]) -> None:
+    layers = getattr(model.base_model, "layers", None)
+    if not isinstance(layers, torch.nn.ModuleList):
+        raise KDError(f"{type(model).__name__} keeps its layers in a place not known here; leave --keep-layers out")
+    model.base_model.layers = torch.nn.ModuleList([layers[i] for i in kept])
+    for index, layer in enumerate(model.base_model.layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = index
+    config = model.config.get_text_config()
+    config.num_hidden_layers = len(kept)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[i] for i in kept]
+
+
+def load_student(model: str, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder, a Hub id or ``embedded``; KDError in a sentence if it cannot be had."""
+    import transformers
+
+    from kdcache.prompts import load_tokenizer
+
+    folder = hashes.model_folder(model)
+    tokenizer = load_tokenizer(folder)
+    try:
+        student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise KDError(f"{model}: the model could not be loaded: {str(error).splitlines()[0]}") from None
+    return student, tokenizer
+
+
+def check_tokenizer(student: str, cache: Cache) -> None:
+    """The student must read the very token ids that the cache holds."""
+    from kdcache.prompts import load_tokenizer
+
+    tokenizer = load_tokenizer(hashes.model_folder(student))
+    if hashes.tokenizer_identity(tokenizer) != cache.plan["tokenizer"]:
+        raise KDError(
+            f"{student} has another tokenizer than the cache {cache.path} (teacher {cache.plan['fields']['teacher']}): its token "
+            "ids would mean other text. Use a student of the teacher's family, or kd init-student from the teacher."
+        )
