@@ -46,28 +46,72 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 @kd.command("cache-teacher", context_settings=EXTRA_OPTIONS)
-@click.option("--teacher", default="embedded", show_default=True, help="Hub id, model folder, or `embedded` (SmolLM2-135M-Instruct).")
+@click.option(
+    "--teacher",
+    default="embedded",
+    show_default=True,
+    help="Hub id, model folder, or `embedded` (SmolLM2-135M-Instruct).",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub teacher.")
-@click.option("--examples", default="builtin", show_default=True, help="`builtin`, a .jsonl/.parquet file, or a Hub data set id.")
+@click.option(
+    "--examples", default="builtin", show_default=True, help="`builtin`, a .jsonl/.parquet file, or a Hub data set id."
+)
 @click.option("--prompt-column", help="Column of the prompts, if it is not `prompt` or `messages`.")
 @click.option("--completion-column", help="Column of the given answers, if it is not `completion`.")
 @click.option("--system", help="System prompt to put before every prompt.")
 @click.option("--limit", type=int, help="Take the first N examples.")
-@click.option("--mode", type=click.Choice(["score", "sample", "both"]), default="score", show_default=True, help="Score given answers, sample the teacher's own, or both.")
+@click.option(
+    "--mode",
+    type=click.Choice(["score", "sample", "both"]),
+    default="score",
+    show_default=True,
+    help="Score given answers, sample the teacher's own, or both.",
+)
 @click.option("--samples", type=int, default=1, show_default=True, help="Answers to sample for each prompt.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of sampling; 0 is greedy. Log-probabilities are always at 1.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of sampling; 0 is greedy. Log-probabilities are always at 1.",
+)
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus of sampling.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest sampled answer, in tokens.")
 @click.option("--sparsify", default="topk:64", show_default=True, help="What to keep of each distribution.")
 @click.option("--capture-k", type=int, help="Candidates to take from the engine [default: what --sparsify needs].")
-@click.option("--precision", type=click.Choice(["q8", "f32"]), default="q8", show_default=True, help="Of log-probabilities: 256-value codebook, or exact.")
+@click.option(
+    "--precision",
+    type=click.Choice(["q8", "f32"]),
+    default="q8",
+    show_default=True,
+    help="Of log-probabilities: 256-value codebook, or exact.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of sampling and of the splits.")
-@click.option("--rows-per-shard", type=int, default=512, show_default=True, help="Samples a shard: what an interruption can cost.")
-@click.option("--split-ratios", default="0.9,0.05,0.05", show_default=True, help="Shares of train,validation,test; a problem is on one side.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("data/cache"), show_default=True, help="Folder of the cache.")
+@click.option(
+    "--rows-per-shard", type=int, default=512, show_default=True, help="Samples a shard: what an interruption can cost."
+)
+@click.option(
+    "--split-ratios",
+    default="0.9,0.05,0.05",
+    show_default=True,
+    help="Shares of train,validation,test; a problem is on one side.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("data/cache"), show_default=True, help="Folder of the cache."
+)
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
-@click.option("--engine", type=click.Choice(["vllm", "transformers"]), default="vllm", show_default=True, help="vLLM, or plain transformers where vLLM cannot be installed.")
-@click.option("--max-model-len", type=int, help="Longest prompt + completion; longer rows are rejected and counted [default: the model's; on a CPU at most 2048].")
+@click.option(
+    "--engine",
+    type=click.Choice(["vllm", "transformers"]),
+    default="vllm",
+    show_default=True,
+    help="vLLM, or plain transformers where vLLM cannot be installed.",
+)
+@click.option(
+    "--max-model-len",
+    type=int,
+    help="Longest prompt + completion; longer rows are rejected and counted [default: the model's; on a CPU at most 2048].",
+)
 @click.option("--dtype", default="auto", show_default=True, help="Of the teacher's weights.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing.")
 @json_option
@@ -102,7 +146,9 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
 
     def show(state: capture.Progress) -> None:
         shards = f"shard {min(state.shards_done + 1, state.shards)}/{state.shards}"
-        line.show(state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds)
+        line.show(
+            state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
+        )
 
     _note(f"{work.fields['teacher']} ({config.engine}, {work.dtype}), {len(work.examples)} examples -> {config.out}")
     try:
@@ -186,14 +232,36 @@ def sql(cache: Path, query: str | None, list_views: bool, as_csv: bool, as_json:
 
 # --- phase two --------------------------------------------------------------------------------------------------------
 
-from_cache_option = click.option("--from-cache", type=click.Path(path_type=Path), multiple=True, required=True, help="A cache; give it again for several of one tokenizer.")
-where_option = click.option("--where", help="SQL condition on the samples, as in \"origin = 'sampled' AND language = 'es'\".")
-max_length_option = click.option("--max-length", type=int, default=2048, show_default=True, help="Longer samples (prompt + completion) are dropped whole and counted.")
+from_cache_option = click.option(
+    "--from-cache",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="A cache; give it again for several of one tokenizer.",
+)
+where_option = click.option(
+    "--where", help="SQL condition on the samples, as in \"origin = 'sampled' AND language = 'es'\"."
+)
+max_length_option = click.option(
+    "--max-length",
+    type=int,
+    default=2048,
+    show_default=True,
+    help="Longer samples (prompt + completion) are dropped whole and counted.",
+)
 
 
 @kd.command("init-student", context_settings=CONTEXT)
-@click.option("--from", "base", default="embedded", show_default=True, help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.")
-@click.option("--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all].")
+@click.option(
+    "--from",
+    "base",
+    default="embedded",
+    show_default=True,
+    help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.",
+)
+@click.option(
+    "--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all]."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the student.")
 @click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
 @json_option
@@ -213,13 +281,39 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 @from_cache_option
 @click.option("--student", required=True, help="Hub id or folder of the student to start from.")
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
-@click.option("--method", type=click.Choice(["kd", "sft"]), default="kd", show_default=True, help="Distillation, or plain fine-tuning on the same completions.")
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="Loss = (1 - alpha) cross-entropy + alpha KL to the teacher.")
+@click.option(
+    "--method",
+    type=click.Choice(["kd", "sft"]),
+    default="kd",
+    show_default=True,
+    help="Distillation, or plain fine-tuning on the same completions.",
+)
+@click.option(
+    "--alpha",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Loss = (1 - alpha) cross-entropy + alpha KL to the teacher.",
+)
 @where_option
 @max_length_option
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True, help="Of the student's weights (--bf16 keeps them in float32 and computes in bfloat16).")
-@click.option("--evals-per-epoch", type=click.IntRange(1), default=4, show_default=True, help="How often the validation split is measured and a checkpoint kept.")
-@click.option("--early-stopping-patience", type=click.IntRange(1), help="Stop after N measurements without a better one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the student's weights (--bf16 keeps them in float32 and computes in bfloat16).",
+)
+@click.option(
+    "--evals-per-epoch",
+    type=click.IntRange(1),
+    default=4,
+    show_default=True,
+    help="How often the validation split is measured and a checkpoint kept.",
+)
+@click.option(
+    "--early-stopping-patience", type=click.IntRange(1), help="Stop after N measurements without a better one."
+)
 @click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print samples, tokens and steps; train nothing.")
 @json_option
@@ -268,8 +362,12 @@ def train(context: click.Context, **options: Any) -> None:
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @where_option
 @max_length_option
-@click.option("--generate", type=click.IntRange(0), help="Generate answers for N prompts; 0 leaves Rouge-L out [default: all].")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest generated answer.")
+@click.option(
+    "--generate", type=click.IntRange(0), help="Generate answers for N prompts; 0 leaves Rouge-L out [default: all]."
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest generated answer."
+)
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the rows to this JSON file.")
@@ -330,7 +428,13 @@ def chat(student: str, system: str | None, temperature: float, max_new_tokens: i
 
 
 @kd.command("demo", context_settings=CONTEXT)
-@click.option("--out", type=click.Path(path_type=Path), default=Path("data/demo"), show_default=True, help="Folder of everything it makes.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("data/demo"),
+    show_default=True,
+    help="Folder of everything it makes.",
+)
 def demo(out: Path) -> None:
     """Cache a teacher, train a student with KD and one with SFT on the same examples, and compare them.
 
@@ -404,7 +508,11 @@ class _ProgressLine:
         if done < total and now - self.last < (0.2 if self.terminal else 10):
             return
         self.last = now
-        eta = "" if eta_seconds is None or done >= total else f"  ETA {int(eta_seconds // 60)}:{int(eta_seconds % 60):02d}"
+        eta = (
+            ""
+            if eta_seconds is None or done >= total
+            else f"  ETA {int(eta_seconds // 60)}:{int(eta_seconds % 60):02d}"
+        )
         text = f"{done:,}/{total:,} {self.unit}  {middle}{eta}"
         sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else text + "\n")
         sys.stderr.flush()
@@ -446,7 +554,9 @@ def _ratios(text: str) -> tuple[float, float, float]:
     try:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError:
-        raise click.UsageError(f"--split-ratios {text}: expected three shares (train,validation,test), as in 0.9,0.05,0.05") from None
+        raise click.UsageError(
+            f"--split-ratios {text}: expected three shares (train,validation,test), as in 0.9,0.05,0.05"
+        ) from None
     return train, validation, test
 
 
@@ -470,7 +580,9 @@ def _extra_options(context: click.Context) -> dict[str, Any]:
         key = name.replace("-", "_")
         if has_value:
             try:
-                found[key] = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+                found[key] = ast.literal_eval(
+                    {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
+                )
             except (ValueError, SyntaxError):
                 found[key] = value
         elif key.startswith("no_"):

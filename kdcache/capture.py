@@ -32,9 +32,24 @@ CPU_MAX_MODEL_LEN = 2048
 
 #: Engine options that change speed and memory, not numbers: recorded, not part of the fingerprint.
 SPEED_OPTIONS = frozenset(
-    "gpu_memory_utilization tensor_parallel_size pipeline_parallel_size data_parallel_size max_num_seqs "
-    "max_num_batched_tokens enforce_eager swap_space cpu_offload_gb kv_cache_memory_bytes disable_log_stats "
-    "download_dir load_format max_logprobs enable_chunked_prefill distributed_executor_backend".split()
+    [
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enforce_eager",
+        "swap_space",
+        "cpu_offload_gb",
+        "kv_cache_memory_bytes",
+        "disable_log_stats",
+        "download_dir",
+        "load_format",
+        "max_logprobs",
+        "enable_chunked_prefill",
+        "distributed_executor_backend",
+    ]
 )
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.

@@ -8,8 +8,10 @@ user's cache folder (``KDCACHE_HOME``, default ``~/.cache/kdcache``), so that a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
@@ -55,13 +57,14 @@ def prepare() -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.config._name_or_path = NAME
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no flag turns off
+            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=GGUF)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+            )
+            model.config._name_or_path = NAME
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
         scratch.chmod(0o755)
         try:
             scratch.rename(target)

@@ -60,9 +60,7 @@ def write(cache: Path) -> dict[str, Any]:
         "seconds": round(sum(s["seconds"] for s in shards), 1),
         "shards": shards,
     }
-    writer.write_text(
-        cache / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
-    )
+    writer.write_text(cache / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
     writer.write_json(cache / "manifest.json", manifest)
     writer.write_text(cache / "README.md", card.render(plan, manifest))
     return manifest
@@ -84,7 +82,9 @@ def _read_shard(path: Path, name: str, known: dict[str, Any]) -> tuple[dict[str,
             metadata = json.loads((file.schema_arrow.metadata or {})[b"kdcache"])
             tokens = sum(file.read(columns=["completion_tokens"])[0].to_pylist()) if footer.num_row_groups else 0
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise KDError(f"{path} is damaged ({error}); delete it and run the same kd cache-teacher command again", 3) from None
+        raise KDError(
+            f"{path} is damaged ({error}); delete it and run the same kd cache-teacher command again", 3
+        ) from None
     candidates = candidate_bytes = 0
     for group in range(footer.num_row_groups):
         for column in range(footer.num_columns):

@@ -48,7 +48,9 @@ def run(name: str, out: Path, note: Callable[[str], None]) -> None:
         if code == 130 or code == -2:
             raise KeyboardInterrupt
         if code:
-            raise KDError(f"step {number} of {len(recipe['steps'])} ({step['name']}) failed with exit code {code}; see above", 1)
+            raise KDError(
+                f"step {number} of {len(recipe['steps'])} ({step['name']}) failed with exit code {code}; see above", 1
+            )
         note(f"({time.monotonic() - begun:.0f} s)")
     note(f"\n{recipe['end'].replace('{out}', str(out)).strip()}\n\n({(time.monotonic() - started) / 60:.1f} minutes)")
 

@@ -69,9 +69,7 @@ def rows_to_table(rows: Sequence[Row], precision: str) -> pa.Table:
     for name in ("token_logprobs", "entropies"):
         values = _concatenate([half(getattr(r, name)) for r in rows], np.float32)
         columns[name] = _list_array(lengths, values)
-    columns["tail_logprobs"] = _list_array(
-        lengths, _concatenate([half(r.candidates.tail) for r in rows], np.float32)
-    )
+    columns["tail_logprobs"] = _list_array(lengths, _concatenate([half(r.candidates.tail) for r in rows], np.float32))
     counts = np.concatenate([r.candidates.counts for r in rows])
     logprobs = np.concatenate([r.candidates.logprobs for r in rows])
     ids = _concatenate([r.candidates.ids for r in rows], np.int32)

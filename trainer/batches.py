@@ -75,8 +75,9 @@ def select(caches: Sequence[Cache], split: str, where: str | None = None, max_le
             groups.extend((number, file, group) for group in range(len(starts) - 1))
             columns.append(np.column_stack([first + row_groups, table[:, 0] - starts[row_groups], table[:, 1:]]))
     merged = np.concatenate(columns) if columns else np.zeros((0, 4), dtype=np.int64)
-    narrow = merged.astype(np.int32)
-    return Units(tuple(caches), tuple(groups), *(narrow[:, c].copy() for c in range(4)), dropped=dropped)
+    columns32 = merged.astype(np.int32).T.copy()
+    group_of, row, tokens, completion_tokens = columns32
+    return Units(tuple(caches), tuple(groups), group_of, row, tokens, completion_tokens, dropped)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -115,10 +116,10 @@ class Stream(torch.utils.data.IterableDataset):
         while wanted:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             for samples in self._steps(epoch, first):
+                self.step += 1  # before the parts: a consumer need not come back after the last one
                 for part in range(self.rank, self.parts, self.ranks):
                     # Strided, not contiguous: a short last step still spreads over its parts.
                     yield pack(samples[part :: self.parts], self.head_rows)
-                self.step += 1
                 wanted -= 1
                 if not wanted:
                     return

@@ -152,7 +152,9 @@ def measure(student: Any, batches: Iterable[Batch]) -> dict[str, float]:
 class DistillTrainer(Trainer):
     """Trainer with our stream of batches and our held-out metrics; everything else is its own."""
 
-    def __init__(self, stream: Stream, held_out: Callable[[], Iterable[Batch]] | None, record: dict[str, Any], **kwargs: Any):
+    def __init__(
+        self, stream: Stream, held_out: Callable[[], Iterable[Batch]] | None, record: dict[str, Any], **kwargs: Any
+    ):
         super().__init__(**kwargs)
         self.stream, self.held_out, self.record = stream, held_out, record
         self._sums: dict[str, Tensor] = {}
@@ -161,8 +163,10 @@ class DistillTrainer(Trainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(self.stream, batch_size=None)
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
+    ) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         for name in ("kl", "ce", "tokens"):
             if name in outputs:
                 self._sums[name] = self._sums.get(name, 0.0) + outputs[name]
@@ -175,7 +179,9 @@ class DistillTrainer(Trainer):
             self._sums = {}
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         if self.held_out is None:
             return {}
         found = measure(self.model, self.held_out())
@@ -186,7 +192,7 @@ class DistillTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        writer.write_json(Path(output_dir or self.args.output_dir) / RUN_FILE, self.record)
+        writer.write_json(Path(output_dir or str(self.args.output_dir)) / RUN_FILE, self.record)
 
 
 class _TrueEpoch(TrainerCallback):
@@ -281,10 +287,14 @@ def _resume_point(config: TrainConfig, record: dict[str, Any]) -> str | None:
     if not folder.is_dir():
         raise UsageError(f"--output-dir {folder} is a file; expected a folder")
     checkpoint = get_last_checkpoint(str(folder))
-    found = next((f for f in (folder / RUN_FILE, *([Path(checkpoint) / RUN_FILE] if checkpoint else [])) if f.is_file()), None)
+    found = next(
+        (f for f in (folder / RUN_FILE, *([Path(checkpoint) / RUN_FILE] if checkpoint else [])) if f.is_file()), None
+    )
     if found is None:
         if any(folder.iterdir()):
-            raise KDError(f"--output-dir {folder} is not empty and holds no run of kd train; use another, or --overwrite")
+            raise KDError(
+                f"--output-dir {folder} is not empty and holds no run of kd train; use another, or --overwrite"
+            )
         return None
     old = json.loads(found.read_text(encoding="utf-8"))
     if old.get("finished"):
@@ -340,6 +350,7 @@ def train(run: Run, report: Callable[[int, int, dict[str, float]], None]) -> dic
         run.record,
         model=student,
         args=arguments,
+        eval_dataset=run.validation if held_out else None,  # Trainer asks that there is one; ``evaluate`` is ours
         processing_class=tokenizer,
         callbacks=callbacks,
     )

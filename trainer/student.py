@@ -1,6 +1,6 @@
 """A student: from a checkpoint, or from the teacher's own layers; saved with its tokenizer as a Hugging Face folder.
 
-    kd init-student --from embedded --keep-layers 20 --out data/student
+kd init-student --from embedded --keep-layers 20 --out data/student
 """
 
 from __future__ import annotations

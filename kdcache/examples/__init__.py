@@ -59,7 +59,7 @@ def load(name: str, columns: Columns, limit: int | None = None) -> list[Example 
         rows = table.read_hub(name, columns)
     else:
         raise UsageError(f"--examples {name}: no such file; expected builtin, a .jsonl or .parquet file, or a Hub id")
-    examples = []
+    examples: list[Example | BadRow] = []
     for row in rows:
         if limit is not None and len(examples) >= limit:
             break

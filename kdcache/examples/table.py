@@ -72,9 +72,7 @@ def read_hub(name: str, columns: Columns, split: str = "train") -> Iterator[Exam
     yield from _examples(rows, name, name, columns)
 
 
-def _examples(
-    rows: Iterable[dict[str, Any]], source: str, where: str, columns: Columns
-) -> Iterator[Example | BadRow]:
+def _examples(rows: Iterable[dict[str, Any]], source: str, where: str, columns: Columns) -> Iterator[Example | BadRow]:
     reader: Callable[[dict[str, Any]], tuple[list[dict[str, Any]], str | None] | str] | None = None
     for number, row in enumerate(rows):
         if reader is None:

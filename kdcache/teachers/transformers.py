@@ -30,10 +30,10 @@ class TransformersTeacher:
         self._options = options
         self._device = "cuda" if has_gpu() else "cpu"
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
         except (OSError, ValueError) as error:
             raise KDError(f"{options.model}: the model could not be loaded: {str(error).splitlines()[0]}") from None
-        self._model: Any = model.to(self._device).eval()
+        self._model = model.to(self._device).eval()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         with self._torch.inference_mode():

@@ -47,6 +47,7 @@ class VLLMTeacher:
             "max_model_len": options.max_model_len,
             "max_logprobs": options.capture_k,
             "seed": options.seed,
+            "use_tqdm_on_load": False,
             "enable_prefix_caching": False,  # vLLM cannot score a prompt whose start it took from its cache
         }
         if on_cpu:

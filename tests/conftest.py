@@ -1,0 +1,112 @@
+"""A real tokenizer, a tiny real model, and small real caches of it; nothing here is mocked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdcache import capture, embedded
+from kdcache.teachers import Sampling
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """SmolLM2-135M-Instruct, prepared once."""
+    return str(embedded.prepare())
+
+
+@pytest.fixture(scope="session")
+def tiny_model(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random two-layer Llama under SmolLM2's tokenizer: real code paths in milliseconds."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **{"vocab_size": 49152, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512},
+        **{
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 2,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.6,
+        },
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 short rows in four tasks, one of them without a prompt."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(40):
+            row = {
+                "id": f"r{i}",
+                "prompt": f"Say the number {i} twice.",
+                "completion": f"{i}, {i} 🙂 ¡año!",
+                "task": f"t{i % 4}",
+            }
+            if i == 17:
+                row["prompt"] = None
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return path
+
+
+def capture_config(teacher: str, examples: Path, out: Path, **changes: Any) -> capture.CaptureConfig:
+    settings: dict[str, Any] = {
+        "teacher": teacher,
+        "examples": str(examples),
+        "out": out,
+        "engine": "transformers",
+        "dtype": "float32",
+        "mode": "both",
+        "sampling": Sampling(temperature=0.8, max_tokens=12),
+        "sparsify": "topk:8",
+        "rows_per_shard": 16,
+        "split_ratios": (0.6, 0.2, 0.2),
+    }
+    return capture.CaptureConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tiny_model: str, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete cache: 39 given and 39 sampled completions, and one rejected row. Not to be changed."""
+    out = tmp_path_factory.mktemp("caches") / "tiny"
+    capture.Capture(capture_config(tiny_model, rows_file, out)).run()
+    return out
+
+
+Kd = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def kd(tmp_path: Path) -> Kd:
+    """Runs the real `kd` in a process of its own, in an empty folder."""
+
+    def run(*arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "cli", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"} | options.pop("env", {})
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=900, **options
+        )
+        if code is not None:
+            assert done.returncode == code, f"kd {' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr, done.stderr
+        return done
+
+    return run

@@ -1,0 +1,130 @@
+"""The real vLLM and the real SmolLM2, against the transformers oracle in float32."""
+
+import json
+import subprocess
+import sys
+import time
+
+import duckdb
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from kdcache import examples
+from kdcache.prompts import Prompts, load_tokenizer
+from kdcache.teachers import EngineOptions, Request, Sampling, load
+
+pytestmark = pytest.mark.integration
+K = 20
+
+
+@pytest.fixture(scope="module")
+def requests(smollm):
+    """Given answers of each task, and sampled ones: short, so that some end and some are cut."""
+    prompts = Prompts(smollm, load_tokenizer(smollm))
+    found = []
+    for i, example in enumerate(examples.load("builtin", examples.Columns(), 8)):
+        ids = prompts.prompt_ids(prompts.render(example.messages))
+        found.append(Request(("x", f"given {i}"), ids, prompts.completion_ids(example.completion)))
+        found.append(Request(("x", f"sampled {i}"), ids, None, seed=i))
+    say = prompts.prompt_ids(prompts.render([{"role": "user", "content": "Say just: yes"}]))
+    return [
+        *found,
+        Request(("x", "sampled short"), say, None, seed=3),
+        Request(("x", "given one"), say, [prompts.end_of_turn]),
+    ]
+
+
+def options(smollm, max_tokens=24, temperature=0.7):
+    return EngineOptions(smollm, K, 1024, "float32", 0, Sampling(temperature, 1.0, max_tokens))
+
+
+@pytest.fixture(scope="module")
+def vllm_teacher(smollm):
+    return load("vllm", options(smollm))
+
+
+@pytest.fixture(scope="module")
+def vllm_answers(vllm_teacher, requests):
+    return {request.key[1]: answer for request, answer in vllm_teacher.run(iter(requests))}
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm):
+    return load("transformers", options(smollm))
+
+
+def score_again(oracle, requests, answers):
+    """The oracle's view of the very completions that vLLM scored or sampled."""
+    again = [Request(r.key, r.prompt_ids, list(answers[r.key[1]].completion_ids)) for r in requests]
+    return {request.key[1]: answer for request, answer in oracle.run(again)}
+
+
+def differences(ours, theirs):
+    """(largest difference of log-probabilities, positions whose candidates differ by more than a tie)."""
+    largest, wrong = 0.0, 0
+    largest = max(largest, float(np.abs(ours.token_logprobs - theirs.token_logprobs).max()))
+    largest = max(largest, float(np.abs(ours.logprobs - theirs.logprobs).max()))
+    for t in range(len(ours.completion_ids)):
+        both, edge = set(ours.ids[t]) ^ set(theirs.ids[t]), theirs.logprobs[t][-1]
+        table = dict(zip(theirs.ids[t].tolist(), theirs.logprobs[t])) | dict(
+            zip(ours.ids[t].tolist(), ours.logprobs[t])
+        )
+        wrong += any(abs(table[i] - edge) > 1e-3 for i in both)
+    return largest, wrong
+
+
+def test_vllm_says_what_the_oracle_says_in_both_modes_end_of_turn_included(requests, vllm_answers, oracle):
+    truth = score_again(oracle, requests, vllm_answers)
+    assert len(truth) == len(requests) == len(vllm_answers)
+    ended = 0
+    for name, ours in vllm_answers.items():
+        largest, wrong = differences(ours, truth[name])
+        assert largest < 1e-3 and wrong == 0, name
+        assert (np.abs(ours.token_ranks - truth[name].token_ranks) <= 1 + 0.01 * truth[name].token_ranks).all()
+        ended += ours.completion_ids[-1] == 2
+        assert (ours.finish_reason == "stop") == (ours.completion_ids[-1] == 2) or name.startswith("given")
+    assert ended > sum(name.startswith("given") for name in vllm_answers), "some sampled answer ends by itself"
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_rows_shifted_by_one_would_be_noticed(requests, vllm_answers, oracle, shift):
+    truth = score_again(oracle, requests[:2], vllm_answers)
+    for name, theirs in truth.items():
+        ours = vllm_answers[name]
+        moved = type(ours)(
+            ours.completion_ids,
+            *(np.roll(a, shift, axis=0) for a in (ours.ids, ours.logprobs, ours.token_logprobs, ours.token_ranks)),
+        )
+        largest, wrong = differences(moved, theirs)
+        assert largest > 0.1 and wrong > 0
+
+
+def test_sampling_is_the_seeds_whatever_the_order_and_the_batch_mates(vllm_teacher, requests, vllm_answers):
+    sampled = [r for r in requests if r.completion_ids is None]
+    again = {request.key[1]: answer for request, answer in vllm_teacher.run(reversed(sampled))}
+    assert {n: list(a.completion_ids) for n, a in again.items()} == {
+        n: list(vllm_answers[n].completion_ids) for n in again
+    }
+
+
+def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
+    command = [sys.executable, "-m", "cli", "cache-teacher", "--limit", "24", "--mode", "both", "--max-tokens", "16"]
+    command += ["--rows-per-shard", "8", "--sparsify", "topk:16", "--out", str(tmp_path / "out"), "--max-num-seqs", "4"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 300
+        while len(list(tmp_path.glob("out/data/*.parquet"))) < 2:
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read().decode()[-2000:]
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    kept = {p: p.read_bytes() for p in tmp_path.glob("out/data/*.parquet")}
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    assert 2 <= len(kept) < len(plan["shards"])
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(path.read_bytes() == data for path, data in kept.items())
+    rows = duckdb.sql(f"SELECT sample_id, origin FROM '{tmp_path}/out/data/*.parquet'").fetchall()
+    assert len(rows) == len(set(rows)) == 48 and sum(origin == "given" for _, origin in rows) == 24

@@ -1,0 +1,187 @@
+"""Phase two through the real command, on a tiny student: resume, accumulation, refusals, and no teacher anywhere."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from safetensors.numpy import load_file
+
+SMALL = (
+    "--max-steps",
+    6,
+    "--per-device-train-batch-size",
+    4,
+    "--learning-rate",
+    1e-2,
+    "--logging-steps",
+    1,
+    "--evals-per-epoch",
+    2,
+)
+
+
+@pytest.fixture
+def train(kd, tiny_cache, tiny_model):
+    def run(out, *more, **options):
+        arguments = (*SMALL, *more) if "--dry-run" not in more else more
+        return kd(
+            "train", "--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", out, *arguments, **options
+        )
+
+    return run
+
+
+def history(folder, *names):
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    return [tuple(entry[n] for n in names) for entry in state["log_history"] if all(n in entry for n in names)]
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_kd_leaves_a_folder_that_transformers_loads_with_the_best_checkpoint(train, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = json.loads(train(tmp_path / "run", "--json").stdout)
+    kls = [kl for _, kl in history(tmp_path / "run", "step", "eval_kl")]
+    assert len(kls) >= 2 and found["best_metric"] == min(kls) < kls[0]
+    assert len(history(tmp_path / "run", "loss", "kl", "ce")) == 6
+    record = json.loads((tmp_path / "run/kdcache.json").read_text())
+    assert record["finished"] and len(record["caches"][0]["fingerprint"]) == 32 and record["config"]["alpha"] == 0.5
+    AutoTokenizer.from_pretrained(tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert sum(p.numel() for p in model.parameters()) > 1e6
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*")), "TensorBoard"
+
+
+def test_sft_ignores_the_teacher_and_kd_does_not(train, tmp_path):
+    train(tmp_path / "sft", "--method", "sft")
+    train(tmp_path / "kd0", "--alpha", 0)
+    train(tmp_path / "kd1", "--alpha", 1)
+    assert [x for (x,) in history(tmp_path / "sft", "loss")] == [x for (x,) in history(tmp_path / "kd0", "loss")]
+    assert [x for (x,) in history(tmp_path / "sft", "loss")] != [x for (x,) in history(tmp_path / "kd1", "loss")]
+    for kl, loss in history(tmp_path / "kd1", "kl", "loss"):
+        assert kl == pytest.approx(loss, abs=2e-3)
+
+
+INTERRUPTED = """
+import sys, os
+import trainer.distill as d
+after = int(sys.argv.pop(1))
+class Kill(d.TrainerCallback):
+    def on_step_end(self, args, state, control, **kw):
+        if state.global_step == after:
+            os.kill(os.getpid(), 9)
+original = d._TrueEpoch
+d._TrueEpoch = lambda n: (Kill(), original(n))[0]
+import cli
+cli.main()
+"""
+
+
+def test_killed_and_resumed_gives_the_losses_and_weights_of_an_uninterrupted_run(
+    train, tmp_path, tiny_cache, tiny_model
+):
+    more = ("--gradient-accumulation-steps", 2, "--max-steps", 10, "--eval-steps", 3)
+    train(tmp_path / "whole", *more)
+    command = [sys.executable, "-c", INTERRUPTED, 8, "train", "--from-cache", tiny_cache, "--student", tiny_model]
+    command += ["--output-dir", tmp_path / "cut", *SMALL, *more]
+    killed = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True)
+    assert killed.returncode == -9 and (tmp_path / "cut/checkpoint-6").is_dir(), killed.stderr.decode()
+    done = train(tmp_path / "cut", *more)
+    assert "checkpoint-6" in done.stderr
+    assert history(tmp_path / "cut", "step", "loss") == history(tmp_path / "whole", "step", "loss")
+    assert history(tmp_path / "cut", "step", "eval_kl") == history(tmp_path / "whole", "step", "eval_kl")
+    assert history(tmp_path / "cut", "step", "epoch")[-1] == history(tmp_path / "whole", "step", "epoch")[-1]
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all((whole[name] == cut[name]).all() for name in whole)
+
+
+def test_accumulated_steps_equal_a_large_batch(train, tmp_path):
+    train(tmp_path / "large", "--per-device-train-batch-size", 8)
+    train(tmp_path / "accumulated", "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 4)
+    large = [x for (x,) in history(tmp_path / "large", "loss")]
+    assert [x for (x,) in history(tmp_path / "accumulated", "loss")] == pytest.approx(large, rel=2e-4)
+
+
+def test_an_interrupted_run_with_other_settings_and_a_finished_one_are_refused(train, tmp_path):
+    train(tmp_path / "run")
+    assert "finished run" in train(tmp_path / "run", code=1).stderr
+    record = tmp_path / "run/kdcache.json"
+    record.write_text(record.read_text().replace('"finished": true', '"finished": false'))
+    refused = train(tmp_path / "run", "--alpha", 0.9, code=1).stderr
+    assert "alpha: 0.5 -> 0.9" in refused and "--overwrite" in refused
+    train(tmp_path / "run", "--alpha", 0.9, "--overwrite")
+
+
+def test_overwrite_spares_a_folder_that_holds_no_run(train, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    assert "holds no run" in train(tmp_path / "mine", "--overwrite", code=1).stderr
+    assert (tmp_path / "mine/notes.txt").exists()
+
+
+def test_where_chooses_the_samples_and_dry_run_counts_them(train, tmp_path):
+    everything = json.loads(train(tmp_path / "x", "--dry-run", "--json").stdout)
+    given = json.loads(train(tmp_path / "x", "--dry-run", "--json", "--where", "origin = 'given'").stdout)
+    assert given["train_samples"] * 2 == everything["train_samples"] and not (tmp_path / "x").exists()
+    assert "no sample to train on" in train(tmp_path / "x", "--where", "false", code=1).stderr
+
+
+def test_early_stopping_stops(train, tmp_path):
+    out = tmp_path / "run"
+    train(out, "--learning-rate", 0, "--max-steps", 40, "--eval-steps", 1, "--early-stopping-patience", 2)
+    assert history(out, "step", "eval_kl")[-1][0] == 3
+
+
+def test_a_student_with_another_tokenizer_is_refused_before_the_first_step(kd, tiny_cache, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "a": 2, "b": 3}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="a")), bos_token="<s>", eos_token="</s>"
+    )
+    sizes = {
+        "vocab_size": 4,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    done = kd(
+        "train", "--from-cache", tiny_cache, "--student", tmp_path / "other", "--output-dir", tmp_path / "x", code=1
+    )
+    assert "another tokenizer" in done.stderr and not (tmp_path / "x").exists()
+
+
+BLOCKED = """
+import sys, importlib, pkgutil
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "vllm" or name.startswith("kdcache.teachers"):
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import trainer
+for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
+    importlib.import_module(module.name)
+    print(module.name)
+"""
+
+
+def test_every_module_of_trainer_imports_without_vllm_and_without_the_teachers():
+    done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"trainer.distill", "trainer.losses", "trainer.batches", "trainer.evaluate"} <= set(done.stdout.split())
+
+
+def test_nothing_in_kdcache_imports_the_trainer():
+    for path in (ROOT / "kdcache").rglob("*.py"):
+        text = path.read_text()
+        assert "import trainer" not in text and "from trainer" not in text, path
