@@ -632,9 +632,6 @@ def main() -> None:
     except KDError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     else:
         code = 0
     sys.exit(code)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import numpy as np
 
 from kdcache import format, manifest
 from kdcache.errors import KDError
@@ -72,16 +73,24 @@ def described() -> list[tuple[str, str]]:
     return found
 
 
-def select_samples(cache: Path, where: str | None, split: str) -> list[tuple[str, int, int, int]]:
-    """(file, row in file, prompt tokens, completion tokens) of the samples of a split, in file order."""
+def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str], np.ndarray]:
+    """The samples of a split that fulfil ``where``, in file order.
+
+    Returns the files that hold some, and an int64 table [n, 4]: index of the file, row in it, prompt tokens, completion
+    tokens. 32 bytes a sample is all that a trainer keeps of a cache.
+    """
     connection = connect(cache, memory_limit="512MB")
-    condition = f"AND ({where})" if where else ""
+    chosen = f"FROM samples WHERE split = ? {f'AND ({where})' if where else ''}"
     try:
-        return connection.execute(
-            "SELECT file, file_row_number, prompt_tokens, completion_tokens FROM samples "
-            f"WHERE split = ? {condition} ORDER BY file, file_row_number",
+        files = [
+            name for (name,) in connection.execute(f"SELECT DISTINCT file {chosen} ORDER BY file", [split]).fetchall()
+        ]
+        columns = connection.execute(
+            "SELECT dense_rank() OVER (ORDER BY file) - 1 AS file_index, file_row_number, prompt_tokens, completion_tokens "
+            f"{chosen} ORDER BY file_index, file_row_number",
             [split],
-        ).fetchall()
+        ).fetchnumpy()
+        return files, np.column_stack([np.asarray(c, dtype=np.int64) for c in columns.values()]).reshape(-1, 4)
     except duckdb.Error as error:
         raise KDError(f"--where {where!r}: {_first_line(error)}", 2) from None
     finally:

@@ -61,23 +61,22 @@ def select(caches: Sequence[Cache], split: str, where: str | None = None, max_le
     columns: list[np.ndarray] = []  # [n, 4]: group, row, tokens, completion tokens
     dropped = 0
     for number, cache in enumerate(caches):
-        by_file: dict[str, list[tuple[int, int, int]]] = {}
-        for file, row, prompt_tokens, completion_tokens in query.select_samples(cache.path, where, split):
-            if max_length is not None and prompt_tokens + completion_tokens > max_length:
-                dropped += 1
-            else:
-                by_file.setdefault(file, []).append((row, prompt_tokens + completion_tokens, completion_tokens))
-        for file, rows in by_file.items():
-            table = np.array(rows, dtype=np.int64)
-            starts = np.concatenate([[0], np.cumsum(cache.row_groups(file))])
-            row_groups = np.searchsorted(starts, table[:, 0], side="right") - 1
-            first = len(groups)
-            groups.extend((number, file, group) for group in range(len(starts) - 1))
-            columns.append(np.column_stack([first + row_groups, table[:, 0] - starts[row_groups], table[:, 1:]]))
-    merged = np.concatenate(columns) if columns else np.zeros((0, 4), dtype=np.int64)
-    columns32 = merged.astype(np.int32).T.copy()
-    group_of, row, tokens, completion_tokens = columns32
-    return Units(tuple(caches), tuple(groups), group_of, row, tokens, completion_tokens, dropped)
+        files, table = query.select_samples(cache.path, where, split)  # table [n, 4]: file, row, prompt, completion
+        table[:, 2] += table[:, 3]
+        if max_length is not None:
+            fits = table[:, 2] <= max_length
+            dropped += int((~fits).sum())
+            table = table[fits]
+        bounds = np.searchsorted(table[:, 0], np.arange(len(files) + 1))
+        for name, first, last in zip(files, bounds, bounds[1:]):
+            part = table[first:last]
+            starts = np.concatenate([[0], np.cumsum(cache.row_groups(name))])
+            row_groups = np.searchsorted(starts, part[:, 1], side="right") - 1
+            columns.append(np.column_stack([len(groups) + row_groups, part[:, 1] - starts[row_groups], part[:, 2:]]))
+            groups.extend((number, name, group) for group in range(len(starts) - 1))
+    merged = np.concatenate(columns) if columns else np.zeros((0, 4))
+    group, row, tokens, completion_tokens = (merged[:, column].astype(np.int32) for column in range(4))
+    return Units(tuple(caches), tuple(groups), group, row, tokens, completion_tokens, dropped)
 
 
 class Stream(torch.utils.data.IterableDataset):

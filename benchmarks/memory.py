@@ -1,0 +1,137 @@
+"""Does a trainer's memory grow with the cache? `kd train` on made-up caches of 1 GB and 2 GB, peak resident memory.
+
+    python benchmarks/memory.py                    # about ten minutes and 2 GB of disk
+    python benchmarks/memory.py --gigabytes 0.1 0.2 --steps 100
+
+The caches hold a made-up teacher's candidates (k = 64) over a vocabulary of 512, one shard's bytes under many names,
+and the student is a one-layer model, so that what is measured is the reading and not the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from kdcache import format, hashes, manifest, writer
+from kdcache.sparsify import parse
+
+VOCABULARY, K, TOKENS, ROWS = 512, 64, 100, 512
+
+
+def make_student(folder: Path) -> str:
+    """A one-layer model over a made-up vocabulary; returns its tokenizer's identity."""
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    model = Tokenizer(models.WordLevel(words, unk_token="w2"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(num_attention_heads=1, **sizes)).save_pretrained(folder)
+    return hashes.tokenizer_identity(tokenizer)
+
+
+def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
+    """A made-up cache of about ``size_bytes``; returns its true size."""
+    random = np.random.default_rng(0)
+    sparsifier = parse(f"topk:{K}")
+    fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
+    fields["sparsify"] = str(sparsifier)
+    fingerprint = format.fingerprint(fields)
+    rows = []
+    for i in range(ROWS):
+        logits = random.normal(0, 3, (TOKENS, VOCABULARY))
+        full = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        ids = np.argsort(-full, axis=1)[:, :K]
+        logprobs = np.take_along_axis(full, ids, axis=1).astype(np.float32)
+        completion = random.integers(2, VOCABULARY, TOKENS)
+        own = full[np.arange(TOKENS), completion].astype(np.float32)
+        columns = {"sample_id": f"made-up:{i}:g", "split": "train", "origin": "given", "group_id": str(i)}
+        given = random.integers(2, VOCABULARY, 20).tolist(), completion.tolist(), own, np.ones(TOKENS, np.int32)
+        rows.append(writer.Row(columns, *given, -own, sparsifier(ids, logprobs)))
+    (folder / "data").mkdir(parents=True)
+    first = folder / format.shard_name("train", 0)
+    meta = {"format_version": 1, "fingerprint": fingerprint, "rejected": []}
+    writer.write_shard(first, rows, "q8", meta)
+    shards = max(1, round(size_bytes / first.stat().st_size))
+    for number in range(1, shards):
+        shutil.copy(first, folder / format.shard_name("train", number))
+    plan = {
+        "format_version": 1,
+        "fingerprint": fingerprint,
+        "fields": fields,
+        "vocab_size": VOCABULARY,
+        "end_of_turn": 1,
+    }
+    plan["tokenizer"] = tokenizer
+    plan["shards"] = [{"name": format.shard_name("train", n), "examples": ROWS} for n in range(shards)]
+    writer.write_json(folder / "plan.json", plan)
+    import pyarrow as pa
+
+    names = pa.table(
+        {"token_id": pa.array(range(VOCABULARY), pa.int32()), "token": [str(i) for i in range(VOCABULARY)]}
+    )
+    writer.write_table(folder / "vocab.parquet", names.append_column("bytes", pa.array([b"x"] * VOCABULARY)))
+    return shards * first.stat().st_size
+
+
+def peak_bytes(cache: Path, student: Path, out: Path, steps: int) -> int:
+    """Peak resident memory of `kd train`, by the operating system's account."""
+    command = [sys.executable, "-m", "cli", "train", "--from-cache", cache, "--student", student, "--output-dir", out]
+    command += [
+        "--max-steps",
+        steps,
+        "--per-device-train-batch-size",
+        16,
+        "--logging-steps",
+        1000,
+        "--save-strategy",
+        "no",
+    ]
+    process = subprocess.Popen([*map(str, command)], cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"kd train failed with status {status}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, nargs=2, default=[1.0, 2.0])
+    parser.add_argument("--steps", type=int, default=1500, help="16 samples each")
+    parser.add_argument("--folder", type=Path, help="for the made-up caches [default: a temporary one]")
+    options = parser.parse_args()
+    found = {
+        "date": str(date.today()),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "steps": options.steps,
+    }
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+        folder = Path(scratch)
+        tokenizer = make_student(folder / "student")
+        for number, gigabytes in enumerate(options.gigabytes):
+            cache = folder / f"cache{number}"
+            size = make_cache(cache, int(gigabytes * 1e9), tokenizer)
+            assert len(manifest.read_plan(cache)["shards"]) >= 1
+            peak = peak_bytes(cache, folder / "student", folder / f"run{number}", options.steps)
+            found[f"cache_{number}"] = {"bytes": size, "peak_resident_bytes": peak}
+            print(f"cache {size / 1e9:.2f} GB: peak resident memory {peak / 1e6:,.0f} MB", flush=True)
+    difference = found["cache_1"]["peak_resident_bytes"] - found["cache_0"]["peak_resident_bytes"]
+    print(f"difference {difference / 1e6:+,.1f} MB")
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    writer.write_json(results / "memory.json", found | {"difference_bytes": difference})
+
+
+if __name__ == "__main__":
+    main()
