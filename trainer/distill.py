@@ -158,7 +158,7 @@ class DistillTrainer(Trainer):
         super().__init__(**kwargs)
         self.stream, self.held_out, self.record = stream, held_out, record
         self._sums: dict[str, Tensor] = {}
-        self.add_callback(_TrueEpoch(stream.steps_per_epoch))
+        self.add_callback(_Steps(stream.steps_per_epoch))
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(self.stream, batch_size=None)
@@ -195,14 +195,19 @@ class DistillTrainer(Trainer):
         writer.write_json(Path(output_dir or str(self.args.output_dir)) / RUN_FILE, self.record)
 
 
-class _TrueEpoch(TrainerCallback):
-    """Our stream goes on in the middle of an epoch, which Trainer does not see: the epoch follows from the step."""
+class _Steps(TrainerCallback):
+    """Our stream goes on in the middle of an epoch, which Trainer does not see: the epoch follows from the step.
+
+    The last step is always measured, so that what is kept is the best of all that was trained.
+    """
 
     def __init__(self, steps_per_epoch: int):
         self.steps_per_epoch = steps_per_epoch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.steps_per_epoch
+        if state.global_step >= state.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
 
 
 class _Report(TrainerCallback):

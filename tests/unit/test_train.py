@@ -46,7 +46,8 @@ def weights(folder):
 def test_kd_leaves_a_folder_that_transformers_loads_with_the_best_checkpoint(train, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = json.loads(train(tmp_path / "run", "--json").stdout)
+    found = json.loads(train(tmp_path / "run", "--eval-steps", 4, "--json").stdout)
+    assert [s for s, _ in history(tmp_path / "run", "step", "eval_kl")] == [4, 6], "the last step is measured too"
     kls = [kl for _, kl in history(tmp_path / "run", "step", "eval_kl")]
     assert len(kls) >= 2 and found["best_metric"] == min(kls) < kls[0]
     assert len(history(tmp_path / "run", "loss", "kl", "ce")) == 6
@@ -76,8 +77,8 @@ class Kill(d.TrainerCallback):
     def on_step_end(self, args, state, control, **kw):
         if state.global_step == after:
             os.kill(os.getpid(), 9)
-original = d._TrueEpoch
-d._TrueEpoch = lambda n: (Kill(), original(n))[0]
+original = d._Steps
+d._Steps = lambda n: (Kill(), original(n))[0]
 import cli
 cli.main()
 """
