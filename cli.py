@@ -128,19 +128,20 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     """
     _quiet_libraries()
     from kdcache import capture, examples
+    from kdcache.plan import CaptureConfig, Plan
     from kdcache.teachers import Sampling
 
     extra = _engine_extra(context, options["engine"])
-    config = capture.CaptureConfig(
+    config = CaptureConfig(
         columns=examples.Columns(options.pop("prompt_column"), options.pop("completion_column"), options.pop("system")),
         sampling=Sampling(options.pop("temperature"), options.pop("top_p"), options.pop("max_tokens")),
         split_ratios=_ratios(options.pop("split_ratios")),
         engine_extra=extra,
         **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")},
     )
-    work = capture.Capture(config)
+    plan = Plan(config)
     if options["dry_run"]:
-        _print_facts(work.dry_run(), options["as_json"])
+        _print_facts(capture.dry_run(plan), options["as_json"])
         return
     line = _ProgressLine("samples")
 
@@ -150,9 +151,9 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
             state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
         )
 
-    _note(f"{work.fields['teacher']} ({config.engine}, {work.dtype}), {len(work.examples)} examples -> {config.out}")
+    _note(f"{plan.fields['teacher']} ({config.engine}, {plan.dtype}), {len(plan.examples)} examples -> {config.out}")
     try:
-        found = work.run(show)
+        found = capture.run(plan, show)
     except KeyboardInterrupt:
         line.close()
         _note(f"interrupted; whole shards are kept. To continue:\n  {_this_command()}")

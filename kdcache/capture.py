@@ -1,15 +1,13 @@
-"""Phase one, top to bottom: plan, skip what is done, run the teacher, sparsify, write.
+"""Phase one, top to bottom: skip what is done, run the teacher, sparsify, write.
 
     kd cache-teacher --teacher embedded --examples builtin --limit 50 --out data/first
 
-The plan (plan.json) fixes what will be in which shard before the first row is run: the examples of a split, in their
-order, cut into equal slices. A shard is written when all its answers are in, whole or not at all; so resuming is a set
-difference on shards, and running the same command again after any interruption continues.
+``plan.py`` has fixed what will be in which shard. A shard is written when all its answers are in, whole or not at all;
+so running the same command again after any interruption continues with the shards that are missing.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -17,82 +15,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kdcache import embedded, examples, format, hashes, manifest, sparsify, writer
-from kdcache.errors import KDError, UsageError
-from kdcache.examples import BadRow, Columns, Example
-from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer, vocab_table
-from kdcache.teachers import Answer, EngineOptions, Request, Sampling, Teacher, has_gpu, load, resolve_dtype
-
-MODES = ("score", "sample", "both")
-
-#: Without --max-model-len, on a CPU: vLLM must prefill a prompt in one piece there, and tries its memory at start-up.
-CPU_MAX_MODEL_LEN = 2048
-
-#: Engine options that change speed and memory, not numbers: recorded, not part of the fingerprint.
-SPEED_OPTIONS = frozenset(
-    [
-        "gpu_memory_utilization",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "data_parallel_size",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "enforce_eager",
-        "swap_space",
-        "cpu_offload_gb",
-        "kv_cache_memory_bytes",
-        "disable_log_stats",
-        "download_dir",
-        "load_format",
-        "max_logprobs",
-        "enable_chunked_prefill",
-        "distributed_executor_backend",
-    ]
-)
+from kdcache import format, manifest, sparsify, writer
+from kdcache.examples import BadRow
+from kdcache.plan import Plan, Sample, Shard
+from kdcache.prompts import vocab_table
+from kdcache.teachers import Answer, Request, Teacher, has_gpu, load
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
 #: Both measured on real text; used for the prediction of --dry-run alone.
 BYTES_PER_CANDIDATE = {"q8": 2.3, "f32": 4.9}
 OTHER_BYTES_PER_TOKEN = 25
-
-
-@dataclass(frozen=True)
-class CaptureConfig:
-    """Everything that ``kd cache-teacher`` was asked for."""
-
-    out: Path
-    teacher: str = "embedded"
-    revision: str | None = None
-    examples: str = "builtin"
-    columns: Columns = field(default_factory=Columns)
-    limit: int | None = None
-    mode: str = "score"
-    samples: int = 1
-    sampling: Sampling = field(default_factory=Sampling)
-    sparsify: str = "topk:64"
-    capture_k: int | None = None
-    precision: str = "q8"
-    seed: int = 0
-    rows_per_shard: int = 512
-    split_ratios: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    engine: str = "vllm"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    overwrite: bool = False
-    engine_extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Shard:
-    split: str
-    number: int
-    examples: list[Example | BadRow]
-
-    @property
-    def name(self) -> str:
-        return format.shard_name(self.split, self.number)
 
 
 @dataclass
@@ -117,415 +49,156 @@ class Progress:
         return (time.monotonic() - self.started) / self.samples_done * max(self.samples - self.samples_done, 0)
 
 
-ProgressCallback = Callable[[Progress], None]
-
-
-class Capture:
-    """A capture resolved and planned, ready to be shown (``dry_run``) or run."""
-
-    def __init__(self, config: CaptureConfig):
-        self.config = config
-        _check(config)
-        self.model = hashes.model_folder(config.teacher, config.revision)
-        model_config = _model_config(self.model)
-        self.sparsifier = sparsify.parse(config.sparsify, config.capture_k)
-        self.vocab_size = model_config["vocab_size"]
-        if self.sparsifier.capture_k > self.vocab_size:
-            raise UsageError(
-                f"{self.sparsifier.capture_k} candidates a position were asked for, but {config.teacher} has a vocabulary of "
-                f"{self.vocab_size}; lower --sparsify or --capture-k"
-            )
-        self.dtype = resolve_dtype(config.dtype, model_config["dtype"])
-        self.max_model_len = _max_model_len(config.max_model_len, model_config["max_position_embeddings"])
-        self.prompts = Prompts(self.model, load_tokenizer(self.model))
-        self.examples = examples.load(config.examples, config.columns, config.limit)
-        self.fields = self._fingerprint_fields()
-        self.fingerprint = format.fingerprint(self.fields)
-        self.shards = self._plan()
-
-    # --- plan ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def samples_per_example(self) -> int:
-        given = self.config.mode in ("score", "both")
-        return given + (self.config.samples if self.config.mode in ("sample", "both") else 0)
-
-    @property
-    def examples_per_shard(self) -> int:
-        return max(1, self.config.rows_per_shard // self.samples_per_example)
-
-    def _plan(self) -> list[Shard]:
-        by_split: dict[str, list[Example | BadRow]] = {split: [] for split in format.SPLITS}
-        seen: set[tuple[str, str]] = set()
-        for example in self.examples:
-            if (example.source, example.row_id) in seen:
-                raise KDError(
-                    f"--examples {self.config.examples}: two rows have the id {example.row_id!r}; ids must be unique"
-                )
-            seen.add((example.source, example.row_id))
-            by_split[self._split(example)].append(example)
-        per = self.examples_per_shard
-        return [
-            Shard(split, number, rows[start : start + per])
-            for split, rows in by_split.items()
-            for number, start in enumerate(range(0, len(rows), per))
-        ]
-
-    def _split(self, example: Example | BadRow) -> str:
-        group = f"bad row {example.row_id}" if isinstance(example, BadRow) else _group_id(example)
-        return format.split_of(group, self.config.split_ratios, self.config.seed)
-
-    def _fingerprint_fields(self) -> dict[str, Any]:
-        config = self.config
-        sampled = config.mode != "score"
-        return {
-            "format_version": format.FORMAT_VERSION,
-            "teacher": _teacher_name(config.teacher),
-            "weights": hashes.weights(self.model),
-            "tokenizer": hashes.tokenizer(self.model),
-            "engine": config.engine,
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            "engine_options": {k: v for k, v in sorted(config.engine_extra.items()) if k not in SPEED_OPTIONS},
-            "mode": config.mode,
-            "seed": config.seed,
-            "samples": config.samples if sampled else None,
-            "sampling": asdict(config.sampling) if sampled else None,
-            "sparsify": str(self.sparsifier),
-            "capture_k": self.sparsifier.capture_k,
-            "precision": config.precision,
-            "completion_policy": COMPLETION_POLICY_VERSION,
-            "examples": hashes.of_json([asdict(example) for example in self.examples]),
-            "split_ratios": list(config.split_ratios),
-            "rows_per_shard": config.rows_per_shard,
-        }
-
-    def _todo(self) -> list[Shard]:
-        return [shard for shard in self.shards if not (self.config.out / shard.name).exists()]
-
-    # --- dry run ------------------------------------------------------------------------------------------------------
-
-    def dry_run(self) -> dict[str, Any]:
-        """What a run would do: samples, tokens, predicted bytes, free disk, shards. Nothing is written."""
-        self._check_folder()
-        todo = self._todo()
-        samples = prompt_tokens = given_tokens = sampled_tokens = rejected = 0
-        for shard in todo:
-            for example in shard.examples:
-                for sample in self._samples_of(shard, example):
-                    if isinstance(sample, BadRow):
-                        rejected += 1
-                        continue
-                    samples += 1
-                    prompt_tokens += len(sample.request.prompt_ids)
-                    if sample.request.completion_ids is None:
-                        sampled_tokens += self.config.sampling.max_tokens
-                    else:
-                        given_tokens += len(sample.request.completion_ids)
-        tokens = given_tokens + sampled_tokens
-        per_token = self.sparsifier.parameter * BYTES_PER_CANDIDATE[self.config.precision] + OTHER_BYTES_PER_TOKEN
-        return {
-            "out": str(self.config.out),
-            "fingerprint": self.fingerprint,
-            "teacher": self.fields["teacher"],
-            "engine": self.config.engine,
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            "examples": len(self.examples),
-            "samples_to_do": samples,
-            "rejected": rejected,
-            "prompt_tokens": prompt_tokens,
-            "given_completion_tokens": given_tokens,
-            "sampled_completion_tokens_at_most": sampled_tokens,
-            "predicted_bytes_at_most": int(tokens * per_token),
-            "free_disk_bytes": shutil.disk_usage(_existing_parent(self.config.out)).free,
-            "shards": len(self.shards),
-            "shards_to_do": len(todo),
-            "shards_by_split": {s: sum(x.split == s for x in self.shards) for s in format.SPLITS},
-        }
-
-    # --- run ----------------------------------------------------------------------------------------------------------
-
-    def run(self, progress: ProgressCallback | None = None, teacher: Teacher | None = None) -> dict[str, Any]:
-        """Do what is missing, and return the manifest."""
-        self._claim_folder()
-        todo = self._todo()
-        state = Progress(shards=len(self.shards), shards_done=len(self.shards) - len(todo))
-        state.samples = sum(len(shard.examples) for shard in todo) * self.samples_per_example
-        if todo:
-            teacher = teacher or load(self.config.engine, self._engine_options())
-            state.started = time.monotonic()
-            self._fill(todo, teacher, state, progress or (lambda _: None))
-        return manifest.write(self.config.out)
-
-    def _engine_options(self) -> EngineOptions:
-        return EngineOptions(
-            model=self.model,
-            capture_k=self.sparsifier.capture_k,
-            max_model_len=self.max_model_len,
-            dtype=self.dtype,
-            seed=self.config.seed,
-            sampling=self.config.sampling,
-            extra=self.config.engine_extra,
-        )
-
-    def _fill(self, todo: list[Shard], teacher: Teacher, state: Progress, progress: ProgressCallback) -> None:
-        """Feed the teacher from all shards to do in turn; write each shard when its last answer is in."""
-        open_shards: dict[str, OpenShard] = {}
-
-        written = time.monotonic()
-
-        def finish(shard: OpenShard) -> None:
-            nonlocal written
-            del open_shards[shard.shard.name]
-            now = time.monotonic()
-            self._write(shard, teacher, seconds=now - written)
-            written = now
-            state.shards_done += 1
-
-        def requests() -> Iterator[Request]:
-            for shard in todo:
-                opened = open_shards[shard.name] = OpenShard(shard)
-                for example in shard.examples:
-                    for sample in self._samples_of(shard, example):
-                        if isinstance(sample, BadRow):
-                            opened.rejected.append(sample)
-                        else:
-                            opened.samples.append(sample)
-                opened.by_id = {sample.fields["sample_id"]: sample for sample in opened.samples}
-                state.samples += len(opened.samples) - len(shard.examples) * self.samples_per_example
-                for sample in opened.samples:
-                    yield sample.request
-                if not opened.samples:
-                    finish(opened)
-
-        for request, answer in teacher.run(requests()):
-            shard_name, sample_id = request.key
-            shard = open_shards[shard_name]
-            shard.rows[sample_id] = self._row(shard.by_id[sample_id], answer)
-            state.samples_done += 1
-            state.tokens_done += len(answer.completion_ids)
-            if len(shard.rows) == len(shard.samples):
-                finish(shard)
-            progress(state)
-
-    # --- one sample ---------------------------------------------------------------------------------------------------
-
-    def _samples_of(self, shard: Shard, example: Example | BadRow) -> Iterator[Sample | BadRow]:
-        """The samples that one example asks for, or why it cannot be taken."""
-        if isinstance(example, BadRow):
-            yield example
-            return
-        config = self.config
-
-        def bad(reason: str) -> BadRow:
-            return BadRow(example.source, example.row_id, reason)
-
-        try:
-            rendered = self.prompts.render(example.messages)
-        except ValueError as error:
-            yield bad(str(error))
-            return
-        prompt_ids = self.prompts.prompt_ids(rendered)
-        if not prompt_ids:
-            yield bad("the prompt is empty")
-            return
-        fields = {
-            "prompt_id": f"{format.stable_hash(rendered):016x}",
-            "group_id": _group_id(example),
-            "source": example.source,
-            "split": shard.split,
-            "task": example.task,
-            "language": example.language,
-            "prompt": rendered,
-            "reference": example.reference,
-            "verifier": example.verifier,
-        }
-
-        def sample(suffix: str, completion_ids: list[int] | None, seed: int | None, **more: Any) -> Sample:
-            sample_id = f"{example.source}:{example.row_id}:{suffix}"
-            request = Request((shard.name, sample_id), prompt_ids, completion_ids, seed)
-            return Sample(request, fields | {"sample_id": sample_id, "seed": seed} | more)
-
-        def too_long(tokens: int, what: str) -> str | None:
-            if tokens + 1 <= self.max_model_len:
-                return None
-            return f"{what} {tokens} tokens and one more do not fit max_model_len {self.max_model_len}"
-
-        if config.mode != "sample" and (example.completion is not None or config.mode == "score"):
-            ids = self.prompts.completion_ids(example.completion or "")
-            if not ids:
-                yield bad("no completion to score" if example.completion is None else "the completion is empty")
-            elif reason := too_long(len(prompt_ids) + len(ids), "prompt and completion:"):
-                yield bad(reason)
-            else:
-                yield sample("g", ids, None, origin="given", completion=example.completion)
-        if config.mode != "score":
-            if reason := too_long(len(prompt_ids), "prompt:"):
-                yield bad(reason)
-                return
-            for index in range(config.samples):
-                sample_id = f"{example.source}:{example.row_id}:s{index}"
-                seed = format.request_seed(config.seed, sample_id, index)
-                yield sample(f"s{index}", None, seed, origin="sampled", sample_index=index)
-
-    def _row(self, sample: Sample, answer: Answer) -> writer.Row:
-        fields = dict(sample.fields)
-        if fields["origin"] == "sampled":
-            fields["completion"] = self.prompts.decode(answer.completion_ids)
-            fields["finish_reason"] = answer.finish_reason
-        return writer.Row(
-            fields=fields,
-            prompt_ids=sample.request.prompt_ids,
-            completion_ids=answer.completion_ids,
-            token_logprobs=answer.token_logprobs,
-            token_ranks=answer.token_ranks,
-            entropies=sparsify.entropies(answer.logprobs),
-            candidates=self.sparsifier(answer.ids, answer.logprobs),
-        )
-
-    # --- folder -------------------------------------------------------------------------------------------------------
-
-    def _plan_json(self) -> dict[str, Any]:
-        return {
-            "format_version": format.FORMAT_VERSION,
-            "fingerprint": self.fingerprint,
-            "fields": self.fields,
-            "rows_per_shard": self.config.rows_per_shard,
-            "examples_per_shard": self.examples_per_shard,
-            "split_ratios": list(self.config.split_ratios),
-            "end_of_turn": self.prompts.end_of_turn,
-            "vocab_size": self.vocab_size,
-            "tokenizer": hashes.tokenizer_identity(self.prompts.tokenizer),
-            "shards": [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards],
-        }
-
-    def _check_folder(self) -> None:
-        """Refuse a folder that is something else, or a cache with another fingerprint."""
-        out, plan = self.config.out, self.config.out / "plan.json"
-        ways_out = "Use another --out, or --overwrite to delete what is there."
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file; expected a folder")
-        if plan.is_file():
-            if self.config.overwrite:
-                return
-            old = json.loads(plan.read_text(encoding="utf-8"))
-            if old.get("fingerprint") != self.fingerprint:
-                differing = "\n  ".join(format.differing_fields(old.get("fields", {}), self.fields))
-                raise KDError(
-                    f"{out} holds a cache made differently (old -> new):\n  {differing}\n"
-                    f"A cache does not grow and is never mixed. {ways_out}"
-                )
-        elif out.is_dir() and any(out.iterdir()):
-            raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
-
-    def _claim_folder(self) -> None:
-        """Make the folder this plan's: everything that is fixed before the first row is run."""
-        self._check_folder()
-        out = self.config.out
-        if self.config.overwrite and (out / "plan.json").is_file():
-            shutil.rmtree(out)
-        (out / "data").mkdir(parents=True, exist_ok=True)
-        for leftover in (out / "data").glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
-        if not (out / "plan.json").is_file():
-            writer.write_table(out / "vocab.parquet", vocab_table(self.prompts.tokenizer, self.vocab_size))
-            writer.write_json(out / "plan.json", self._plan_json())
-
-    def _write(self, shard: OpenShard, teacher: Teacher, seconds: float) -> None:
-        ids = [sample.fields["sample_id"] for sample in shard.samples]
-        metadata = {
-            "format_version": format.FORMAT_VERSION,
-            "fingerprint": self.fingerprint,
-            "precision": self.config.precision,
-            "sparsify": str(self.sparsifier),
-            "temperature": self.config.sampling.temperature,
-            "top_p": self.config.sampling.top_p,
-            "engine": teacher.version,
-            "hardware": "cuda" if has_gpu() else "cpu",
-            "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
-            "rejected": [asdict(row) for row in shard.rejected],
-        }
-        rows = [shard.rows[sample_id] for sample_id in ids]
-        writer.write_shard(self.config.out / shard.shard.name, rows, self.config.precision, metadata)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A request and the columns of its row that are known before the teacher answers."""
-
-    request: Request
-    fields: dict[str, Any]
-
-
 @dataclass
 class OpenShard:
     """A shard whose answers are coming in."""
 
     shard: Shard
-    samples: list[Sample] = field(default_factory=list)
-    by_id: dict[str, Sample] = field(default_factory=dict)
+    samples: dict[str, Sample] = field(default_factory=dict)  # by sample_id, in the plan's order
     rejected: list[BadRow] = field(default_factory=list)
     rows: dict[str, writer.Row] = field(default_factory=dict)  # by sample_id
 
 
-def _teacher_name(teacher: str) -> str:
-    """A Hub id as it is, a folder by its last name: moving a model does not change what it says."""
-    if teacher == "embedded":
-        return embedded.NAME
-    return Path(teacher).resolve().name if Path(teacher).is_dir() else teacher
+def run(plan: Plan, progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+    """Do what is missing of a plan, and return the manifest."""
+    plan.check_folder()
+    todo = plan.todo()
+    state = Progress(shards=len(plan.shards), shards_done=len(plan.shards) - len(todo))
+    state.samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
+    # The engine first: if it cannot start, --overwrite has deleted nothing.
+    teacher = load(plan.config.engine, plan.engine_options()) if todo else None
+    claim_folder(plan)
+    if teacher is not None:
+        state.started = time.monotonic()
+        fill(plan, todo, teacher, state, progress)
+    return manifest.write(plan.config.out)
 
 
-def _group_id(example: Example) -> str:
-    """The problem a row belongs to: what the data set says, else a hash of the prompt's messages."""
-    return example.group_id or f"{format.stable_hash(example.messages):016x}"
+def claim_folder(plan: Plan) -> None:
+    """Make the folder this plan's: everything that is fixed before the first row is run."""
+    out = plan.config.out
+    if plan.config.overwrite and (out / "plan.json").is_file():
+        shutil.rmtree(out)
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    writer.remove_leftovers(out / "data")
+    if not (out / "plan.json").is_file():
+        writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
+        writer.write_json(out / "plan.json", plan.as_json())
 
 
-def _model_config(model: str) -> dict[str, Any]:
-    from transformers import AutoConfig
+def fill(
+    plan: Plan, todo: list[Shard], teacher: Teacher, state: Progress, progress: Callable[[Progress], None]
+) -> None:
+    """Feed the teacher from all shards to do in turn; write each shard when its last answer is in."""
+    open_shards: dict[str, OpenShard] = {}
+    written = time.monotonic()
 
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except Exception as error:
-        raise KDError(f"{model}: not a model that transformers can read: {str(error).splitlines()[0]}") from None
-    return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+    def requests() -> Iterator[Request]:
+        for shard in todo:
+            opened = open_shards[shard.name] = OpenShard(shard)
+            for example in shard.examples:
+                for sample in plan.samples_of(shard, example):
+                    if isinstance(sample, BadRow):
+                        opened.rejected.append(sample)
+                    else:
+                        opened.samples[sample.sample_id] = sample
+            state.samples += len(opened.samples) - len(shard.examples) * plan.samples_per_example
+            for sample in opened.samples.values():
+                yield sample.request
+            if not opened.samples:
+                finish(opened)
+
+    def finish(opened: OpenShard) -> None:
+        nonlocal written
+        del open_shards[opened.shard.name]
+        now = time.monotonic()
+        write(plan, opened, teacher, seconds=now - written)
+        written = now
+        state.shards_done += 1
+
+    for request, answer in teacher.run(requests()):
+        shard_name, sample_id = request.key
+        opened = open_shards[shard_name]
+        opened.rows[sample_id] = make_row(plan, opened.samples[sample_id], answer)
+        state.samples_done += 1
+        state.tokens_done += len(answer.completion_ids)
+        if len(opened.rows) == len(opened.samples):
+            finish(opened)
+        progress(state)
+
+
+def make_row(plan: Plan, sample: Sample, answer: Answer) -> writer.Row:
+    """The teacher's answer, sparsified, with what was known of the sample before."""
+    fields = dict(sample.fields)
+    if fields["origin"] == "sampled":
+        fields["completion"] = plan.prompts.decode(answer.completion_ids)
+        fields["finish_reason"] = answer.finish_reason
+    return writer.Row(
+        fields=fields,
+        prompt_ids=sample.request.prompt_ids,
+        completion_ids=answer.completion_ids,
+        token_logprobs=answer.token_logprobs,
+        token_ranks=answer.token_ranks,
+        entropies=sparsify.entropies(answer.logprobs),
+        candidates=plan.sparsifier(answer.ids, answer.logprobs),
+    )
+
+
+def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> None:
+    config = plan.config
+    metadata = {
+        "format_version": format.FORMAT_VERSION,
+        "fingerprint": plan.fingerprint,
+        "precision": config.precision,
+        "sparsify": str(plan.sparsifier),
+        "temperature": config.sampling.temperature,
+        "top_p": config.sampling.top_p,
+        "engine": teacher.version,
+        "hardware": "cuda" if has_gpu() else "cpu",
+        "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
+        "rejected": [asdict(row) for row in opened.rejected],
     }
+    rows = [opened.rows[sample_id] for sample_id in opened.samples]
+    writer.write_shard(config.out / opened.shard.name, rows, config.precision, metadata)
 
 
-def _max_model_len(asked: int | None, longest: int | None) -> int:
-    if asked is not None:
-        if longest is not None and asked > longest:
-            raise UsageError(f"--max-model-len {asked}: the model's positions end at {longest}")
-        return asked
-    if has_gpu():
-        return longest or 4096
-    return min(longest or CPU_MAX_MODEL_LEN, CPU_MAX_MODEL_LEN)
-
-
-def _check(config: CaptureConfig) -> None:
-    ratios = config.split_ratios
-    if len(ratios) != 3 or min(ratios) < 0 or not np.isclose(sum(ratios), 1.0):
-        raise UsageError(
-            f"--split-ratios {','.join(map(str, ratios))}: expected three shares (train,validation,test) that sum to 1"
-        )
-    if config.mode not in MODES:
-        raise UsageError(f"--mode {config.mode}: expected one of {', '.join(MODES)}")
-    if config.precision not in format.PRECISIONS:
-        raise UsageError(f"--precision {config.precision}: expected one of {', '.join(format.PRECISIONS)}")
-    for flag, value, least in (
-        ("--samples", config.samples, 1),
-        ("--rows-per-shard", config.rows_per_shard, 1),
-        ("--max-tokens", config.sampling.max_tokens, 1),
-        ("--limit", config.limit, 1),
-        ("--temperature", config.sampling.temperature, 0),
-    ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} {value}: expected at least {least}")
-    if not 0 < config.sampling.top_p <= 1:
-        raise UsageError(f"--top-p {config.sampling.top_p}: expected more than 0 and at most 1")
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """What a run would do: samples, tokens, predicted bytes, free disk, shards. Nothing is written."""
+    config = plan.config
+    plan.check_folder()
+    todo = plan.todo()
+    samples = prompt_tokens = given_tokens = sampled_tokens = rejected = 0
+    for shard in todo:
+        for sample in (s for example in shard.examples for s in plan.samples_of(shard, example)):
+            if isinstance(sample, BadRow):
+                rejected += 1
+                continue
+            samples += 1
+            prompt_tokens += len(sample.request.prompt_ids)
+            if sample.request.completion_ids is None:
+                sampled_tokens += config.sampling.max_tokens
+            else:
+                given_tokens += len(sample.request.completion_ids)
+    bytes_per_token = plan.sparsifier.parameter * BYTES_PER_CANDIDATE[config.precision] + OTHER_BYTES_PER_TOKEN
+    return {
+        "out": str(config.out),
+        "fingerprint": plan.fingerprint,
+        "teacher": plan.fields["teacher"],
+        "engine": config.engine,
+        "dtype": plan.dtype,
+        "max_model_len": plan.max_model_len,
+        "examples": len(plan.examples),
+        "samples_to_do": samples,
+        "rejected": rejected,
+        "prompt_tokens": prompt_tokens,
+        "given_completion_tokens": given_tokens,
+        "sampled_completion_tokens_at_most": sampled_tokens,
+        "predicted_bytes_at_most": int((given_tokens + sampled_tokens) * bytes_per_token),
+        "free_disk_bytes": shutil.disk_usage(_existing_parent(config.out)).free,
+        "shards": len(plan.shards),
+        "shards_to_do": len(todo),
+        "shards_by_split": {split: sum(s.split == split for s in plan.shards) for split in format.SPLITS},
+    }
 
 
 def _existing_parent(path: Path) -> Path:

@@ -34,8 +34,9 @@ def run(name: str, out: Path, note: Callable[[str], None]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     for number, step in enumerate(recipe["steps"], 1):
-        command = [part.replace("{out}", str(out)) for part in shlex.split(step["run"])]
-        note(f"\n[{number}/{len(recipe['steps'])}] {step['name']}\n$ {shlex.join(command)}")
+        text = step["run"].replace("{out}", shlex.quote(str(out)))
+        command = shlex.split(text)
+        note(f"\n[{number}/{len(recipe['steps'])}] {step['name']}\n$ {text}")
         makes = step.get("makes")
         if makes and Path(makes.replace("{out}", str(out))).exists():
             note("(done before)")

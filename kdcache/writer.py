@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def write_shard(path: Path, rows: Sequence[Row], precision: str, metadata: dict[
     Returns False when another writer's shard of the same slice got there first; that one stands.
     """
     schema = format.SCHEMA.with_metadata({b"kdcache": json.dumps(metadata, ensure_ascii=False).encode()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with open(temporary, "wb") as sink:
             with pq.ParquetWriter(sink, schema, **format.parquet_options(precision)) as writer:
@@ -98,6 +99,22 @@ def write_shard(path: Path, rows: Sequence[Row], precision: str, metadata: dict[
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what writers of this machine that are no longer running left half-written."""
+    for leftover in folder.glob(f".*.{platform.node()}.*.tmp"):
+        process = int(leftover.name.split(".")[-2])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            leftover.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # running, as another user
 
 
 def _link_into_place(temporary: Path, path: Path) -> bool:
@@ -113,7 +130,7 @@ def _link_into_place(temporary: Path, path: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a small file (manifest, plan, card) atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     with open(temporary, "w", encoding="utf-8") as sink:
         sink.write(text)
         sink.flush()
@@ -128,7 +145,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a small Parquet file (vocab) atomically."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
     os.replace(temporary, path)
     _fsync_folder(path.parent)

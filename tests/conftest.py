@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kdcache import capture, embedded
+from kdcache.plan import CaptureConfig, Plan
 from kdcache.teachers import Sampling
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -67,7 +68,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def capture_config(teacher: str, examples: Path, out: Path, **changes: Any) -> capture.CaptureConfig:
+def capture_plan(teacher: str, examples: Path, out: Path, **changes: Any) -> Plan:
     settings: dict[str, Any] = {
         "teacher": teacher,
         "examples": str(examples),
@@ -80,14 +81,14 @@ def capture_config(teacher: str, examples: Path, out: Path, **changes: Any) -> c
         "rows_per_shard": 16,
         "split_ratios": (0.6, 0.2, 0.2),
     }
-    return capture.CaptureConfig(**(settings | changes))
+    return Plan(CaptureConfig(**(settings | changes)))
 
 
 @pytest.fixture(scope="session")
 def tiny_cache(tiny_model: str, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete cache: 39 given and 39 sampled completions, and one rejected row. Not to be changed."""
     out = tmp_path_factory.mktemp("caches") / "tiny"
-    capture.Capture(capture_config(tiny_model, rows_file, out)).run()
+    capture.run(capture_plan(tiny_model, rows_file, out))
     return out
 
 

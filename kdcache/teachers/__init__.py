@@ -6,6 +6,7 @@ installed. Both return natural log-probabilities of the full-vocabulary softmax 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -81,6 +82,8 @@ def load(engine: str, options: EngineOptions) -> Teacher:
 
 
 def has_gpu() -> bool:
+    """Whether torch sees a GPU, asked through NVML: the other way would break engines that fork afterwards."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     return torch.cuda.is_available()
@@ -89,7 +92,7 @@ def has_gpu() -> bool:
 def resolve_dtype(dtype: str, model_dtype: str | None) -> str:
     """``auto`` is the checkpoint's own, except on a CPU that has no bfloat16 instructions: there float32.
 
-    vLLM's bfloat16 falls back to plain loops on such CPUs: scoring ran at 70 tokens/s against 400 in float32 (2 cores).
+    vLLM's bfloat16 falls back to plain loops on such CPUs (benchmarks/dtype.py measures it).
     """
     if dtype != "auto":
         return dtype

@@ -57,6 +57,9 @@ class VLLMTeacher:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(options.max_model_len, 2048),
             }
+        else:
+            # Scoring makes float32 logits of a whole prefill step, which vLLM does not plan memory for: bound the step.
+            arguments["max_num_batched_tokens"] = 2048
         arguments |= options.extra
         if arguments["max_logprobs"] < options.capture_k:
             raise UsageError(

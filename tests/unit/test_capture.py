@@ -11,7 +11,7 @@ import duckdb
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, capture_config
+from conftest import ROOT, capture_plan
 from transformers import AutoModelForCausalLM
 
 from kdcache import capture, manifest, query
@@ -82,7 +82,7 @@ def test_a_group_is_in_one_split_and_the_plan_names_every_shard(tiny_cache):
 def test_the_same_command_again_does_nothing(tiny_cache, tiny_model, rows_file, tmp_path):
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     before = {p.name: p.stat().st_mtime_ns for p in (copy / "data").iterdir()}
-    capture.Capture(capture_config(tiny_model, rows_file, copy)).run()
+    capture.run(capture_plan(tiny_model, rows_file, copy))
     assert before == {p.name: p.stat().st_mtime_ns for p in (copy / "data").iterdir()}
 
 
@@ -91,13 +91,13 @@ def test_a_missing_shard_is_filled_with_the_same_rows(tiny_cache, tiny_model, ro
     victim = sorted((copy / "data").glob("train-*"))[1]
     victim.unlink()
     assert not manifest.write(copy)["complete"]
-    assert capture.Capture(capture_config(tiny_model, rows_file, copy)).run()["complete"]
+    assert capture.run(capture_plan(tiny_model, rows_file, copy))["complete"]
     assert all_rows(copy) == all_rows(tiny_cache)
 
 
 def test_another_fingerprint_is_refused_with_the_fields_that_differ(tiny_cache, tiny_model, rows_file):
     with pytest.raises(KDError, match=r"(?s)seed: 0 -> 5.*sparsify: \"topk:8\" -> \"topk:4\"") as error:
-        capture.Capture(capture_config(tiny_model, rows_file, tiny_cache, seed=5, sparsify="topk:4")).run()
+        capture.run(capture_plan(tiny_model, rows_file, tiny_cache, seed=5, sparsify="topk:4"))
     assert "--overwrite" in str(error.value) and "mode" not in str(error.value)
 
 
@@ -105,7 +105,7 @@ def test_a_folder_that_is_no_cache_is_left_alone(tiny_model, rows_file, tmp_path
     (tmp_path / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(KDError, match="is no cache"):
-            capture.Capture(capture_config(tiny_model, rows_file, tmp_path, overwrite=overwrite)).run()
+            capture.run(capture_plan(tiny_model, rows_file, tmp_path, overwrite=overwrite))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -115,10 +115,10 @@ def test_rows_that_do_not_fit_are_rejected_whole(tiny_model, tmp_path):
     rows.write_text(
         "".join(json.dumps(r) + "\n" for r in (long, empty, {"prompt": "fine", "completion": "yes"}, {"prompt": "a"}))
     )
-    config = capture_config(
+    plan = capture_plan(
         tiny_model, rows, tmp_path / "out", mode="score", max_model_len=100, split_ratios=(1.0, 0.0, 0.0)
     )
-    found = capture.Capture(config).run()
+    found = capture.run(plan)
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert found["rows"] == 1 and found["rejected"] == 3
     assert "do not fit max_model_len 100" in reasons[0] and reasons[1] == "the completion is empty"
@@ -131,10 +131,10 @@ def test_a_slice_whose_rows_were_all_rejected_is_a_shard_without_row_groups(tiny
     rows = tmp_path / "rows.jsonl"
     good, bad = {"prompt": "fine", "completion": "yes"}, {"prompt": "fine", "completion": ""}
     rows.write_text("".join(json.dumps(r) + "\n" for r in (good, bad, good)))
-    config = capture_config(
+    plan = capture_plan(
         tiny_model, rows, tmp_path / "out", mode="score", rows_per_shard=1, split_ratios=(1.0, 0.0, 0.0)
     )
-    found = capture.Capture(config).run()
+    found = capture.run(plan)
     assert [s["rows"] for s in found["shards"]] == [1, 0, 1]
     assert load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))["train"].num_rows == 2
     assert query.run(tmp_path / "out", "SELECT count(*) FROM samples")[1] == [(2,)]
@@ -144,7 +144,7 @@ def test_duplicate_ids_are_an_error(tiny_model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": 3, "prompt": "a", "completion": "b"}\n' * 2)
     with pytest.raises(KDError, match="two rows have the id '3'"):
-        capture.Capture(capture_config(tiny_model, rows, tmp_path / "out"))
+        capture_plan(tiny_model, rows, tmp_path / "out")
 
 
 def test_messages_are_read_up_to_the_last_assistant_turn(tiny_model, tmp_path):
@@ -153,21 +153,21 @@ def test_messages_are_read_up_to_the_last_assistant_turn(tiny_model, tmp_path):
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "last"))
     ]
     rows.write_text(json.dumps({"messages": turns}) + "\n")
-    config = capture_config(tiny_model, rows, tmp_path / "out", mode="score", split_ratios=(1.0, 0.0, 0.0))
-    capture.Capture(config).run()
+    plan = capture_plan(tiny_model, rows, tmp_path / "out", mode="score", split_ratios=(1.0, 0.0, 0.0))
+    capture.run(plan)
     ((prompt, completion),) = all_rows(tmp_path / "out", "prompt, completion")
     assert "assistant\nb<|im_end|>" in prompt and "last" not in prompt and completion == "last"
 
 
 def test_the_dry_run_counts_and_writes_nothing(tiny_model, rows_file, tmp_path):
-    facts = capture.Capture(capture_config(tiny_model, rows_file, tmp_path / "out")).dry_run()
+    facts = capture.dry_run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
     assert facts["samples_to_do"] == 78 and facts["rejected"] == 1 and facts["shards_to_do"] == facts["shards"]
     assert facts["sampled_completion_tokens_at_most"] == 39 * 12 and not (tmp_path / "out").exists()
 
 
 def test_more_candidates_than_the_vocabulary_are_refused(tiny_model, rows_file, tmp_path):
     with pytest.raises(UsageError, match="vocabulary of 49152"):
-        capture.Capture(capture_config(tiny_model, rows_file, tmp_path / "out", sparsify="topk:50000"))
+        capture_plan(tiny_model, rows_file, tmp_path / "out", sparsify="topk:50000")
 
 
 def test_sample_seeds_do_not_depend_on_order(tiny_cache, tiny_model, rows_file, tmp_path):
@@ -176,7 +176,7 @@ def test_sample_seeds_do_not_depend_on_order(tiny_cache, tiny_model, rows_file, 
     reverse.write_text(
         "".join(reversed(rows_file.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8"
     )
-    capture.Capture(capture_config(tiny_model, reverse, tmp_path / "out")).run()
+    capture.run(capture_plan(tiny_model, reverse, tmp_path / "out"))
     wanted = "sample_id, completion_ids, candidate_ids"
     assert all_rows(tmp_path / "out", wanted) == all_rows(tiny_cache, wanted)
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import capture_config
+from conftest import capture_plan
 
 from kdcache import capture, manifest, reader
 from kdcache.errors import KDError
@@ -24,7 +24,7 @@ def test_each_position_sums_to_one_minus_its_tail(tiny_cache):
 
 
 def test_f32_keeps_what_q8_rounds(tiny_model, rows_file, tiny_cache, tmp_path):
-    capture.Capture(capture_config(tiny_model, rows_file, tmp_path / "f32", precision="f32")).run()
+    capture.run(capture_plan(tiny_model, rows_file, tmp_path / "f32", precision="f32"))
     rounded = reader.Cache(tiny_cache).read(first_shard(tiny_cache), 0, range(3))
     exact = reader.Cache(tmp_path / "f32").read(first_shard(tmp_path / "f32"), 0, range(3))
     for q8, f32 in zip(rounded, exact):
@@ -42,7 +42,7 @@ def test_samples_come_in_the_order_asked_for(tiny_cache):
 
 def test_a_shard_of_another_cache_is_refused(tiny_cache, tiny_model, rows_file, tmp_path):
     other = tmp_path / "other"
-    capture.Capture(capture_config(tiny_model, rows_file, other, seed=1)).run()
+    capture.run(capture_plan(tiny_model, rows_file, other, seed=1))
     name = first_shard(other)
     shutil.copy(tiny_cache / "data" / first_shard(tiny_cache), other / "data" / name)
     with pytest.raises(KDError, match="belongs to another cache"):

@@ -1,0 +1,344 @@
+"""What will be in which shard, and when two captures are the same: configuration, fingerprint, plan.
+
+The plan is fixed before the first row is run: the examples of a split, in their order, cut into equal slices, one slice
+a shard. It follows from the configuration and the examples alone, so that every run of the same command, on any
+machine, knows the same shards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdcache import embedded, examples, format, hashes, sparsify
+from kdcache.errors import KDError, UsageError
+from kdcache.examples import BadRow, Columns, Example
+from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
+from kdcache.teachers import EngineOptions, Request, Sampling, has_gpu, resolve_dtype
+
+MODES = ("score", "sample", "both")
+
+#: Without --max-model-len, on a CPU: vLLM must prefill a prompt in one piece there, and tries its memory at start-up.
+CPU_MAX_MODEL_LEN = 2048
+
+#: Engine options that change speed and memory, not numbers: recorded, not part of the fingerprint.
+SPEED_OPTIONS = frozenset(
+    [
+        "gpu_memory_utilization",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enforce_eager",
+        "swap_space",
+        "cpu_offload_gb",
+        "kv_cache_memory_bytes",
+        "disable_log_stats",
+        "download_dir",
+        "load_format",
+        "max_logprobs",
+        "enable_chunked_prefill",
+        "distributed_executor_backend",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Everything that ``kd cache-teacher`` was asked for."""
+
+    out: Path
+    teacher: str = "embedded"
+    revision: str | None = None
+    examples: str = "builtin"
+    columns: Columns = field(default_factory=Columns)
+    limit: int | None = None
+    mode: str = "score"
+    samples: int = 1
+    sampling: Sampling = field(default_factory=Sampling)
+    sparsify: str = "topk:64"
+    capture_k: int | None = None
+    precision: str = "q8"
+    seed: int = 0
+    rows_per_shard: int = 512
+    split_ratios: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    engine: str = "vllm"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    overwrite: bool = False
+    engine_extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    split: str
+    number: int
+    examples: list[Example | BadRow]
+
+    @property
+    def name(self) -> str:
+        return format.shard_name(self.split, self.number)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A request and the columns of its row that are known before the teacher answers."""
+
+    request: Request
+    fields: dict[str, Any]
+
+    @property
+    def sample_id(self) -> str:
+        return self.fields["sample_id"]
+
+
+class Plan:
+    """A configuration resolved against its teacher and examples. Nothing is written and no weights are loaded."""
+
+    def __init__(self, config: CaptureConfig):
+        self.config = config
+        _check(config)
+        self.model = hashes.model_folder(config.teacher, config.revision)
+        model_config = _model_config(self.model)
+        self.sparsifier = sparsify.parse(config.sparsify, config.capture_k)
+        self.vocab_size = model_config["vocab_size"]
+        if self.sparsifier.capture_k > self.vocab_size:
+            raise UsageError(
+                f"{self.sparsifier.capture_k} candidates a position were asked for, but {config.teacher} has a vocabulary of "
+                f"{self.vocab_size}; lower --sparsify or --capture-k"
+            )
+        self.dtype = resolve_dtype(config.dtype, model_config["dtype"])
+        self.max_model_len = _max_model_len(config.max_model_len, model_config["max_position_embeddings"])
+        self.prompts = Prompts(self.model, load_tokenizer(self.model))
+        self.examples = examples.load(config.examples, config.columns, config.limit)
+        self.fields = self._fingerprint_fields()
+        self.fingerprint = format.fingerprint(self.fields)
+        self.shards = self._cut()
+
+    @property
+    def samples_per_example(self) -> int:
+        given = self.config.mode in ("score", "both")
+        return given + (self.config.samples if self.config.mode in ("sample", "both") else 0)
+
+    @property
+    def examples_per_shard(self) -> int:
+        return max(1, self.config.rows_per_shard // self.samples_per_example)
+
+    def _cut(self) -> list[Shard]:
+        by_split: dict[str, list[Example | BadRow]] = {split: [] for split in format.SPLITS}
+        seen: set[tuple[str, str]] = set()
+        for example in self.examples:
+            if (example.source, example.row_id) in seen:
+                raise KDError(
+                    f"--examples {self.config.examples}: two rows have the id {example.row_id!r}; ids must be unique"
+                )
+            seen.add((example.source, example.row_id))
+            by_split[self._split(example)].append(example)
+        per = self.examples_per_shard
+        return [
+            Shard(split, number, rows[start : start + per])
+            for split, rows in by_split.items()
+            for number, start in enumerate(range(0, len(rows), per))
+        ]
+
+    def _split(self, example: Example | BadRow) -> str:
+        group = f"bad row {example.row_id}" if isinstance(example, BadRow) else _group_id(example)
+        return format.split_of(group, self.config.split_ratios, self.config.seed)
+
+    def _fingerprint_fields(self) -> dict[str, Any]:
+        config = self.config
+        sampled = config.mode != "score"
+        return {
+            "format_version": format.FORMAT_VERSION,
+            "teacher": _teacher_name(config.teacher),
+            "weights": hashes.weights(self.model),
+            "tokenizer": hashes.tokenizer(self.model),
+            "engine": config.engine,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "engine_options": {k: v for k, v in sorted(config.engine_extra.items()) if k not in SPEED_OPTIONS},
+            "mode": config.mode,
+            "seed": config.seed,
+            "samples": config.samples if sampled else None,
+            "sampling": asdict(config.sampling) if sampled else None,
+            "sparsify": str(self.sparsifier),
+            "capture_k": self.sparsifier.capture_k,
+            "precision": config.precision,
+            "completion_policy": COMPLETION_POLICY_VERSION,
+            "examples": hashes.of_json([asdict(example) for example in self.examples]),
+            "split_ratios": list(config.split_ratios),
+            "rows_per_shard": config.rows_per_shard,
+        }
+
+    def engine_options(self) -> EngineOptions:
+        return EngineOptions(
+            model=self.model,
+            capture_k=self.sparsifier.capture_k,
+            max_model_len=self.max_model_len,
+            dtype=self.dtype,
+            seed=self.config.seed,
+            sampling=self.config.sampling,
+            extra=self.config.engine_extra,
+        )
+
+    def todo(self) -> list[Shard]:
+        """The shards that are not there yet: resuming is a set difference."""
+        if self.config.overwrite:
+            return self.shards
+        return [shard for shard in self.shards if not (self.config.out / shard.name).exists()]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "format_version": format.FORMAT_VERSION,
+            "fingerprint": self.fingerprint,
+            "fields": self.fields,
+            "rows_per_shard": self.config.rows_per_shard,
+            "examples_per_shard": self.examples_per_shard,
+            "split_ratios": list(self.config.split_ratios),
+            "end_of_turn": self.prompts.end_of_turn,
+            "vocab_size": self.vocab_size,
+            "tokenizer": hashes.tokenizer_identity(self.prompts.tokenizer),
+            "shards": [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards],
+        }
+
+    def check_folder(self) -> None:
+        """Refuse a folder that is something else, or a cache with another fingerprint."""
+        out, plan = self.config.out, self.config.out / "plan.json"
+        ways_out = "Use another --out, or --overwrite to delete what is there."
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"--out {out} is a file; expected a folder")
+        if plan.is_file():
+            if self.config.overwrite:
+                return
+            old = json.loads(plan.read_text(encoding="utf-8"))
+            if old.get("fingerprint") != self.fingerprint:
+                differing = "\n  ".join(format.differing_fields(old.get("fields", {}), self.fields))
+                raise KDError(
+                    f"{out} holds a cache made differently (old -> new):\n  {differing}\n"
+                    f"A cache does not grow and is never mixed. {ways_out}"
+                )
+        elif out.is_dir() and any(out.iterdir()):
+            raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
+
+    def samples_of(self, shard: Shard, example: Example | BadRow) -> Iterator[Sample | BadRow]:
+        """The samples that one example asks for, or why it cannot be taken."""
+        if isinstance(example, BadRow):
+            yield example
+            return
+        config = self.config
+
+        def bad(reason: str) -> BadRow:
+            return BadRow(example.source, example.row_id, reason)
+
+        try:
+            rendered = self.prompts.render(example.messages)
+        except ValueError as error:
+            yield bad(str(error))
+            return
+        prompt_ids = self.prompts.prompt_ids(rendered)
+        if not prompt_ids:
+            yield bad("the prompt is empty")
+            return
+        fields = {
+            "prompt_id": f"{format.stable_hash(rendered):016x}",
+            "group_id": _group_id(example),
+            "source": example.source,
+            "split": shard.split,
+            "task": example.task,
+            "language": example.language,
+            "prompt": rendered,
+            "reference": example.reference,
+            "verifier": example.verifier,
+        }
+
+        def sample(suffix: str, completion_ids: list[int] | None, seed: int | None, **more: Any) -> Sample:
+            sample_id = f"{example.source}:{example.row_id}:{suffix}"
+            request = Request((shard.name, sample_id), prompt_ids, completion_ids, seed)
+            return Sample(request, fields | {"sample_id": sample_id, "seed": seed} | more)
+
+        def too_long(tokens: int, what: str) -> str | None:
+            if tokens + 1 <= self.max_model_len:
+                return None
+            return f"{what} {tokens} tokens and one more do not fit max_model_len {self.max_model_len}"
+
+        if config.mode != "sample" and (example.completion is not None or config.mode == "score"):
+            ids = self.prompts.completion_ids(example.completion or "")
+            if not ids:
+                yield bad("no completion to score" if example.completion is None else "the completion is empty")
+            elif reason := too_long(len(prompt_ids) + len(ids), "prompt and completion:"):
+                yield bad(reason)
+            else:
+                yield sample("g", ids, None, origin="given", completion=example.completion)
+        if config.mode != "score":
+            if reason := too_long(len(prompt_ids), "prompt:"):
+                yield bad(reason)
+                return
+            for index in range(config.samples):
+                sample_id = f"{example.source}:{example.row_id}:s{index}"
+                seed = format.request_seed(config.seed, sample_id, index)
+                yield sample(f"s{index}", None, seed, origin="sampled", sample_index=index)
+
+
+def _teacher_name(teacher: str) -> str:
+    """A Hub id as it is, a folder by its last name: moving a model does not change what it says."""
+    if teacher == "embedded":
+        return embedded.NAME
+    return Path(teacher).resolve().name if Path(teacher).is_dir() else teacher
+
+
+def _group_id(example: Example) -> str:
+    """The problem a row belongs to: what the data set says, else a hash of the prompt's messages."""
+    return example.group_id or f"{format.stable_hash(example.messages):016x}"
+
+
+def _model_config(model: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except Exception as error:
+        raise KDError(f"{model}: not a model that transformers can read: {str(error).splitlines()[0]}") from None
+    return {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+    }
+
+
+def _max_model_len(asked: int | None, longest: int | None) -> int:
+    if asked is not None:
+        if longest is not None and asked > longest:
+            raise UsageError(f"--max-model-len {asked}: the model's positions end at {longest}")
+        return asked
+    if has_gpu():
+        return longest or 4096
+    return min(longest or CPU_MAX_MODEL_LEN, CPU_MAX_MODEL_LEN)
+
+
+def _check(config: CaptureConfig) -> None:
+    ratios = config.split_ratios
+    if len(ratios) != 3 or min(ratios) < 0 or not np.isclose(sum(ratios), 1.0):
+        raise UsageError(
+            f"--split-ratios {','.join(map(str, ratios))}: expected three shares (train,validation,test) that sum to 1"
+        )
+    if config.mode not in MODES:
+        raise UsageError(f"--mode {config.mode}: expected one of {', '.join(MODES)}")
+    if config.precision not in format.PRECISIONS:
+        raise UsageError(f"--precision {config.precision}: expected one of {', '.join(format.PRECISIONS)}")
+    for flag, value, least in (
+        ("--samples", config.samples, 1),
+        ("--rows-per-shard", config.rows_per_shard, 1),
+        ("--max-tokens", config.sampling.max_tokens, 1),
+        ("--limit", config.limit, 1),
+        ("--temperature", config.sampling.temperature, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{flag} {value}: expected at least {least}")
+    if not 0 < config.sampling.top_p <= 1:
+        raise UsageError(f"--top-p {config.sampling.top_p}: expected more than 0 and at most 1")
