@@ -228,7 +228,7 @@ def sql(cache: Path, query: str | None, list_views: bool, as_csv: bool, as_json:
         writer.writerow(names)
         writer.writerows(rows)
     else:
-        _print_table(names, rows)
+        _print_table(names, rows, width=120 if list_views else 64)
 
 
 # --- phase two --------------------------------------------------------------------------------------------------------
