@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import shlex
 import sys
@@ -215,20 +216,20 @@ def sql(cache: Path, query: str | None, list_views: bool, as_csv: bool, as_json:
     from kdcache import query as queries
 
     if list_views:
-        names, rows = ["view", "answers"], list(queries.described())
+        names, rows = ["view", "answers"], iter(queries.described())
     elif query:
-        names, rows = queries.run(cache, query)
+        names, rows = queries.stream(cache, query)
     else:
         raise click.UsageError('name a query ("SELECT ...") or --list')
     if as_json:
         for row in rows:
-            click.echo(json.dumps(dict(zip(names, row)), ensure_ascii=False, default=_plain))
+            click.echo(json.dumps(dict(zip(names, map(_finite, row))), ensure_ascii=False, default=_plain))
     elif as_csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(names)
         writer.writerows(rows)
     else:
-        _print_table(names, rows, width=120 if list_views else 64)
+        _print_table(names, list(rows), width=120 if list_views else 64)
 
 
 # --- phase two --------------------------------------------------------------------------------------------------------
@@ -461,6 +462,13 @@ def _plain(value: Any) -> Any:
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: a tail of -inf becomes null."""
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _cell(value: Any, width: int) -> str:
     if value is None:
         return ""
@@ -470,7 +478,7 @@ def _cell(value: Any, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _print_table(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 64) -> None:
+def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 64) -> None:
     cells = [[_cell(value, width) for value in row] for row in rows]
     numeric = [all(isinstance(r[i], int | float | type(None)) for r in rows) for i in range(len(names))]  # type: ignore[index]
     widths = [max([len(n), *(len(r[i]) for r in cells)]) for i, n in enumerate(names)]
@@ -545,7 +553,8 @@ def _quiet_libraries() -> None:
 
 
 def _this_command() -> str:
-    return shlex.join(["kd", *sys.argv[1:]])
+    """What was typed, to be run again; without --overwrite, which would delete what is to be continued."""
+    return shlex.join(["kd", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
 
 
 # --- options that are passed through ----------------------------------------------------------------------------------
@@ -633,6 +642,20 @@ def main() -> None:
     except KDError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("", "kdcache", "trainer", "cli"):
+            raise
+        click.echo(
+            f"Error: {missing} is not installed. Phase one needs `pip install 'kdcache[teacher]'` (GPU) or", err=True
+        )
+        click.echo("`'kdcache[teacher-cpu]'`, phase two `pip install 'kdcache[train]'`.", err=True)
+        code = 1
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        click.echo(f"Error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), err=True)
+        code = 1
     else:
         code = 0
     sys.exit(code)

@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, nargs=2, default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, default=1500, help="16 samples each")
     parser.add_argument("--folder", type=Path, help="for the made-up caches [default: a temporary one]")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     found = {
         "date": str(date.today()),
@@ -128,9 +129,8 @@ def main() -> None:
             print(f"cache {size / 1e9:.2f} GB: peak resident memory {peak / 1e6:,.0f} MB", flush=True)
     difference = found["cache_1"]["peak_resident_bytes"] - found["cache_0"]["peak_resident_bytes"]
     print(f"difference {difference / 1e6:+,.1f} MB")
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    writer.write_json(results / "memory.json", found | {"difference_bytes": difference})
+    options.results.mkdir(exist_ok=True)
+    writer.write_json(options.results / "memory.json", found | {"difference_bytes": difference})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ so running the same command again after any interruption continues with the shar
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from kdcache import format, manifest, sparsify, writer
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table
-from kdcache.teachers import Answer, Request, Teacher, has_gpu, load
+from kdcache.teachers import Answer, Request, Teacher, load, runs_on_gpu
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
 #: Both measured on real text; used for the prediction of --dry-run alone.
@@ -78,12 +79,17 @@ def claim_folder(plan: Plan) -> None:
     """Make the folder this plan's: everything that is fixed before the first row is run."""
     out = plan.config.out
     if plan.config.overwrite and (out / "plan.json").is_file():
-        shutil.rmtree(out)
-    (out / "data").mkdir(parents=True, exist_ok=True)
-    writer.remove_leftovers(out / "data")
-    if not (out / "plan.json").is_file():
+        away = out.with_name(f".{out.name}.{os.getpid()}.deleted")
+        out.rename(away)  # whole or not at all, whatever interrupts the deletion
+        shutil.rmtree(away)
+    out.mkdir(parents=True, exist_ok=True)
+    if not writer.create_json(out / "plan.json", plan.as_json()):
+        plan.check_folder(overwrite=False)  # it may have come from another run while the engine started
+    (out / "data").mkdir(exist_ok=True)
+    for folder in (out, out / "data"):
+        writer.remove_leftovers(folder)
+    if not (out / "vocab.parquet").is_file():
         writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
-        writer.write_json(out / "plan.json", plan.as_json())
 
 
 def fill(
@@ -154,7 +160,7 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
         "temperature": config.sampling.temperature,
         "top_p": config.sampling.top_p,
         "engine": teacher.version,
-        "hardware": "cuda" if has_gpu() else "cpu",
+        "hardware": "gpu" if runs_on_gpu(config.engine) else "cpu",
         "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
         "rejected": [asdict(row) for row in opened.rejected],
     }

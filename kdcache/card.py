@@ -17,7 +17,7 @@ What a teacher said, once, for distilling students from: top-k log-probabilities
 
 | | |
 |---|---|
-| teacher | {teacher} ({engine}, {dtype}) |
+| teacher | {teacher}{revision} ({engine}, {dtype}) |
 | mode | {mode} |
 | candidates a position | {sparsify}, {precision} |
 | samples | {rows:,} in {shards} of {planned} shards, {bytes:,} bytes |
@@ -65,6 +65,7 @@ def render(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
         planned=manifest["shards_planned"],
         bytes=manifest["bytes"],
         rejected=manifest["rejected"],
+        revision=f", revision {plan['teacher_revision']}" if plan["teacher_revision"] else "",
         fingerprint=manifest["fingerprint"],
         **{name: fields[name] for name in ("teacher", "engine", "dtype", "mode", "sparsify", "precision")},
     )

@@ -21,11 +21,7 @@ from kdcache.errors import KDError
 
 NAME = "SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LICENSE = "apache-2.0"
 _RECIPE = 1  # raise when the preparation changes, so that an old folder is not taken for a new one
-
-#: Dropping these ten of the 30 layers costs least: KL 1.7 nats to the teacher, against 5.7 for every other layer.
-CHEAPEST_LAYERS_TO_DROP = (5, 12, 13, 14, 15, 16, 17, 18, 25, 26)
 
 
 def home() -> Path:
@@ -74,11 +70,6 @@ def prepare() -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return target
-
-
-def resolve(model: str) -> str:
-    """``embedded`` -> its folder; anything else is returned as it is."""
-    return str(prepare()) if model == "embedded" else model
 
 
 if __name__ == "__main__":

@@ -17,3 +17,8 @@ class UsageError(KDError):
 
     def __init__(self, message: str):
         super().__init__(message, exit_code=2)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception that says something, else its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

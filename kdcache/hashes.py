@@ -6,6 +6,7 @@ already carry their sha256 in the name that they link to.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import embedded, writer
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import KDError, UsageError, first_line
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _TOKENIZER = (
@@ -41,8 +42,15 @@ def model_folder(model: str, revision: str | None = None) -> str:
             ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*", "*.pth"],
         )
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise KDError(f"{model}: no such folder here, and it could not be had from the Hub: {reason}") from None
+        raise KDError(
+            f"{model}: no such folder here, and it could not be had from the Hub: {first_line(error)}"
+        ) from None
+
+
+def revision(folder: str) -> str | None:
+    """The commit of a folder in the Hub's cache; None for any other folder."""
+    name = Path(folder).name
+    return name if Path(folder).parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name) else None
 
 
 def weights(folder: str) -> str:
@@ -62,22 +70,20 @@ def tokenizer(folder: str) -> str:
 PROBE = "The quick brown fox: ¿cómo estás? año 2026\n\tdef f(x): return x**2  # 三 🙂"
 
 
-def tokenizer_identity(tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
     """Equal for two tokenizers with the same token -> id map, special ids and encoding of a probe.
 
     Chat templates and file layouts may differ: a student saved by another library version is still the same.
     """
-    return of_json(
-        [
-            sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]),
-            [tokenizer.bos_token_id, tokenizer.eos_token_id],
-            tokenizer(PROBE, add_special_tokens=False)["input_ids"],
-        ]
-    )
+    return {
+        "vocabulary": of_json(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
+        "special ids": {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id},
+        "encoding of a probe": of_json(tokenizer(PROBE, add_special_tokens=False)["input_ids"]),
+    }
 
 
 def of_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _sha256(file: Path) -> str:
@@ -93,6 +99,7 @@ def _sha256(file: Path) -> str:
         known = {}
     if key not in known:
         known[key] = writer.sha256(target)
-        store.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_json(store, known)
+        with contextlib.suppress(OSError):  # only a memo is lost
+            store.parent.mkdir(parents=True, exist_ok=True)
+            writer.write_json(store, known)
     return known[key]

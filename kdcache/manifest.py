@@ -5,6 +5,7 @@ Written by the driver when a capture ends, or by the first ``kd cache info``; ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -36,6 +37,19 @@ def read_plan(cache: Path) -> dict[str, Any]:
 
 def write(cache: Path) -> dict[str, Any]:
     """Sum the shards, write manifest.json, rejected.jsonl and README.md, and return the manifest."""
+    plan, manifest, rejected = _sum(cache)
+    _save(cache, plan, manifest, rejected)
+    return manifest
+
+
+def _save(cache: Path, plan: dict[str, Any], manifest: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
+    writer.write_text(cache / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
+    writer.write_json(cache / "manifest.json", manifest)
+    writer.write_text(cache / "README.md", card.render(plan, manifest))
+
+
+def _sum(cache: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """The plan, the manifest and the rejected rows, from the shards."""
     plan = read_plan(cache)
     known = {shard["name"]: shard for shard in _read(cache).get("shards", [])}
     shards, rejected = [], []
@@ -43,7 +57,7 @@ def write(cache: Path) -> dict[str, Any]:
         path = cache / planned["name"]
         if not path.is_file():
             continue
-        shard, bad = _read_shard(path, planned["name"], known.get(planned["name"], {}))
+        shard, bad = _read_shard(path, planned["name"], plan["fingerprint"], known.get(planned["name"], {}))
         shards.append(shard)
         rejected.extend(bad)
     manifest = {
@@ -60,10 +74,7 @@ def write(cache: Path) -> dict[str, Any]:
         "seconds": round(sum(s["seconds"] for s in shards), 1),
         "shards": shards,
     }
-    writer.write_text(cache / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
-    writer.write_json(cache / "manifest.json", manifest)
-    writer.write_text(cache / "README.md", card.render(plan, manifest))
-    return manifest
+    return plan, manifest, rejected
 
 
 def _read(cache: Path) -> dict[str, Any]:
@@ -73,7 +84,9 @@ def _read(cache: Path) -> dict[str, Any]:
         return {}
 
 
-def _read_shard(path: Path, name: str, known: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _read_shard(
+    path: Path, name: str, fingerprint: str, known: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One shard's line of the manifest, from its footer and one column; and its rejected rows."""
     status = path.stat()
     try:
@@ -85,6 +98,8 @@ def _read_shard(path: Path, name: str, known: dict[str, Any]) -> tuple[dict[str,
         raise KDError(
             f"{path} is damaged ({error}); delete it and run the same kd cache-teacher command again", 3
         ) from None
+    if metadata.get("fingerprint") != fingerprint:
+        raise KDError(f"{path} belongs to another cache; delete it and run the same kd cache-teacher command again", 3)
     candidates = candidate_bytes = 0
     for group in range(footer.num_row_groups):
         for column in range(footer.num_columns):
@@ -113,7 +128,9 @@ def _read_shard(path: Path, name: str, known: dict[str, Any]) -> tuple[dict[str,
 
 def summary(cache: Path) -> dict[str, Any]:
     """``kd cache info``: the manifest made anew from the shards, with what people ask first worked out."""
-    plan, manifest = read_plan(cache), write(cache)
+    plan, manifest, rejected = _sum(cache)
+    with contextlib.suppress(OSError):  # a cache that cannot be written to can still be summed up
+        _save(cache, plan, manifest, rejected)
     tokens = manifest["completion_tokens"]
     splits = Counter[str]()
     for shard in manifest["shards"]:
@@ -124,6 +141,7 @@ def summary(cache: Path) -> dict[str, Any]:
         "complete": manifest["complete"],
         "shards": f"{len(manifest['shards'])} of {manifest['shards_planned']}",
         "teacher": fields["teacher"],
+        "teacher_revision": plan["teacher_revision"],
         "engine": fields["engine"],
         "dtype": fields["dtype"],
         "mode": fields["mode"],

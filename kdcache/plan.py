@@ -10,21 +10,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kdcache import embedded, examples, format, hashes, sparsify
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
-from kdcache.teachers import EngineOptions, Request, Sampling, has_gpu, resolve_dtype
+from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
 MODES = ("score", "sample", "both")
 
 #: Without --max-model-len, on a CPU: vLLM must prefill a prompt in one piece there, and tries its memory at start-up.
 CPU_MAX_MODEL_LEN = 2048
+
+#: Options that would make the cache say something else than it claims, or that have a name here.
+REFUSED_OPTIONS = {
+    "model": "use --teacher",
+    "tokenizer": "the teacher's own is used",
+    "logprobs_mode": "a cache holds log-probabilities of the raw softmax",
+    "skip_tokenizer_init": "the tokenizer is needed",
+    "enable_prefix_caching": "vLLM cannot score a prompt whose start it took from its cache",
+}
 
 #: Engine options that change speed and memory, not numbers: recorded, not part of the fingerprint.
 SPEED_OPTIONS = frozenset(
@@ -41,7 +51,6 @@ SPEED_OPTIONS = frozenset(
         "kv_cache_memory_bytes",
         "disable_log_stats",
         "download_dir",
-        "load_format",
         "max_logprobs",
         "enable_chunked_prefill",
         "distributed_executor_backend",
@@ -113,13 +122,23 @@ class Plan:
                 f"{self.sparsifier.capture_k} candidates a position were asked for, but {config.teacher} has a vocabulary of "
                 f"{self.vocab_size}; lower --sparsify or --capture-k"
             )
-        self.dtype = resolve_dtype(config.dtype, model_config["dtype"])
-        self.max_model_len = _max_model_len(config.max_model_len, model_config["max_position_embeddings"])
-        self.prompts = Prompts(self.model, load_tokenizer(self.model))
+        self.dtype = resolve_dtype(config.dtype, model_config["dtype"], config.engine)
+        self.max_model_len = _max_model_len(config, model_config["max_position_embeddings"])
+        self.date = self._date()
+        self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date)
         self.examples = examples.load(config.examples, config.columns, config.limit)
+        if all(isinstance(example, BadRow) for example in self.examples):
+            raise KDError(f"--examples {config.examples}: no row can be taken. {self.examples[0].reason}")  # type: ignore[union-attr]
         self.fields = self._fingerprint_fields()
         self.fingerprint = format.fingerprint(self.fields)
         self.shards = self._cut()
+
+    def _date(self) -> date:
+        """The day that chat templates are told: the plan's, so that a capture resumed later renders the same prompts."""
+        try:
+            return date.fromisoformat(json.loads((self.config.out / "plan.json").read_text(encoding="utf-8"))["date"])
+        except (OSError, ValueError, KeyError):
+            return date.today()
 
     @property
     def samples_per_example(self) -> int:
@@ -159,6 +178,7 @@ class Plan:
             "teacher": _teacher_name(config.teacher),
             "weights": hashes.weights(self.model),
             "tokenizer": hashes.tokenizer(self.model),
+            "template_date": str(self.date) if self.prompts.tells_the_date else None,
             "engine": config.engine,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -198,23 +218,22 @@ class Plan:
             "format_version": format.FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "fields": self.fields,
-            "rows_per_shard": self.config.rows_per_shard,
-            "examples_per_shard": self.examples_per_shard,
-            "split_ratios": list(self.config.split_ratios),
+            "date": str(self.date),
+            "teacher_revision": hashes.revision(self.model),
             "end_of_turn": self.prompts.end_of_turn,
             "vocab_size": self.vocab_size,
             "tokenizer": hashes.tokenizer_identity(self.prompts.tokenizer),
             "shards": [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards],
         }
 
-    def check_folder(self) -> None:
-        """Refuse a folder that is something else, or a cache with another fingerprint."""
+    def check_folder(self, overwrite: bool | None = None) -> None:
+        """Refuse a folder that is something else, or (unless it is to be overwritten) a cache with another fingerprint."""
         out, plan = self.config.out, self.config.out / "plan.json"
         ways_out = "Use another --out, or --overwrite to delete what is there."
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file; expected a folder")
         if plan.is_file():
-            if self.config.overwrite:
+            if self.config.overwrite if overwrite is None else overwrite:
                 return
             old = json.loads(plan.read_text(encoding="utf-8"))
             if old.get("fingerprint") != self.fingerprint:
@@ -223,7 +242,7 @@ class Plan:
                     f"{out} holds a cache made differently (old -> new):\n  {differing}\n"
                     f"A cache does not grow and is never mixed. {ways_out}"
                 )
-        elif out.is_dir() and any(out.iterdir()):
+        elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
 
     def samples_of(self, shard: Shard, example: Example | BadRow) -> Iterator[Sample | BadRow]:
@@ -273,6 +292,8 @@ class Plan:
                 yield bad("no completion to score" if example.completion is None else "the completion is empty")
             elif reason := too_long(len(prompt_ids) + len(ids), "prompt and completion:"):
                 yield bad(reason)
+                if config.mode == "both" and too_long(len(prompt_ids), "prompt:"):
+                    return  # one reason is enough
             else:
                 yield sample("g", ids, None, origin="given", completion=example.completion)
         if config.mode != "score":
@@ -303,7 +324,7 @@ def _model_config(model: str) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(model).get_text_config()
     except Exception as error:
-        raise KDError(f"{model}: not a model that transformers can read: {str(error).splitlines()[0]}") from None
+        raise KDError(f"{model}: not a model that transformers can read: {first_line(error)}") from None
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
@@ -311,12 +332,13 @@ def _model_config(model: str) -> dict[str, Any]:
     }
 
 
-def _max_model_len(asked: int | None, longest: int | None) -> int:
+def _max_model_len(config: CaptureConfig, longest: int | None) -> int:
+    asked = config.max_model_len
     if asked is not None:
         if longest is not None and asked > longest:
             raise UsageError(f"--max-model-len {asked}: the model's positions end at {longest}")
         return asked
-    if has_gpu():
+    if runs_on_gpu(config.engine):
         return longest or 4096
     return min(longest or CPU_MAX_MODEL_LEN, CPU_MAX_MODEL_LEN)
 
@@ -331,6 +353,9 @@ def _check(config: CaptureConfig) -> None:
         raise UsageError(f"--mode {config.mode}: expected one of {', '.join(MODES)}")
     if config.precision not in format.PRECISIONS:
         raise UsageError(f"--precision {config.precision}: expected one of {', '.join(format.PRECISIONS)}")
+    for name, reason in REFUSED_OPTIONS.items():
+        if name in config.engine_extra:
+            raise UsageError(f"--{name.replace('_', '-')} cannot be passed to the engine: {reason}")
     for flag, value, least in (
         ("--samples", config.samples, 1),
         ("--rows-per-shard", config.rows_per_shard, 1),

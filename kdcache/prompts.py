@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from kdcache.errors import KDError
+from kdcache.errors import KDError, first_line
 
 COMPLETION_POLICY_VERSION = 1
 
@@ -20,8 +21,10 @@ COMPLETION_POLICY_VERSION = 1
 class Prompts:
     """A tokenizer and its chat template, asked in the one way that the cache is made of."""
 
-    def __init__(self, model: str, tokenizer: Any):
+    def __init__(self, model: str, tokenizer: Any, today: date | None = None):
         self.tokenizer = tokenizer
+        self._today = today or date.today()
+        self.tells_the_date = any(w in str(tokenizer.chat_template) for w in ("strftime_now", "date_string"))
         self.end_of_turn = _end_of_turn(model, tokenizer)
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
@@ -29,7 +32,9 @@ class Prompts:
         if self.tokenizer.chat_template is None:
             return "\n\n".join(str(m.get("content") or "") for m in messages)
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, strftime_now=self._today.strftime
+            )
         except Exception as error:  # jinja raises what a template's author chose
             raise ValueError(f"the chat template refused these messages: {error}") from None
 
@@ -55,12 +60,7 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except Exception as error:
-        raise KDError(f"{model}: its tokenizer could not be loaded: {_last_line(error)}") from None
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+        raise KDError(f"{model}: its tokenizer could not be loaded: {first_line(error)}") from None
 
 
 def _end_of_turn(model: str, tokenizer: Any) -> int:

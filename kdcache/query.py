@@ -6,6 +6,7 @@ may use others; ``VIEWS`` is an order in which they can be created.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import duckdb
 import numpy as np
 
 from kdcache import format, manifest
-from kdcache.errors import KDError
+from kdcache.errors import KDError, first_line
 
 VIEWS = (
     *("vocab", "samples", "positions", "candidates", "shards"),
@@ -39,7 +40,7 @@ def connect(cache: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConn
         for name in VIEWS:
             connection.execute(source(name))
     except duckdb.Error as error:
-        raise KDError(f"{cache}: its shards could not be opened: {_first_line(error)}") from None
+        raise KDError(f"{cache}: its shards could not be opened: {first_line(error)}", 3) from None
     return connection
 
 
@@ -48,7 +49,13 @@ def source(view: str) -> str:
 
 
 def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
-    """Column names and rows of one query; KDError with DuckDB's own words if it is wrong."""
+    """Column names and all rows of one query; KDError with DuckDB's own words if it is wrong."""
+    names, rows = stream(cache, sql)
+    return names, list(rows)
+
+
+def stream(cache: Path, sql: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
+    """Column names of one query, and its rows as they come: a result may be larger than memory."""
     connection = connect(cache)
     try:
         statements = connection.extract_statements(sql)
@@ -57,11 +64,19 @@ def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
             raise KDError("only SELECT and EXPLAIN are run: a cache is read, never written", 2)
         result = connection.execute(statements[0])
-        return [column[0] for column in result.description or []], result.fetchall()
     except duckdb.Error as error:
-        raise KDError(str(error).strip()) from None
-    finally:
-        connection.close()
+        raise _sql_error(error) from None
+
+    def rows() -> Iterator[tuple[Any, ...]]:
+        try:
+            while some := result.fetchmany(10_000):
+                yield from some
+        except duckdb.Error as error:
+            raise _sql_error(error) from None
+        finally:
+            connection.close()
+
+    return [column[0] for column in result.description or []], rows()
 
 
 def described() -> list[tuple[str, str]]:
@@ -92,10 +107,21 @@ def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str
         ).fetchnumpy()
         return files, np.column_stack([np.asarray(c, dtype=np.int64) for c in columns.values()]).reshape(-1, 4)
     except duckdb.Error as error:
-        raise KDError(f"--where {where!r}: {_first_line(error)}", 2) from None
+        raise where_error(cache, where, error) from None
     finally:
         connection.close()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+_DAMAGE = (duckdb.IOException, duckdb.InvalidInputException)
+
+
+def _sql_error(error: duckdb.Error) -> KDError:
+    """DuckDB's own words."""
+    return KDError(str(error).strip(), 3 if isinstance(error, _DAMAGE) else 1)
+
+
+def where_error(cache: Path, where: str | None, error: duckdb.Error) -> KDError:
+    """A query of ours failed: by the user's condition, or because a shard is damaged."""
+    if where is None or isinstance(error, _DAMAGE):
+        return KDError(f"{cache}: its shards could not be read: {first_line(error)}", 3)
+    return KDError(f"--where {where!r}: {first_line(error)}", 2)

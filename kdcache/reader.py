@@ -46,7 +46,6 @@ class Cache:
         self.path = Path(path)
         self.plan = manifest.read_plan(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
-        self.vocab_size: int = self.plan["vocab_size"]
         missing = [s["name"] for s in self.plan["shards"] if not (self.path / s["name"]).is_file()]
         if missing:
             raise KDError(

@@ -22,14 +22,14 @@ from kdcache.errors import KDError
 def load(name: str) -> dict[str, Any]:
     import yaml
 
-    path = format.resource_folder("recipes") / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else format.resource_folder("recipes") / f"{name}.yaml"
     if not path.is_file():
         raise KDError(f"no recipe {name!r}; there are: {', '.join(sorted(p.stem for p in path.parent.glob('*.yaml')))}")
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def run(name: str, out: Path, note: Callable[[str], None]) -> None:
-    """Run a recipe's steps in order, into ``out``; KDError names the step that failed."""
+    """Run the steps of a recipe (a name in recipes/, or a .yaml file) in order, into ``out``; KDError names the step that failed."""
     recipe = load(name)
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()

@@ -143,6 +143,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def create_json(path: Path, value: Any) -> bool:
+    """Write a file that must not be there yet; False if it was (the first to come wins, whole)."""
+    temporary = _beside(path)
+    try:
+        write_json(temporary, value)
+        return _link_into_place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a small Parquet file (vocab) atomically."""
     temporary = _beside(path)

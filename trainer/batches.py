@@ -240,7 +240,8 @@ def _fit_to_head(
         )
     with np.errstate(divide="ignore"):
         tail = np.log(np.exp(tail) + mass).astype(np.float32)
-    inside = np.where(beyond, np.take_along_axis(ids, beyond.argmin(axis=1)[:, None], axis=1), ids)
+    kept = np.take_along_axis(ids, beyond.argmin(axis=1)[:, None], axis=1)  # a candidate of the same position
+    inside = np.where(beyond, np.where(kept < head_rows, kept, 0), ids)
     return inside, np.where(beyond, -np.inf, logprobs).astype(np.float32), tail
 
 

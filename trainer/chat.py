@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from kdcache import hashes
+from kdcache.errors import KDError, first_line
 from kdcache.prompts import Prompts
-from trainer.student import load_student
+from trainer.student import load_student, stop_ids
 
 
 class Conversation:
@@ -35,15 +36,27 @@ class Conversation:
             "do_sample": not greedy,
             "temperature": None if greedy else self.temperature,
             "max_new_tokens": self.max_new_tokens,
-            "eos_token_id": self.prompts.end_of_turn,
+            "repetition_penalty": 1.0,
+            "eos_token_id": stop_ids(self.model, self.prompts.end_of_turn),
             "pad_token_id": self.prompts.end_of_turn,
             "streamer": streamer,
         }
-        thread = Thread(target=self.model.generate, args=(ids,), kwargs=arguments, daemon=True)
+        failed: list[Exception] = []
+
+        def generate() -> None:
+            try:
+                self.model.generate(ids, **arguments)
+            except Exception as error:
+                failed.append(error)
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
         thread.start()
         pieces = []
         for piece in streamer:
             pieces.append(piece)
             yield piece
         thread.join()
+        if failed:
+            raise KDError(f"the student could not answer: {first_line(failed[0])}")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})

@@ -9,6 +9,7 @@ of the global batch, whatever number of ranks and accumulation steps it is cut i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdcache import writer
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION, differing_fields
 from trainer import losses
 from trainer.batches import IGNORE, Batch, Stream, in_order, open_caches, select
@@ -95,7 +96,7 @@ def attach_loss(student: Any, alpha: float) -> None:
         targets = shift_labels[0][supervised]  # (N,)
         logits = self.get_output_embeddings()(hidden[0][supervised])  # (N, V)
         if not len(targets):
-            zero = hidden.sum() * 0.0
+            zero = (hidden.sum() + logits.sum()) * 0.0  # of every parameter, so that ranks stay in step
             return {"loss": zero, **{name: zero.detach() for name in ("kl", "ce", "agreement", "tokens")}}
         ce = losses.cross_entropy(logits, targets)
         loss = (1.0 - alpha) * ce.sum()
@@ -206,6 +207,8 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.epoch = state.global_step / self.steps_per_epoch
+        if control.should_save:
+            control.should_log = True  # so that no logged mean spans a checkpoint, and a resumed run logs the same
         if state.global_step >= state.max_steps and args.eval_strategy != "no":
             control.should_evaluate = True
 
@@ -259,14 +262,20 @@ def prepare(config: TrainConfig) -> Run:
         raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
     caches = open_caches(config.from_cache)
     check_tokenizer(config.student, caches[0])
+    student = Path(config.student).resolve()
+    if config.overwrite and config.output_dir.resolve() in (student, *student.parents):
+        raise UsageError(
+            f"--overwrite would delete the student {student}: it is inside --output-dir {config.output_dir}"
+        )
     train = select(caches, "train", config.where, config.max_length)
     if not len(train):
+        condition = f"--where {config.where!r} and " if config.where else ""
         raise KDError(
-            "no sample to train on: the train split is empty"
-            + (f", or --where {config.where!r} and --max-length {config.max_length} leave nothing of it")
+            f"no sample to train on: the train split is empty, or {condition}--max-length {config.max_length} leave nothing of it"
         )
     validation = select(caches, "validation", config.where, config.max_length)
     arguments = config.arguments
+    _check_arguments(arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     per_device = arguments.get("per_device_train_batch_size", 8)
     samples_per_step = per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
@@ -277,11 +286,39 @@ def prepare(config: TrainConfig) -> Run:
     record = {
         "format_version": FORMAT_VERSION,
         "config": config.as_json(),
+        "samples_per_step": samples_per_step,
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
         "finished": False,
     }
     checkpoint = _resume_point(config, record)
     return Run(config, train, validation, steps_per_epoch, max_steps, samples_per_step, record, checkpoint)
+
+
+#: TrainingArguments that cannot mean here what they mean elsewhere.
+REFUSED_ARGUMENTS = {
+    "label_smoothing_factor": "the teacher's probabilities are the soft labels",
+    "group_by_length": "the order of batches is fixed by the seed",
+    "output_dir": "it is an option of this command",
+    "remove_unused_columns": "batches hold just what is used",
+    "ignore_data_skip": "the stream starts at the right batch by itself",
+}
+
+
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """UsageError for what TrainingArguments would take and fail on later."""
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    for name, value in arguments.items():
+        flag = "--" + name.replace("_", "-")
+        if name in REFUSED_ARGUMENTS:
+            raise UsageError(f"{flag}: not used here, {REFUSED_ARGUMENTS[name]}")
+        number = isinstance(defaults[name], int | float) and not isinstance(defaults[name], bool)
+        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UsageError(f"{flag} {value}: expected a number")
+        if name in ("eval_strategy", "save_strategy") and value == "epoch":
+            raise UsageError(f"{flag} epoch: use --evals-per-epoch 1")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
+        if name in arguments and arguments[name] <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} {arguments[name]}: expected more than 0")
 
 
 def _resume_point(config: TrainConfig, record: dict[str, Any]) -> str | None:
@@ -304,8 +341,7 @@ def _resume_point(config: TrainConfig, record: dict[str, Any]) -> str | None:
     old = json.loads(found.read_text(encoding="utf-8"))
     if old.get("finished"):
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    flat = lambda r: {**r["config"], "caches": [c["fingerprint"] for c in r["caches"]]}  # noqa: E731
-    differing = differing_fields(flat(old), flat(record))
+    differing = differing_fields(_settings(old), _settings(record))
     if differing:
         raise KDError(
             f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
@@ -315,13 +351,19 @@ def _resume_point(config: TrainConfig, record: dict[str, Any]) -> str | None:
     return checkpoint
 
 
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be continued."""
+    fingerprints = [cache["fingerprint"] for cache in record["caches"]]
+    return {**record["config"], "samples_per_step": record["samples_per_step"], "caches": fingerprints}
+
+
 def train(run: Run, report: Callable[[int, int, dict[str, float]], None]) -> dict[str, Any]:
     """Train, keep the best checkpoint by the validation split, and save it as a Hugging Face folder."""
     config = run.config
-    if config.overwrite and config.output_dir.is_dir():
-        _clear(config.output_dir)
     student, tokenizer = load_student(config.student, config.dtype)
     arguments = _training_arguments(run)
+    if config.overwrite and config.output_dir.is_dir():
+        _clear(config.output_dir)
     attach_loss(student, run.record["config"]["alpha"])
     config.output_dir.mkdir(parents=True, exist_ok=True)
     writer.write_json(config.output_dir / RUN_FILE, run.record)
@@ -399,6 +441,10 @@ def _training_arguments(run: Run) -> TrainingArguments:
         "use_cpu": not torch.cuda.is_available(),
     }
     arguments = defaults | given
+    if arguments["report_to"] is None:  # `none` on the command line
+        arguments["report_to"] = "none"
+    if config.early_stopping_patience is not None:
+        arguments["restore_callback_states_from_checkpoint"] = True  # else its count starts again at 0
     arguments |= {
         "output_dir": str(config.output_dir),
         "max_steps": run.max_steps,
@@ -407,9 +453,12 @@ def _training_arguments(run: Run) -> TrainingArguments:
     }
     arguments.setdefault("per_device_train_batch_size", 8)
     try:
-        return TrainingArguments(**arguments)
+        made = TrainingArguments(**arguments)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"TrainingArguments refused these options: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"TrainingArguments refused these options: {first_line(error)}") from None
+    if made.n_gpu > 1:  # DataParallel would cut packed rows; torchrun gives each GPU a process
+        made._n_gpu = 1
+    return made
 
 
 def _quiet(trainer: Trainer) -> None:
@@ -428,6 +477,4 @@ def _clear(folder: Path) -> None:
 
 
 def training_argument_names() -> Sequence[str]:
-    import dataclasses
-
     return [f.name for f in dataclasses.fields(TrainingArguments)]

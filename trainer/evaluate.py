@@ -23,7 +23,7 @@ from kdcache.errors import KDError
 from kdcache.format import SPLITS
 from trainer.batches import in_order, open_caches, select
 from trainer.distill import attach_loss, detach_loss, measure
-from trainer.student import check_tokenizer, load_student
+from trainer.student import check_tokenizer, load_student, stop_ids
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
@@ -118,7 +118,7 @@ def _rows(config: EvaluateConfig, select_list: str, tail: str = "") -> list[tupl
             )
             found += connection.execute(sql, [config.split]).fetchall()
         except duckdb.Error as error:
-            raise KDError(f"--where {config.where!r}: {str(error).splitlines()[0]}", 2) from None
+            raise query.where_error(path, config.where, error) from None
         finally:
             connection.close()
     return found
@@ -170,6 +170,7 @@ def _generate(
     answers: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     student.eval()
+    stops = stop_ids(student, end_of_turn)
     device = next(student.parameters()).device
     for start in range(0, len(order), config.batch_size):
         picked = order[start : start + config.batch_size]
@@ -188,7 +189,8 @@ def _generate(
                 top_p=None,
                 top_k=None,
                 max_new_tokens=config.max_new_tokens,
-                eos_token_id=end_of_turn,
+                repetition_penalty=1.0,  # a greedy answer is the student's own, whatever its generation_config says
+                eos_token_id=stops,
                 pad_token_id=end_of_turn,
             )
         for i, text in zip(picked, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)):

@@ -5,6 +5,8 @@ kd init-student --from embedded --keep-layers 20 --out data/student
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 
 from kdcache import hashes
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import KDError, UsageError, first_line
 from kdcache.reader import Cache
 
 
@@ -26,14 +28,28 @@ def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite
     if keep_layers is not None:
         kept = parse_layers(keep_layers, depth)
         _keep(model, kept)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    _save_whole(model, tokenizer, out)
     return {
         "student": str(out),
         "layers": f"{len(kept)} of {depth}",
         "kept": ",".join(map(str, kept)),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+
+
+def _save_whole(model: Any, tokenizer: Any, out: Path) -> None:
+    """Save beside the folder and rename: a folder under its final name holds all of the student."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        scratch.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        scratch.rename(out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def parse_layers(spec: str, depth: int) -> list[int]:
@@ -80,9 +96,15 @@ def load_student(model: str, dtype: str) -> tuple[Any, Any]:
     tokenizer = load_tokenizer(folder)
     try:
         student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise KDError(f"{model}: the model could not be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        raise KDError(f"{model}: the model could not be loaded: {first_line(error)}") from None
     return student, tokenizer
+
+
+def stop_ids(student: Any, end_of_turn: int) -> list[int]:
+    """Every id that ends an answer: the cache's end-of-turn, and what the student's generation_config names."""
+    eos = student.generation_config.eos_token_id
+    return sorted({end_of_turn, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
 
 
 def check_tokenizer(student: str, cache: Cache) -> None:
@@ -90,8 +112,10 @@ def check_tokenizer(student: str, cache: Cache) -> None:
     from kdcache.prompts import load_tokenizer
 
     tokenizer = load_tokenizer(hashes.model_folder(student))
-    if hashes.tokenizer_identity(tokenizer) != cache.plan["tokenizer"]:
+    mine, theirs = hashes.tokenizer_identity(tokenizer), cache.plan["tokenizer"]
+    differing = [name for name in theirs if mine[name] != theirs[name]]
+    if differing:
         raise KDError(
-            f"{student} has another tokenizer than the cache {cache.path} (teacher {cache.plan['fields']['teacher']}): its token "
-            "ids would mean other text. Use a student of the teacher's family, or kd init-student from the teacher."
+            f"{student} has another tokenizer than the cache {cache.path} (teacher {cache.plan['fields']['teacher']}); what differs: "
+            f"{', '.join(differing)}. Use a student of the teacher's family, or kd init-student from the teacher."
         )

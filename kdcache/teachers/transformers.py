@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import KDError, UsageError, first_line
 from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
 
 
@@ -31,8 +31,8 @@ class TransformersTeacher:
         self._device = "cuda" if has_gpu() else "cpu"
         try:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-        except (OSError, ValueError) as error:
-            raise KDError(f"{options.model}: the model could not be loaded: {str(error).splitlines()[0]}") from None
+        except Exception as error:
+            raise KDError(f"{options.model}: the model could not be loaded: {first_line(error)}") from None
         self._model = model.to(self._device).eval()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
@@ -60,6 +60,7 @@ class TransformersTeacher:
             do_sample=not greedy,
             max_new_tokens=min(sampling.max_tokens, self._options.max_model_len - ids.shape[1]),
             pad_token_id=self._model.generation_config.pad_token_id or 0,
+            repetition_penalty=1.0,  # generation_config's own would sample from another distribution
             output_logits=True,  # before temperature and top-p
             return_dict_in_generate=True,
             **choice,

@@ -12,15 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import KDError, UsageError
-from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
+from kdcache.errors import KDError, UsageError, first_line
+from kdcache.teachers import Answer, EngineOptions, Request, missing_engine, runs_on_gpu
 
 #: On a machine without a GPU: one process (loads in a few seconds, schedules deterministically), a small KV cache.
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": str(os.cpu_count() or 1),
 }
 
 
@@ -28,7 +27,7 @@ class VLLMTeacher:
     """Real vLLM. ``options.extra`` goes to ``vllm.LLM`` under vLLM's own names and wins over the defaults here."""
 
     def __init__(self, options: EngineOptions):
-        on_cpu = not has_gpu()
+        on_cpu = not runs_on_gpu("vllm")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if on_cpu:
             for name, value in CPU_ENVIRONMENT.items():
@@ -106,7 +105,14 @@ class VLLMTeacher:
                     number += 1
                 if not running:
                     return
-                for output in engine.step():
+                try:
+                    outputs = engine.step()
+                except Exception as error:
+                    raise KDError(
+                        f"vLLM stopped: {_reason(error)}. Whole shards are kept; run the same command again to continue. Out of "
+                        "memory? Lower --max-num-batched-tokens or --gpu-memory-utilization (neither changes the cache)."
+                    ) from error
+                for output in outputs:
                     if output.finished:
                         request = running.pop(output.request_id)
                         yield request, self._answer(request, output)
@@ -159,6 +165,15 @@ def engine_options() -> dict[str, Any]:
     return {f.name: f.default for f in dataclasses.fields(EngineArgs)}
 
 
+def preferred_dtype(model_dtype: str | None) -> str:
+    """What vLLM's own ``auto`` makes of a checkpoint's dtype on this device."""
+    from vllm.platforms import current_platform
+
+    supported = [str(dtype).removeprefix("torch.") for dtype in current_platform.supported_dtypes]
+    wanted = supported[0] if model_dtype in (None, "float32") else model_dtype
+    return wanted if wanted in supported else supported[0]
+
+
 def _reason(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Error" in line or "error" in line), lines[0] if lines else repr(error))
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "Error" in line or "error" in line), first_line(error))

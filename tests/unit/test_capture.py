@@ -210,3 +210,66 @@ def test_killed_in_the_middle_the_same_command_completes_it(tiny_model, tmp_path
 def test_the_array_of_a_row_is_in_candidate_order(tiny_cache):
     for *_, logprobs in all_rows(tiny_cache, "candidate_logprobs"):
         assert all((np.diff(position) <= 0).all() for position in logprobs)
+
+
+def test_two_captures_started_into_one_folder_are_not_mixed(tiny_model, rows_file, tmp_path):
+    """Both found the folder free; while the second's engine started, the first claimed it."""
+    first = capture_plan(tiny_model, rows_file, tmp_path / "out")
+    second = capture_plan(tiny_model, rows_file, tmp_path / "out", seed=1)
+    first.check_folder(), second.check_folder()
+    capture.claim_folder(first)
+    with pytest.raises(KDError, match="seed: 0 -> 1"):
+        capture.claim_folder(second)
+    capture.claim_folder(capture_plan(tiny_model, rows_file, tmp_path / "out"))  # the same one is welcome
+
+
+def test_a_run_killed_before_its_first_file_leaves_no_obstacle(tiny_model, rows_file, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.plan.json.host.1.tmp").write_text("half")
+    assert capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2))["rows"] == 4
+
+
+def test_overwrite_deletes_the_old_cache_only_once_the_engine_runs(tiny_cache, tiny_model, rows_file, tmp_path):
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    before = all_rows(copy)
+    broken = capture_plan(tiny_model, rows_file, copy, overwrite=True, seed=9, engine_extra={"max_num_seqs": 1})
+    with pytest.raises(UsageError, match="an option of vLLM"):
+        capture.run(broken)
+    assert all_rows(copy) == before
+    capture.run(capture_plan(tiny_model, rows_file, copy, overwrite=True, seed=9))
+    assert all_rows(copy) != before and json.loads((copy / "plan.json").read_text())["fields"]["seed"] == 9
+
+
+def test_strange_rows_are_rejected_and_the_others_taken(tiny_model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    parts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    half = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "HALF"}]
+    text = "".join(json.dumps({"messages": m}) + "\n" for m in (good, parts, half)).replace("HALF", "\\ud83d")
+    rows.write_text(text)
+    found = capture.run(capture_plan(tiny_model, rows, tmp_path / "out", mode="score"))
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
+    assert found["rows"] == 1 and len(reasons) == 2
+    assert any("expected text" in r for r in reasons) and any("not valid Unicode" in r for r in reasons)
+
+
+def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "dated")
+    template = "Today is {{ strftime_now('%Y-%m-%d') }}. {{ messages[0].content }}: "
+    (model / "chat_template.jinja").write_text(template)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    capture.run(capture_plan(str(model), rows, tmp_path / "out", mode="score"))
+    old = (tmp_path / "out/plan.json").read_text()
+    plan = json.loads(old)
+    yesterday = "2001-02-03"
+    (tmp_path / "out/plan.json").write_text(old.replace(plan["date"], yesterday))
+    again = capture_plan(str(model), rows, tmp_path / "out", mode="score")
+    (sample,) = again.samples_of(again.shards[0], again.examples[0])
+    assert sample.fields["prompt"] == "Today is 2001-02-03. a: "
+
+
+@pytest.mark.parametrize("name", ["logprobs_mode", "model", "enable_prefix_caching"])
+def test_options_that_would_falsify_the_cache_are_refused(tiny_model, rows_file, tmp_path, name):
+    with pytest.raises(UsageError, match="cannot be passed"):
+        capture_plan(tiny_model, rows_file, tmp_path / "out", engine_extra={name: "x"})

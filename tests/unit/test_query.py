@@ -91,3 +91,22 @@ def test_output_as_json_csv_and_table(kd, tiny_cache):
 
 def test_sql_errors_are_duckdbs_own_words(kd, tiny_cache):
     assert "nope" in kd("sql", tiny_cache, "SELECT nope FROM samples", code=1).stderr
+
+
+def test_json_has_no_infinity(kd, tiny_cache):
+    line = kd("sql", tiny_cache, "SELECT '-inf'::FLOAT AS a, ['-inf'::FLOAT, 1.5::FLOAT] AS b", "--json").stdout
+    assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}
+
+
+def test_a_damaged_shard_is_said_to_be_damaged(kd, tiny_cache, tiny_model, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    victim = sorted((copy / "data").glob("train-*"))[0]
+    victim.write_bytes(victim.read_bytes()[:1000])
+    for command in (
+        ("sql", copy, "SELECT count(*), max(len(completion)) FROM samples"),
+        ("train", "--from-cache", copy, "--student", tiny_model, "--output-dir", "o"),
+    ):
+        error = kd(*command, code=3).stderr
+        assert victim.name in error and "--where" not in error

@@ -186,3 +186,62 @@ def test_nothing_in_kdcache_imports_the_trainer():
     for path in (ROOT / "kdcache").rglob("*.py"):
         text = path.read_text()
         assert "import trainer" not in text and "from trainer" not in text, path
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"per_device_train_batch_size": 0}, "more than 0"),
+        ({"num_train_epochs": "abc"}, "expected a number"),
+        ({"max_steps": "8,"}, "expected a number"),
+        ({"label_smoothing_factor": 0.1}, "not used here"),
+        ({"eval_strategy": "epoch"}, "--evals-per-epoch"),
+    ],
+)
+def test_training_options_that_cannot_be_are_refused_by_name(arguments, says):
+    from kdcache.errors import UsageError
+    from trainer.distill import _check_arguments
+
+    with pytest.raises(UsageError, match=says):
+        _check_arguments(arguments)
+
+
+def test_report_to_none_and_the_student_inside_the_run_are_handled(train, kd, tiny_cache, tmp_path):
+    train(tmp_path / "run", "--report-to", "none", "--max-steps", 2)
+    assert not list((tmp_path / "run").rglob("events.out.tfevents.*"))
+    common = ("train", "--from-cache", tiny_cache, "--student", tmp_path / "run", "--output-dir", tmp_path / "run")
+    assert "would delete the student" in kd(*common, "--overwrite", code=2).stderr
+    assert (tmp_path / "run/model.safetensors").exists()
+
+
+def test_a_recipe_runs_its_steps_and_goes_on_where_it_stopped(tiny_cache, tiny_model, tmp_path):
+    from kdcache import recipe
+    from kdcache.errors import KDError
+
+    path = tmp_path / "small.yaml"
+    train = f"kd train --from-cache {tiny_cache} --student {{out}}/student --output-dir {{out}}/run --max-steps"
+    steps = f"""
+steps:
+  - name: a student
+    run: kd init-student --from {tiny_model} --keep-layers 1 --out {{out}}/student
+    makes: "{{out}}/student/config.json"
+  - name: training
+    run: {train} NUMBER
+end: look at {{out}}
+"""
+    path.write_text(steps.replace("NUMBER", "many"))
+    notes: list[str] = []
+    with pytest.raises(KDError, match=r"step 2 of 2 \(training\) failed with exit code 2"):
+        recipe.run(str(path), tmp_path / "out", notes.append)
+    path.write_text(steps.replace("NUMBER", "2"))
+    recipe.run(str(path), tmp_path / "out", notes.append)
+    assert "(done before)" in notes and notes[-1].startswith(f"\nlook at {tmp_path}/out")
+    assert (tmp_path / "out/run/model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_cache(tmp_path):
+    script = ROOT / "benchmarks/memory.py"
+    command = [sys.executable, script, "--gigabytes", "0.2", "0.4", "--steps", "400", "--results", tmp_path]
+    subprocess.run([*map(str, command)], check=True, cwd=ROOT)
+    assert json.loads((tmp_path / "memory.json").read_text())["difference_bytes"] < 50e6
