@@ -8,19 +8,25 @@ so running the same command again after any interruption continues with the shar
 
 from __future__ import annotations
 
-import os
+import errno
+import queue
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdcache import format, manifest, sparsify, writer
+import numpy as np
+
+from kdcache import format, lock, manifest, sparsify, writer
+from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table
-from kdcache.teachers import Answer, Request, Teacher, load, runs_on_gpu
+from kdcache.teachers import Answer, Refusal, Request, Teacher, load, runs_on_gpu
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
 #: Both measured on real text; used for the prediction of --dry-run alone.
@@ -58,30 +64,39 @@ class OpenShard:
     samples: dict[str, Sample] = field(default_factory=dict)  # by sample_id, in the plan's order
     rejected: list[BadRow] = field(default_factory=list)
     rows: dict[str, writer.Row] = field(default_factory=dict)  # by sample_id
+    answers: int = 0
 
 
-def run(plan: Plan, progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
-    """Do what is missing of a plan, and return the manifest."""
-    plan.check_folder()
-    todo = plan.todo()
-    state = Progress(shards=len(plan.shards), shards_done=len(plan.shards) - len(todo))
-    state.samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
-    # The engine first: if it cannot start, --overwrite has deleted nothing.
-    teacher = load(plan.config.engine, plan.engine_options()) if todo else None
-    claim_folder(plan)
-    if teacher is not None:
-        state.started = time.monotonic()
-        fill(plan, todo, teacher, state, progress)
-    return manifest.write(plan.config.out)
+def run(
+    plan: Plan, progress: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Do what is missing of a plan, and return the manifest.
+
+    Once ``stop`` says so, no further shard is begun: those begun are finished, and the manifest is not complete.
+    """
+    with lock.held(plan.config.out):
+        plan.check_folder()
+        todo = plan.todo()
+        state = Progress(shards=len(plan.shards), shards_done=len(plan.shards) - len(todo))
+        state.samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
+        # The engine first: if it cannot start, --overwrite has deleted nothing.
+        teacher = load(plan.config.engine, plan.engine_options()) if todo else None
+        claim_folder(plan)
+        if teacher is not None:
+            manifest.forget(plan.config.out, [shard.name for shard in todo])
+            state.started = time.monotonic()
+            fill(plan, todo, teacher, state, progress, stop)
+        found = manifest.write(plan.config.out)
+    if plan.config.strict and found["rejected"]:
+        raise KDError(f"--strict: {found['rejected']} rows could not be taken; see {plan.config.out}/rejected.jsonl")
+    return found
 
 
 def claim_folder(plan: Plan) -> None:
     """Make the folder this plan's: everything that is fixed before the first row is run."""
     out = plan.config.out
     if plan.config.overwrite and (out / "plan.json").is_file():
-        away = out.with_name(f".{out.name}.{os.getpid()}.deleted")
-        out.rename(away)  # whole or not at all, whatever interrupts the deletion
-        shutil.rmtree(away)
+        empty(out)
     out.mkdir(parents=True, exist_ok=True)
     if not writer.create_json(out / "plan.json", plan.as_json()):
         plan.check_folder(overwrite=False)  # it may have come from another run while the engine started
@@ -92,8 +107,62 @@ def claim_folder(plan: Plan) -> None:
         writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
 
 
+def empty(cache: Path) -> None:
+    """Delete a cache's files, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
+    for path in sorted(cache.iterdir(), key=lambda path: path.name == "plan.json"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+class Background:
+    """One thread that sparsifies and writes while the engine works on; what is waiting for it is bounded.
+
+    The first error ends its work and is raised from the next call.
+    """
+
+    def __init__(self, waiting: int = 128):
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue(waiting)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            try:
+                if self._error is None:
+                    work()
+            except BaseException as error:
+                self._error = error
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+        self._raise()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+        """Wait for what was handed in; after an error, for the piece of work at hand only."""
+        self._error = self._error or error
+        self._work.put(None)
+        self._thread.join()
+        if kind is None:
+            self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 def fill(
-    plan: Plan, todo: list[Shard], teacher: Teacher, state: Progress, progress: Callable[[Progress], None]
+    plan: Plan,
+    todo: list[Shard],
+    teacher: Teacher,
+    state: Progress,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Feed the teacher from all shards to do in turn; write each shard when its last answer is in."""
     open_shards: dict[str, OpenShard] = {}
@@ -101,41 +170,68 @@ def fill(
 
     def requests() -> Iterator[Request]:
         for shard in todo:
+            if stop():
+                return
             opened = open_shards[shard.name] = OpenShard(shard)
             for example in shard.examples:
                 for sample in plan.samples_of(shard, example):
                     if isinstance(sample, BadRow):
-                        opened.rejected.append(sample)
+                        reject(plan, opened, sample)
                     else:
                         opened.samples[sample.sample_id] = sample
             state.samples += len(opened.samples) - len(shard.examples) * plan.samples_per_example
-            for sample in opened.samples.values():
-                yield sample.request
+            yield from [sample.request for sample in opened.samples.values()]
             if not opened.samples:
                 finish(opened)
 
+    def take(opened: OpenShard, sample: Sample, answer: Answer | Refusal) -> None:
+        row = make_row(plan, sample, answer)
+        if isinstance(row, BadRow):
+            reject(plan, opened, row)
+        else:
+            opened.rows[sample.sample_id] = row
+
     def finish(opened: OpenShard) -> None:
-        nonlocal written
         del open_shards[opened.shard.name]
+        background(lambda: put(opened))
+
+    def put(opened: OpenShard) -> None:
+        nonlocal written
         now = time.monotonic()
         write(plan, opened, teacher, seconds=now - written)
         written = now
         state.shards_done += 1
 
-    for request, answer in teacher.run(requests()):
-        shard_name, sample_id = request.key
-        opened = open_shards[shard_name]
-        opened.rows[sample_id] = make_row(plan, opened.samples[sample_id], answer)
-        state.samples_done += 1
-        state.tokens_done += len(answer.completion_ids)
-        if len(opened.rows) == len(opened.samples):
-            finish(opened)
-        progress(state)
+    with Background() as background:
+        for request, answer in teacher.run(requests()):
+            shard_name, sample_id = request.key
+            opened = open_shards[shard_name]
+            background(partial(take, opened, opened.samples[sample_id], answer))
+            opened.answers += 1
+            state.samples_done += 1
+            state.tokens_done += 0 if isinstance(answer, Refusal) else len(answer.completion_ids)
+            if opened.answers == len(opened.samples):
+                finish(opened)
+            progress(state)
+    progress(state)
 
 
-def make_row(plan: Plan, sample: Sample, answer: Answer) -> writer.Row:
-    """The teacher's answer, sparsified, with what was known of the sample before."""
+def reject(plan: Plan, opened: OpenShard, row: BadRow) -> None:
+    """A row that cannot be taken is recorded with its shard, and the run goes on."""
+    if plan.config.strict:
+        raise KDError(f"--strict: {row.source}:{row.row_id}: {row.reason}")
+    opened.rejected.append(row)
+
+
+def make_row(plan: Plan, sample: Sample, answer: Answer | Refusal) -> writer.Row | BadRow:
+    """The teacher's answer, sparsified, with what was known of the sample before; or why there is none to be kept."""
     fields = dict(sample.fields)
+    if isinstance(answer, Refusal):
+        return BadRow(fields["source"], sample.row_id, answer.reason)
+    if not len(answer.completion_ids):
+        return BadRow(fields["source"], sample.row_id, "the teacher answered nothing")
+    if not (np.isfinite(answer.token_logprobs).all() and np.isfinite(answer.logprobs[:, 0]).all()):
+        return BadRow(fields["source"], sample.row_id, "the teacher's log-probabilities are not finite numbers")
     if fields["origin"] == "sampled":
         fields["completion"] = plan.prompts.decode(answer.completion_ids)
         fields["finish_reason"] = answer.finish_reason
@@ -146,7 +242,7 @@ def make_row(plan: Plan, sample: Sample, answer: Answer) -> writer.Row:
         token_logprobs=answer.token_logprobs,
         token_ranks=answer.token_ranks,
         entropies=sparsify.entropies(answer.logprobs),
-        candidates=plan.sparsifier(answer.ids, answer.logprobs),
+        candidates=plan.sparsifier(answer.ids, answer.logprobs, plan.config.seed, sample.sample_id),
     )
 
 
@@ -164,8 +260,23 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
         "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
         "rejected": [asdict(row) for row in opened.rejected],
     }
-    rows = [opened.rows[sample_id] for sample_id in opened.samples]
-    writer.write_shard(config.out / opened.shard.name, rows, config.precision, metadata)
+    rows = [opened.rows[sample_id] for sample_id in opened.samples if sample_id in opened.rows]
+    try:
+        writer.write_shard(config.out / opened.shard.name, rows, config.precision, metadata)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        tokens = sum(len(row.completion_ids) for row in rows)
+        raise KDError(
+            f"disk full: {opened.shard.name} needs about {tokens * bytes_per_token(plan) / 1e6:.1f} MB, and "
+            f"{shutil.disk_usage(config.out).free / 1e6:.1f} MB are free at {config.out}. Whole shards are kept; make room "
+            "and run the same command again"
+        ) from None
+
+
+def bytes_per_token(plan: Plan) -> float:
+    """Predicted, and rather too much for ``threshold``, which seldom keeps the most it may."""
+    return plan.sparsifier.most_candidates * BYTES_PER_CANDIDATE[plan.config.precision] + OTHER_BYTES_PER_TOKEN
 
 
 def dry_run(plan: Plan) -> dict[str, Any]:
@@ -185,7 +296,6 @@ def dry_run(plan: Plan) -> dict[str, Any]:
                 sampled_tokens += config.sampling.max_tokens
             else:
                 given_tokens += len(sample.request.completion_ids)
-    bytes_per_token = plan.sparsifier.parameter * BYTES_PER_CANDIDATE[config.precision] + OTHER_BYTES_PER_TOKEN
     return {
         "out": str(config.out),
         "fingerprint": plan.fingerprint,
@@ -199,7 +309,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "prompt_tokens": prompt_tokens,
         "given_completion_tokens": given_tokens,
         "sampled_completion_tokens_at_most": sampled_tokens,
-        "predicted_bytes_at_most": int((given_tokens + sampled_tokens) * bytes_per_token),
+        "predicted_bytes_at_most": int((given_tokens + sampled_tokens) * bytes_per_token(plan)),
         "free_disk_bytes": shutil.disk_usage(_existing_parent(config.out)).free,
         "shards": len(plan.shards),
         "shards_to_do": len(todo),

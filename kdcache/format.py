@@ -118,6 +118,15 @@ def request_seed(seed: int, sample_id: str, sample_index: int) -> int:
     return stable_hash(seed, sample_id, sample_index) >> 33  # 31 bits: every engine takes them
 
 
+def uniforms(count: int, *parts: object) -> np.ndarray:
+    """[count] float64 in [0, 1): number i is a hash of (parts, i). SplitMix64 (Steele et al. 2014) from a stable seed."""
+    with np.errstate(over="ignore"):
+        x = np.uint64(stable_hash(*parts)) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
 def fingerprint(fields: dict[str, Any]) -> str:
     """Hex hash over what decides the numbers in a cache. Two caches with one fingerprint are interchangeable."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]

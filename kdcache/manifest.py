@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pyarrow.parquet as pq
 
 from kdcache import card, format, writer
 from kdcache.errors import KDError
+
+WAY_OUT = "run: kd cache verify --repair on the cache, then the same kd cache-teacher command again"
 
 
 def read_plan(cache: Path) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def _save(cache: Path, plan: dict[str, Any], manifest: dict[str, Any], rejected:
 def _sum(cache: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """The plan, the manifest and the rejected rows, from the shards."""
     plan = read_plan(cache)
-    known = {shard["name"]: shard for shard in _read(cache).get("shards", [])}
+    known = recorded(cache)
     shards, rejected = [], []
     for planned in plan["shards"]:
         path = cache / planned["name"]
@@ -77,11 +80,22 @@ def _sum(cache: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, An
     return plan, manifest, rejected
 
 
-def _read(cache: Path) -> dict[str, Any]:
+def recorded(cache: Path) -> dict[str, dict[str, Any]]:
+    """What manifest.json says of each shard, by name; nothing where it cannot be read."""
     try:
-        return json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+        return {shard["name"]: shard for shard in found["shards"]}
+    except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def forget(cache: Path, shards: Collection[str]) -> None:
+    """Strike shards that are to be written anew from the manifest: what it says of them no longer holds."""
+    known = recorded(cache)
+    if known.keys() & set(shards):
+        manifest = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
+        manifest["shards"] = [shard for name, shard in known.items() if name not in shards]
+        writer.write_json(cache / "manifest.json", manifest | {"complete": False})
 
 
 def _read_shard(
@@ -95,11 +109,9 @@ def _read_shard(
             metadata = json.loads((file.schema_arrow.metadata or {})[b"kdcache"])
             tokens = sum(file.read(columns=["completion_tokens"])[0].to_pylist()) if footer.num_row_groups else 0
     except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-        raise KDError(
-            f"{path} is damaged ({error}); delete it and run the same kd cache-teacher command again", 3
-        ) from None
+        raise KDError(f"{path} is damaged ({error}); {WAY_OUT}", 3) from None
     if metadata.get("fingerprint") != fingerprint:
-        raise KDError(f"{path} belongs to another cache; delete it and run the same kd cache-teacher command again", 3)
+        raise KDError(f"{path} belongs to another cache; {WAY_OUT}", 3)
     candidates = candidate_bytes = 0
     for group in range(footer.num_row_groups):
         for column in range(footer.num_columns):
@@ -109,6 +121,9 @@ def _read_shard(
                 if chunk.path_in_schema == format.CANDIDATE_LEAVES[0]:
                     candidates += chunk.num_values
     same = known.get("bytes") == status.st_size and known.get("mtime_ns") == status.st_mtime_ns
+    sha256 = known["sha256"] if same else writer.sha256(path)
+    if known and sha256 != known["sha256"]:
+        raise KDError(f"{path} is not what was written (manifest.json has another sha256); {WAY_OUT}", 3)
     shard = {
         "name": name,
         "split": format.split_of_shard(name),
@@ -121,7 +136,8 @@ def _read_shard(
         "seconds": metadata.get("seconds", 0.0),
         "engine": metadata.get("engine"),
         "rejected": len(metadata.get("rejected", [])),
-        "sha256": known["sha256"] if same else writer.sha256(path),
+        "sha256": sha256,
+        "verified": known.get("verified"),
     }
     return shard, metadata.get("rejected", [])
 

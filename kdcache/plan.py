@@ -81,6 +81,7 @@ class CaptureConfig:
     dtype: str = "auto"
     max_model_len: int | None = None
     overwrite: bool = False
+    strict: bool = False
     engine_extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -100,6 +101,7 @@ class Sample:
     """A request and the columns of its row that are known before the teacher answers."""
 
     request: Request
+    row_id: str
     fields: dict[str, Any]
 
     @property
@@ -276,34 +278,32 @@ class Plan:
             "verifier": example.verifier,
         }
 
-        def sample(suffix: str, completion_ids: list[int] | None, seed: int | None, **more: Any) -> Sample:
+        def sample(suffix: str, completion_ids: list[int] | None, **more: Any) -> Sample:
             sample_id = f"{example.source}:{example.row_id}:{suffix}"
+            index = more.get("sample_index")
+            seed = None if index is None else format.request_seed(config.seed, sample_id, index)
             request = Request((shard.name, sample_id), prompt_ids, completion_ids, seed)
-            return Sample(request, fields | {"sample_id": sample_id, "seed": seed} | more)
+            return Sample(request, example.row_id, fields | {"sample_id": sample_id, "seed": seed} | more)
 
         def too_long(tokens: int, what: str) -> str | None:
             if tokens + 1 <= self.max_model_len:
                 return None
             return f"{what} {tokens} tokens and one more do not fit max_model_len {self.max_model_len}"
 
+        if config.mode != "score" and (reason := too_long(len(prompt_ids), "prompt:")):
+            yield bad(reason)
+            return
         if config.mode != "sample" and (example.completion is not None or config.mode == "score"):
             ids = self.prompts.completion_ids(example.completion or "")
             if not ids:
                 yield bad("no completion to score" if example.completion is None else "the completion is empty")
             elif reason := too_long(len(prompt_ids) + len(ids), "prompt and completion:"):
                 yield bad(reason)
-                if config.mode == "both" and too_long(len(prompt_ids), "prompt:"):
-                    return  # one reason is enough
             else:
-                yield sample("g", ids, None, origin="given", completion=example.completion)
+                yield sample("g", ids, origin="given", completion=example.completion)
         if config.mode != "score":
-            if reason := too_long(len(prompt_ids), "prompt:"):
-                yield bad(reason)
-                return
             for index in range(config.samples):
-                sample_id = f"{example.source}:{example.row_id}:s{index}"
-                seed = format.request_seed(config.seed, sample_id, index)
-                yield sample(f"s{index}", None, seed, origin="sampled", sample_index=index)
+                yield sample(f"s{index}", None, origin="sampled", sample_index=index)
 
 
 def _teacher_name(teacher: str) -> str:

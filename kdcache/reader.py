@@ -64,9 +64,7 @@ class Cache:
             with self._open(file) as shard:
                 table = shard.read_row_group(row_group, columns=list(TENSOR_COLUMNS), use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise KDError(
-                f"{self.path / 'data' / file} is damaged ({error}); delete it and capture it again", 3
-            ) from None
+            raise KDError(f"{self.path / 'data' / file} is damaged ({error}); {manifest.WAY_OUT}", 3) from None
         return _samples(table, rows)
 
     def _open(self, file: str) -> pq.ParquetFile:

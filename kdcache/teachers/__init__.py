@@ -51,6 +51,13 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """Why the teacher could not answer one request; the others go on."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """How the engine is run. ``extra`` holds the engine's own options by their own names."""
 
@@ -66,7 +73,7 @@ class EngineOptions:
 class Teacher(Protocol):
     version: str  # engine and version, for the records
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
+    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer | Refusal]]:
         """Answers in the order in which they are ready. Requests are drawn as the engine has room for them."""
         ...
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 from kdcache import examples
 from kdcache.prompts import Prompts, load_tokenizer
-from kdcache.teachers import EngineOptions, Request, Sampling, load
+from kdcache.teachers import EngineOptions, Refusal, Request, Sampling, load
 
 pytestmark = pytest.mark.integration
 K = 20
@@ -106,6 +106,43 @@ def test_sampling_is_the_seeds_whatever_the_order_and_the_batch_mates(vllm_teach
     assert {n: list(a.completion_ids) for n, a in again.items()} == {
         n: list(vllm_answers[n].completion_ids) for n in again
     }
+
+
+def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm_teacher, requests, vllm_answers):
+    assert vllm_teacher.collects, "at start-up it was found to differ"
+    alone = [[r] for r in requests[:6]]  # one at a time: batches would change the last bits
+    collected = [next(iter(vllm_teacher.run(r)))[1] for r in alone]
+    vllm_teacher.collects = False
+    try:
+        public = [next(iter(vllm_teacher.run(r)))[1] for r in alone]
+    finally:
+        vllm_teacher.collects = True
+    for ours, theirs in zip(collected, public):
+        assert list(ours.completion_ids) == list(theirs.completion_ids) and ours.finish_reason == theirs.finish_reason
+        for name in ("ids", "logprobs", "token_logprobs", "token_ranks"):
+            mine, other = getattr(ours, name), getattr(theirs, name)
+            assert mine.dtype == other.dtype and np.array_equal(mine, other), name
+
+
+def test_a_collector_that_differs_is_not_used(vllm_teacher, monkeypatch):
+    from kdcache.teachers import collector
+
+    take = collector.ArrayCollector._take
+    monkeypatch.setattr(
+        collector.ArrayCollector, "_take", lambda self, ids, logprobs, ranks: take(self, ids, logprobs + 1e-7, ranks)
+    )
+    assert not vllm_teacher._collector_gives_the_same_bits()
+    monkeypatch.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
+    assert not vllm_teacher._collector_gives_the_same_bits()
+    monkeypatch.undo()
+    assert vllm_teacher._collector_gives_the_same_bits()
+
+
+def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, requests):
+    impossible = Request(("x", "too long"), list(range(100)) * 20, [2])
+    answers = {r.key[1]: a for r, a in vllm_teacher.run([requests[0], impossible, requests[1]])}
+    assert isinstance(answers.pop("too long"), Refusal) and len(answers) == 2
+    assert all(len(a.completion_ids) for a in answers.values())
 
 
 def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):

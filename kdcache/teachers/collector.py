@@ -1,0 +1,71 @@
+"""vLLM's log-probabilities as the arrays they are, before its front end makes Python objects of them.
+
+vLLM's engine hands [rows, K+1] arrays to a ``LogprobsProcessor`` a request, which turns them into lists: several
+microseconds a token, in one thread, for what we turn into arrays again. ``ArrayCollector`` stands in for it. It leans on
+vLLM's inside, so ``vllm.py`` uses it only after ``Both`` has shown at start-up that it gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class ArrayCollector:
+    """Rows ``first`` .. ``first + rows`` of a request's log-probabilities; all rows with ``rows`` None.
+
+    Row layout, as vLLM has it: the token itself, then the K best.
+    """
+
+    tokenizer = logprobs = prompt_logprobs = cumulative_logprob = prompt_token_id_logprobs = None
+
+    def __init__(self, k: int, first: int = 0, rows: int | None = None):
+        self._width = k + 1
+        self._first, self._last = first, None if rows is None else first + rows
+        self._seen = 0
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def update_from_output(self, output: Any) -> None:
+        """What vLLM calls with each of the engine's outputs for the request."""
+        if output.new_logprobs is not None:
+            self._take(*output.new_logprobs[:3])
+        if output.new_prompt_logprobs_tensors is not None:
+            self._take(*(tensor.numpy() for tensor in output.new_prompt_logprobs_tensors[:3]))
+
+    def _take(self, ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
+        low = max(self._first - self._seen, 0)
+        high = len(ranks) if self._last is None else min(self._last - self._seen, len(ranks))
+        self._seen += len(ranks)
+        if low < high:  # copies: the arrays belong to the whole batch
+            rows = slice(low, high)
+            self._parts.append(
+                (
+                    ids[rows, : self._width].astype(np.int32),
+                    logprobs[rows, : self._width].astype(np.float32),
+                    ranks[rows].astype(np.int32),
+                )
+            )
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ids [R, K+1] int32, logprobs [R, K+1] float32, rank of the token itself [R] int32."""
+        ids, logprobs, ranks = zip(*self._parts)
+        return np.concatenate(ids), np.concatenate(logprobs), np.concatenate(ranks)
+
+    def pop_prompt_logprobs(self) -> None: ...
+
+    def pop_prompt_token_id_logprobs(self) -> None: ...
+
+
+class Both:
+    """vLLM's own processor and a collector, fed from the very same outputs, to be compared."""
+
+    def __init__(self, public: Any, collector: ArrayCollector):
+        self._public, self.collector = public, collector
+
+    def update_from_output(self, output: Any) -> None:
+        self._public.update_from_output(output)
+        self.collector.update_from_output(output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._public, name)
