@@ -6,14 +6,16 @@ Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
 import os
 import shlex
+import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--top-p", type=float, default=1.0, show_default=True, help="Nucleus of sampling.")
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest sampled answer, in tokens.")
-@click.option("--sparsify", default="topk:64", show_default=True, help="What to keep of each distribution.")
-@click.option("--capture-k", type=int, help="Candidates to take from the engine [default: what --sparsify needs].")
+@click.option(
+    "--sparsify",
+    default="topk:64",
+    show_default=True,
+    help="What to keep of each distribution: the K best and the mass of the rest (topk:K), or tokens above TAU and an "
+    "unbiased sample of the others (threshold:TAU, as in threshold:0.02).",
+)
+@click.option(
+    "--capture-k", type=int, help="Candidates to take from the engine [default: topk's K, 256 for threshold]."
+)
 @click.option(
     "--precision",
     type=click.Choice(["q8", "f32"]),
@@ -101,6 +111,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     "--out", type=click.Path(path_type=Path), default=Path("data/cache"), show_default=True, help="Folder of the cache."
 )
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
+@click.option("--strict", is_flag=True, help="Fail at the first row that cannot be taken, instead of listing it.")
 @click.option(
     "--engine",
     type=click.Choice(["vllm", "transformers"]),
@@ -153,13 +164,18 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         )
 
     _note(f"{plan.fields['teacher']} ({config.engine}, {plan.dtype}), {len(plan.examples)} examples -> {config.out}")
-    try:
-        found = capture.run(plan, show)
-    except KeyboardInterrupt:
+    with _CtrlC(lambda: line.last > 0) as interrupt:
+        try:
+            found = capture.run(plan, show, lambda: interrupt.asked)
+        except KeyboardInterrupt:
+            line.close()
+            _note(f"interrupted; whole shards are kept. To continue:\n  {_this_command()}")
+            raise
         line.close()
-        _note(f"interrupted; whole shards are kept. To continue:\n  {_this_command()}")
-        raise
-    line.close()
+    if interrupt.asked and not found["complete"]:
+        done, planned = len(found["shards"]), found["shards_planned"]
+        _note(f"stopped with {done} of {planned} shards written. To continue:\n  {_this_command()}")
+        raise KeyboardInterrupt
     if found["rejected"]:
         _note(f"{found['rejected']} rows could not be taken; why is in {config.out}/rejected.jsonl, the first:")
         first = json.loads((config.out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()[0])
@@ -199,37 +215,162 @@ def cache_info(cache: Path, as_json: bool) -> None:
     _print_facts(manifest.summary(cache), as_json)
 
 
-@kd.command("sql")
+@cache_group.command("verify")
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Move bad files to CACHE/set-aside, so that the next capture redoes them.")
+@json_option
+def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
+    """Look at every byte and every number of a cache. Exit code 3 if anything is wrong or missing.
+
+    \b
+    kd cache verify data/cache
+    kd cache verify data/cache --repair      # then run the same kd cache-teacher command again
+    """
+    from kdcache import integrity
+
+    line = _ProgressLine("shards")
+    report = integrity.verify(cache, lambda done, total: line.show(done, total, "", None))
+    line.close()
+    if repair and report.problems:
+        integrity.repair(report)
+    facts = {
+        "cache": str(cache),
+        "sound": report.sound,
+        "shards": report.shards,
+        "samples": report.rows,
+        "completion_tokens": report.completion_tokens,
+        "missing": len(report.missing),
+        "bad": len(report.problems),
+    }
+    if as_json:
+        names = ("missing", "problems", "unvouched", "set_aside")
+        _print_facts(facts | {name: getattr(report, name) for name in names}, as_json)
+    else:
+        for name, problems in report.problems.items():
+            click.echo(f"bad      {name}: {'; '.join(problems)}")
+        for name in report.missing:
+            click.echo(f"missing  {name}")
+        _print_facts(facts, as_json)
+    if report.unvouched:
+        _note(f"{report.unvouched} shards were in no manifest: their pages were checked, their footers could not be")
+    if report.set_aside:
+        _note(f"{len(report.set_aside)} files were moved to {cache}/set-aside")
+    if report.sound:
+        return
+    if report.missing or report.set_aside:
+        _note("run the same kd cache-teacher command again: it redoes what is missing, and nothing else")
+    elif report.problems:
+        _note("--repair sets the bad files aside, so that the next capture redoes them")
+    raise SystemExit(3)
+
+
+class _SQLCommand(click.Command):
+    """Takes a query that begins with a comment for what it is, not for an option."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(context, [f"\n{arg}" if arg.startswith(("-- ", "--\n")) else arg for arg in args])
+
+
+@kd.command("sql", cls=_SQLCommand)
+@click.argument("cache", type=click.Path(path_type=Path), required=False)
 @click.argument("query", required=False)
+@click.option(
+    "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
+)
 @click.option("--list", "list_views", is_flag=True, help="List the views, with what each answers.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @json_option
-def sql(cache: Path, query: str | None, list_views: bool, as_csv: bool, as_json: bool) -> None:
-    """Ask SQL of a cache, in DuckDB's dialect.
+def sql(
+    cache: Path | None, query: str | None, file: Path | None, list_views: bool, as_csv: bool, as_json: bool
+) -> None:
+    """Ask SQL of a cache, in DuckDB's dialect. Without a QUERY it is read from stdin; a terminal gets a prompt.
 
     \b
     kd sql data/cache --list
-    kd sql data/cache "SELECT * FROM captured_mass WHERE k IN (1, 8, 64)"
+    kd sql data/cache "SELECT * FROM captured_mass_curve"
     kd sql data/cache "SELECT * FROM uncertain_tokens LIMIT 10" --json
+    kd sql data/cache
     """
     from kdcache import query as queries
 
-    if list_views:
-        names, rows = ["view", "answers"], iter(queries.described())
-    elif query:
-        names, rows = queries.stream(cache, query)
+    def show(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 64) -> None:
+        _print_rows(names, rows, as_csv, as_json, width)
+
+    def show_views() -> None:
+        show(["view", "answers"], queries.described(), width=120)
+
+    with _reader_may_leave():
+        if list_views:
+            show_views()
+            return
+        if cache is None:
+            raise click.UsageError("Missing argument 'CACHE'.")
+        text = _query_text(query, file)
+        connection = queries.connect(cache)
+        changed = queries.changed_shards(cache)
+        if changed:
+            shards = "1 shard" if len(changed) == 1 else f"{len(changed)} shards"
+            first = f"(the first is {changed[0]})"
+            _note(f"warning: {shards} changed since the cache was last verified {first}; run: kd cache verify {cache}")
+        if text is not None:
+            show(*queries.stream(connection, text))
+        else:
+            _sql_prompt(lambda typed: show(*queries.stream(connection, typed)), show_views, queries.is_complete)
+
+
+def _query_text(query: str | None, file: Path | None) -> str | None:
+    """The query as given, from a file or from stdin; None if it is to be typed."""
+    if query is not None and file is not None:
+        raise click.UsageError("give a QUERY or --file, not both")
+    if query is None and file is None and sys.stdin.isatty():
+        return None
+    if query is not None:
+        raw = os.fsencode(query)
     else:
-        raise click.UsageError('name a query ("SELECT ...") or --list')
-    if as_json:
-        for row in rows:
-            click.echo(json.dumps(dict(zip(names, map(_finite, row))), ensure_ascii=False, default=_plain))
-    elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(names)
-        writer.writerows(rows)
-    else:
-        _print_table(names, list(rows), width=120 if list_views else 64)
+        raw = file.read_bytes() if file else sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise click.UsageError("the query is not UTF-8") from None
+    if not text.strip():
+        raise click.UsageError('name a query ("SELECT ..."), --file or --list')
+    return text
+
+
+def _sql_prompt(answer: Callable[[str], None], show_views: Callable[[], None], complete: Callable[[str], bool]) -> None:
+    """Answer what is typed, each query up to its semicolon, until Ctrl-D. Ctrl-C drops what was begun."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its history and editing)
+    hint = "A query ends with a semicolon; .views lists what can be asked, Ctrl-D leaves."
+    _note(hint)
+    text = ""
+    while True:
+        try:
+            line = _ask("...> " if text else "kd> ")
+            if not text and line.strip() == ".views":
+                show_views()
+            elif not text and (not line.strip() or line.startswith(".")):
+                _note(hint)
+            else:
+                text += line + "\n"
+                if complete(text):
+                    typed, text = text, ""
+                    answer(typed)
+        except EOFError:
+            _note("")
+            return
+        except KDError as error:
+            click.echo(f"Error: {error}", err=True)
+        except KeyboardInterrupt:
+            text = ""
+            _note("")
+
+
+def _ask(prompt: str) -> str:
+    if sys.stdout.isatty():
+        return input(prompt)
+    click.echo(prompt, nl=False, err=True)  # data alone goes to stdout
+    return input()
 
 
 # --- phase two --------------------------------------------------------------------------------------------------------
@@ -478,6 +619,30 @@ def _cell(value: Any, width: int) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def _print_rows(
+    names: Sequence[str], rows: Iterable[Sequence[Any]], as_csv: bool, as_json: bool, width: int = 64
+) -> None:
+    if as_json:
+        for row in rows:
+            click.echo(json.dumps(dict(zip(names, map(_finite, row))), ensure_ascii=False, default=_plain))
+    elif as_csv:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows)
+    else:
+        _print_table(names, list(rows), width)
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """A closed pipe, as of `| head`, is no error: what is left is not printed."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+
+
 def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 64) -> None:
     cells = [[_cell(value, width) for value in row] for row in rows]
     numeric = [all(isinstance(r[i], int | float | type(None)) for r in rows) for i in range(len(names))]  # type: ignore[index]
@@ -529,6 +694,27 @@ class _ProgressLine:
     def close(self) -> None:
         if self.terminal and self.last:
             sys.stderr.write("\n")
+
+
+class _CtrlC:
+    """The first Ctrl-C only sets ``asked``, once there is something to finish; the second, or an early one, stops."""
+
+    def __init__(self, begun: Callable[[], bool]):
+        self.begun = begun
+        self.asked = False
+
+    def __enter__(self) -> _CtrlC:
+        self.before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _handle(self, *_: object) -> None:
+        if self.asked or not self.begun():
+            raise KeyboardInterrupt
+        self.asked = True
+        sys.stderr.write("\nfinishing the shards that are begun; Ctrl-C again stops at once\n")
 
 
 def _steps_done(checkpoint: str | None) -> int:

@@ -1,29 +1,44 @@
-"""A DuckDB connection with the views of sql/ over a cache.
+"""A DuckDB connection with the views of sql/ over a cache, which reads that cache alone and writes nothing.
 
-The files of sql/ are plain DuckDB: ``cd CACHE && duckdb`` and ``.read`` them, or set the variable ``cache`` first. A view
-may use others; ``VIEWS`` is an order in which they can be created.
+The files of sql/ are plain DuckDB: ``cd CACHE && duckdb`` and ``.read`` them, or set the variable ``cache`` first. A
+view may use others; ``VIEWS`` is an order in which they can be created. docs/sql.md is made from their headers::
+
+    python -m kdcache.query > docs/sql.md
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 
 from kdcache import format, manifest
 from kdcache.errors import KDError, first_line
 
 VIEWS = (
     *("vocab", "samples", "positions", "candidates", "shards"),
-    *("sources", "captured_mass", "uncertain_tokens", "token_ranks", "hardest_samples"),
+    *("sources", "lengths", "duplicates"),
+    *("captured_mass", "captured_mass_curve", "near_deterministic_share", "calibration"),
+    *("token_ranks", "uncertain_tokens", "disagreements", "hardest_samples", "sample"),
 )
 
 
-def connect(cache: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
-    """An in-memory database with the views over ``cache``. It can read that folder alone, and write nothing there."""
+# --- asking -----------------------------------------------------------------------------------------------------------
+
+
+def connect(cache: Path, memory_limit: str | None = None, views: Sequence[str] = VIEWS) -> duckdb.DuckDBPyConnection:
+    """An in-memory database with ``views`` over ``cache``, which can reach no other file.
+
+    DuckDB has no folder that can be read and not be written: that nothing is written is what ``stream`` sees to.
+    """
     manifest.read_plan(cache)
     if not any((cache / "data").glob("*.parquet")):
         raise KDError(f"{cache} has no shard yet; run the same kd cache-teacher command to the end")
@@ -37,55 +52,77 @@ def connect(cache: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConn
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     try:
-        for name in VIEWS:
+        for name in views:
             connection.execute(source(name))
     except duckdb.Error as error:
         raise KDError(f"{cache}: its shards could not be opened: {first_line(error)}", 3) from None
     return connection
 
 
-def source(view: str) -> str:
-    return (format.resource_folder("sql") / f"{view}.sql").read_text(encoding="utf-8")
-
-
 def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Column names and all rows of one query; KDError with DuckDB's own words if it is wrong."""
-    names, rows = stream(cache, sql)
-    return names, list(rows)
-
-
-def stream(cache: Path, sql: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
-    """Column names of one query, and its rows as they come: a result may be larger than memory."""
     connection = connect(cache)
     try:
-        statements = connection.extract_statements(sql)
-        if len(statements) != 1:
-            raise KDError(f"expected one SQL statement, found {len(statements)}", 2)
-        if statements[0].type not in (duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN):
-            raise KDError("only SELECT and EXPLAIN are run: a cache is read, never written", 2)
-        result = connection.execute(statements[0])
+        names, rows = stream(connection, sql)
+        return names, list(rows)
+    finally:
+        connection.close()
+
+
+def stream(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
+    """Column names of one query, and its rows as they come: a result may be larger than memory.
+
+    Another query can be asked of the connection when the rows were taken, or their iterator closed.
+    """
+    try:
+        result = _interruptible(connection, connection.execute, _reading(connection, sql))
     except duckdb.Error as error:
         raise _sql_error(error) from None
 
     def rows() -> Iterator[tuple[Any, ...]]:
         try:
-            while some := result.fetchmany(10_000):
+            while some := _interruptible(connection, result.fetchmany, 10_000):
                 yield from some
         except duckdb.Error as error:
             raise _sql_error(error) from None
         finally:
-            connection.close()
+            connection.abort()
 
     return [column[0] for column in result.description or []], rows()
 
 
-def described() -> list[tuple[str, str]]:
-    """(view, what it answers) for each file of sql/, from its first line."""
-    found = []
-    for name in VIEWS:
-        first = source(name).splitlines()[0]
-        found.append((name, first.removeprefix(f"-- {name}: ")))
-    return found
+def _interruptible(connection: duckdb.DuckDBPyConnection, call: Callable[[Any], Any], argument: Any) -> Any:
+    """``call(argument)`` in a thread, so that Ctrl-C ends it: the main thread hears of it only while it runs Python."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(call, argument)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            while not future.done():  # the query may only be about to begin
+                connection.interrupt()
+                wait([future], timeout=0.1)
+            raise
+
+
+def is_complete(text: str) -> bool:
+    """Whether what was typed so far ends in a semicolon, leaving comments and those in strings aside."""
+    tokens = _tokens(text)
+    return bool(tokens) and tokens[-1].startswith(b";")
+
+
+def select(cache: Path, columns: str, where: str | None, split: str, rest: str = "") -> pa.Table:
+    """``columns`` of the samples of a split that fulfil a user's condition; ``rest`` groups and orders them."""
+    connection = connect(cache, memory_limit="512MB", views=VIEWS if where else ("samples",))
+    condition = f"AND ({where}\n)" if where else ""  # the line break ends a comment
+    sql = f"SELECT {columns} FROM samples WHERE split = ? {condition} {rest}"
+    try:
+        return connection.sql(_reading(connection, sql), params=[split]).to_arrow_table()
+    except duckdb.Error as error:
+        if where is None or _is_damage(error):
+            raise KDError(f"{cache}: its shards could not be read: {first_line(error)}", 3) from None
+        raise KDError(f"--where {where!r}: {first_line(error)}", 2) from None
+    finally:
+        connection.close()
 
 
 def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str], np.ndarray]:
@@ -94,34 +131,157 @@ def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str
     Returns the files that hold some, and an int64 table [n, 4]: index of the file, row in it, prompt tokens, completion
     tokens. 32 bytes a sample is all that a trainer keeps of a cache.
     """
-    connection = connect(cache, memory_limit="512MB")
-    chosen = f"FROM samples WHERE split = ? {f'AND ({where})' if where else ''}"
+    columns = "file, file_row_number, prompt_tokens, completion_tokens"
+    found = select(cache, columns, where, split, "ORDER BY file, file_row_number")
+    files = found["file"].combine_chunks().dictionary_encode()
+    numbers = [files.indices, *found.columns[1:]]
+    return files.dictionary.to_pylist(), np.column_stack([np.asarray(c, dtype=np.int64) for c in numbers])
+
+
+def changed_shards(cache: Path) -> list[str]:
+    """The shards that are not as manifest.json recorded them, by size and time of change; none without a manifest."""
+    return [
+        name
+        for name, shard in manifest.recorded(cache).items()
+        if _size_and_time(cache / name) != (shard.get("bytes"), shard.get("mtime_ns"))
+    ]
+
+
+def _size_and_time(path: Path) -> tuple[int, int] | None:
     try:
-        files = [
-            name for (name,) in connection.execute(f"SELECT DISTINCT file {chosen} ORDER BY file", [split]).fetchall()
-        ]
-        columns = connection.execute(
-            "SELECT dense_rank() OVER (ORDER BY file) - 1 AS file_index, file_row_number, prompt_tokens, completion_tokens "
-            f"{chosen} ORDER BY file_index, file_row_number",
-            [split],
-        ).fetchnumpy()
-        return files, np.column_stack([np.asarray(c, dtype=np.int64) for c in columns.values()]).reshape(-1, 4)
-    except duckdb.Error as error:
-        raise where_error(cache, where, error) from None
-    finally:
-        connection.close()
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
-_DAMAGE = (duckdb.IOException, duckdb.InvalidInputException)
+# --- what a query may do ----------------------------------------------------------------------------------------------
+
+_READING_NODES = ("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE")
+_FUNCTIONS_THAT_RUN_SQL = ("query", "json_execute_serialized_sql")
+
+
+def _reading(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.Statement:
+    """The one statement of ``sql``; KDError unless it is a SELECT, or the EXPLAIN of one, through and through.
+
+    DuckDB calls more a SELECT than reads: WITH may hold a COPY or an INSERT, and functions may be given SQL to run.
+    """
+    statements = connection.extract_statements(sql)
+    if len(statements) != 1:
+        raise KDError(f"expected one SQL statement, found {len(statements)}", 2)
+    [statement] = statements
+    text = statement.query
+    if statement.type == duckdb.StatementType.EXPLAIN:  # EXPLAIN ANALYZE runs what it explains
+        tokens = _tokens(text)[1:]
+        text = b"".join(tokens[1:] if tokens[0].strip().upper() == b"ANALYZE" else tokens).decode()
+    elif statement.type != duckdb.StatementType.SELECT:
+        text = ""
+    if not text or not _only_reads(connection, text):
+        raise KDError("only SELECT and EXPLAIN are run: a cache is read, never written", 2)
+    return statement
+
+
+def _tokens(sql: str) -> list[bytes]:
+    """The SQL cut before each of its tokens, by DuckDB's own lexer; comments are left out."""
+    raw = sql.encode()
+    found = duckdb.tokenize(sql)  # byte offsets
+    ends = [start for start, _ in found[1:]] + [len(raw)]
+    return [raw[start:end] for (start, kind), end in zip(found, ends) if kind != duckdb.token_type.comment]
+
+
+def _only_reads(connection: duckdb.DuckDBPyConnection, sql: str) -> bool:
+    [(serialized,)] = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()
+    try:
+        todo: list[Any] = [json.loads(serialized)]
+    except RecursionError:
+        raise KDError("the query nests too deeply to be checked; write it with lists or subqueries", 2) from None
+    if todo[0]["error"]:  # not a SELECT
+        return False
+    while todo:
+        node = todo.pop()
+        if isinstance(node, dict):
+            if "cte_map" in node and node.get("type") not in _READING_NODES:
+                return False
+            if str(node.get("function_name")).lower() in _FUNCTIONS_THAT_RUN_SQL:
+                return False
+            todo.extend(node.values())
+        elif isinstance(node, list):
+            todo.extend(node)
+    return True
+
+
+def _is_damage(error: duckdb.Error) -> bool:
+    """A shard could not be read: DuckDB names it, or fails without a class in the depths of its Parquet reader."""
+    named = isinstance(error, duckdb.IOException | duckdb.InvalidInputException) and ".parquet" in str(error)
+    return named or type(error) is duckdb.Error
 
 
 def _sql_error(error: duckdb.Error) -> KDError:
     """DuckDB's own words."""
-    return KDError(str(error).strip(), 3 if isinstance(error, _DAMAGE) else 1)
+    text = str(error).strip()
+    if type(error) is duckdb.Error:
+        text = f"a shard could not be read ({text}); kd cache verify says which"
+    return KDError(text, 3 if _is_damage(error) else 1)
 
 
-def where_error(cache: Path, where: str | None, error: duckdb.Error) -> KDError:
-    """A query of ours failed: by the user's condition, or because a shard is damaged."""
-    if where is None or isinstance(error, _DAMAGE):
-        return KDError(f"{cache}: its shards could not be read: {first_line(error)}", 3)
-    return KDError(f"--where {where!r}: {first_line(error)}", 2)
+# --- the files of sql/ ------------------------------------------------------------------------------------------------
+
+
+def source(view: str) -> str:
+    return (format.resource_folder("sql") / f"{view}.sql").read_text(encoding="utf-8")
+
+
+def header(view: str) -> dict[str, str]:
+    """The parts of a file's header: answers, parameters (of a macro), columns, note (of some), example."""
+    parts: dict[str, str] = {}
+    part = "answers"
+    for line in source(view).splitlines():
+        if not line.startswith("--"):
+            break
+        text = line.removeprefix(f"-- {view}: ").removeprefix("--").strip()
+        if named := re.match(r"(parameters|columns|note|example)  +", text):
+            part, text = named[1], text[named.end() :]
+        parts[part] = f"{parts.get(part, '')}\n{text}".strip()
+    return parts
+
+
+def signature(view: str) -> str:
+    """The name as it is called: a macro's with its parameters."""
+    macro = re.search(r"^CREATE OR REPLACE MACRO (.+?) AS TABLE", source(view), re.MULTILINE)
+    return macro[1] if macro else view
+
+
+def described() -> list[tuple[str, str]]:
+    """(view, what it answers) for each file of sql/, from its header."""
+    return [(signature(name), header(name)["answers"]) for name in VIEWS]
+
+
+def document() -> str:
+    """docs/sql.md."""
+    lines = [
+        "# The views of a cache",
+        "",
+        "<!-- Made of the headers of sql/ by: python -m kdcache.query > docs/sql.md -->",
+        "",
+        'Each is one file of sql/, and can be asked with `kd sql CACHE "SELECT ..."`. The `duckdb` client (2.0 or',
+        "newer) reads them too: start it in a cache's folder and `.read` the files in the order of this table, as a view",
+        "may use others. Log-probabilities and entropies are in nats. Both kinds of caches are understood: `topk:K`, where",
+        "a position has K candidates, and `threshold:TAU`, where it has as many as there are, and those below TAU are a",
+        "sample.",
+        "",
+        "| view | what it answers |",
+        "|---|---|",
+        *(f"| [{name}](#{re.sub('[^a-z_]', '', name)}) | {answers} |" for name, answers in described()),
+    ]
+    for view in VIEWS:
+        parts = header(view)
+        lines += ["", f"## {signature(view)}", "", parts["answers"]]
+        for part in ("parameters", "columns", "note"):
+            if part in parts:
+                lines += ["", f"*{part}*: {parts[part]}"]
+        lines += ["", "```sql", parts["example"], "```"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

@@ -96,20 +96,23 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
     candidate_offsets = inner.offsets.to_numpy()
     candidate_ids = _values(inner.values, np.int32)
     logprobs = _values(columns["candidate_logprobs"].values.values, np.float32)
-    logprobs = normalise(logprobs, np.diff(candidate_offsets), tails)
+    counts = np.diff(candidate_offsets).astype(np.int32, copy=False)
+    logprobs = normalise(logprobs, counts, tails)
+    sample_ids, masks = columns["sample_id"], columns["completion_mask"]
+    all_supervised = np.ones(len(completion_ids), bool)
 
     found = []
     for row in rows:
         first, last = offsets[row], offsets[row + 1]
         low, high = candidate_offsets[first], candidate_offsets[last]
-        mask = columns["completion_mask"][row].as_py()
+        mask = masks[row].as_py() if masks.null_count < len(masks) else None
         found.append(
             Sample(
-                sample_id=columns["sample_id"][row].as_py(),
+                sample_id=sample_ids[row].as_py(),
                 prompt_ids=prompt_ids[prompt_offsets[row] : prompt_offsets[row + 1]],
                 completion_ids=completion_ids[first:last],
-                supervised=np.ones(last - first, bool) if mask is None else np.array(mask, bool),
-                counts=np.diff(candidate_offsets[first : last + 1]).astype(np.int32),
+                supervised=all_supervised[first:last] if mask is None else np.array(mask, bool),
+                counts=counts[first:last],
                 candidate_ids=candidate_ids[low:high],
                 candidate_logprobs=logprobs[low:high],
                 tail_logprobs=tails[first:last],

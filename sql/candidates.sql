@@ -2,6 +2,8 @@
 --
 -- columns  sample_id, source, split, task, origin; position (1-based); candidate (1 is the teacher's choice);
 --          token_id, text; logprob (nats), probability; is_given: this candidate is the completion's own token
+-- note     in a threshold:TAU cache the candidates below TAU are a sample, each stored with probability TAU: they stand
+--          for others that were not drawn
 -- example  SELECT candidate, text, probability FROM candidates
 --          WHERE sample_id = 'builtin:en-001:g' AND position = 1 ORDER BY candidate LIMIT 5
 CREATE OR REPLACE VIEW candidates AS

@@ -1,7 +1,8 @@
 -- positions: one row a completion token.
 --
 -- columns  sample_id, source, split, task, origin; position (1-based); token_id, text; logprob (nats) and rank of the
---          token; entropy (nats, a lower bound); tail_logprob, tail_mass: what the candidates leave out; supervised
+--          token; entropy (nats, a lower bound); tail_logprob, tail_mass: what the candidates leave out (threshold:TAU:
+--          what all those leave out that were captured, the drawn ones and the others); supervised
 -- example  SELECT text, logprob, rank, entropy FROM positions WHERE sample_id = 'builtin:en-001:g' ORDER BY position
 CREATE OR REPLACE VIEW positions AS
 WITH unnested AS (

@@ -1,7 +1,8 @@
 -- uncertain_tokens: where the teacher is least sure, most uncertain first.
 --
 -- columns  sample_id, position; before: the three tokens before; text: the token given; its logprob (nats) and rank;
---          entropy (nats, a lower bound); choices: the teacher's three best with their probabilities
+--          entropy (nats, a lower bound); choices: the teacher's three best with their probabilities (fewer, or drawn
+--          ones, where a threshold:TAU cache holds no more)
 -- example  SELECT * FROM uncertain_tokens LIMIT 10
 CREATE OR REPLACE VIEW uncertain_tokens AS
 WITH placed AS (

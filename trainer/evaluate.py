@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import torch
 
 from kdcache import query
@@ -106,22 +105,11 @@ class Prompt:
     teacher: str | None  # the teacher's own answer, where one was sampled
 
 
-def _rows(config: EvaluateConfig, select_list: str, tail: str = "") -> list[tuple[Any, ...]]:
-    where = f"AND ({config.where})" if config.where else ""
-    found = []
-    for path in config.from_cache:
-        connection = query.connect(path, memory_limit="512MB")
-        try:
-            sql = (
-                f"SELECT {select_list} FROM samples WHERE split = ? "
-                f"AND prompt_tokens + completion_tokens <= {config.max_length:d} {where} {tail}"
-            )
-            found += connection.execute(sql, [config.split]).fetchall()
-        except duckdb.Error as error:
-            raise query.where_error(path, config.where, error) from None
-        finally:
-            connection.close()
-    return found
+def _rows(config: EvaluateConfig, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
+    """``columns`` of the chosen samples, of all caches together."""
+    rest = f"AND prompt_tokens + completion_tokens <= {config.max_length:d} {rest}"
+    tables = [query.select(path, columns, config.where, config.split, rest) for path in config.from_cache]
+    return [tuple(row.values()) for table in tables for row in table.to_pylist()]
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
@@ -138,7 +126,7 @@ def _prompts(config: EvaluateConfig) -> list[Prompt]:
 
 
 def _teacher_row(config: EvaluateConfig, prompts: list[Prompt]) -> dict[str, Any]:
-    sums = _rows(config, "-sum(list_sum(token_logprobs)), sum(completion_tokens), count(*)")
+    sums = _rows(config, "-sum(list_sum(token_logprobs)), sum(completion_tokens)::BIGINT, count(*)")
     nats, tokens, samples = (sum(row[i] or 0 for row in sums) for i in range(3))
     ce = nats / tokens
     return {
