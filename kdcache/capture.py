@@ -8,6 +8,7 @@ so running the same command again after any interruption continues with the shar
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import queue
 import shutil
@@ -86,7 +87,8 @@ def run(
             manifest.forget(plan.config.out, [shard.name for shard in todo])
             state.started = time.monotonic()
             fill(plan, todo, teacher, state, progress, stop)
-        found = manifest.write(plan.config.out)
+        with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
+            found = manifest.write(plan.config.out)
     if plan.config.strict and found["rejected"]:
         raise KDError(f"--strict: {found['rejected']} rows could not be taken; see {plan.config.out}/rejected.jsonl")
     return found
@@ -104,7 +106,8 @@ def claim_folder(plan: Plan) -> None:
     for folder in (out, out / "data"):
         writer.remove_leftovers(folder)
     if not (out / "vocab.parquet").is_file():
-        writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
+        with room_for(out, "vocab.parquet", 15 * plan.vocab_size):
+            writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
 
 
 def empty(cache: Path) -> None:
@@ -261,16 +264,22 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
         "rejected": [asdict(row) for row in opened.rejected],
     }
     rows = [opened.rows[sample_id] for sample_id in opened.samples if sample_id in opened.rows]
-    try:
+    tokens = sum(len(row.completion_ids) for row in rows)
+    with room_for(config.out, opened.shard.name, tokens * bytes_per_token(plan)):
         writer.write_shard(config.out / opened.shard.name, rows, config.precision, metadata)
+
+
+@contextlib.contextmanager
+def room_for(folder: Path, what: str, about_bytes: float) -> Iterator[None]:
+    """A full disk ends the run with what is needed and what is free; whole shards stay."""
+    try:
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        tokens = sum(len(row.completion_ids) for row in rows)
         raise KDError(
-            f"disk full: {opened.shard.name} needs about {tokens * bytes_per_token(plan) / 1e6:.1f} MB, and "
-            f"{shutil.disk_usage(config.out).free / 1e6:.1f} MB are free at {config.out}. Whole shards are kept; make room "
-            "and run the same command again"
+            f"disk full: {what} needs about {about_bytes / 1e6:.1f} MB, and {shutil.disk_usage(folder).free / 1e6:.1f} MB are "
+            f"free at {folder}. Whole shards are kept; make room and run the same command again"
         ) from None
 
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,15 +128,24 @@ def _link_into_place(temporary: Path, path: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; what was written takes its place, whole or not at all."""
+    temporary = _beside(path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file (manifest, plan, card) atomically."""
-    temporary = _beside(path)
-    with open(temporary, "w", encoding="utf-8") as sink:
+    with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as sink:
         sink.write(text)
         sink.flush()
         os.fsync(sink.fileno())
-    os.replace(temporary, path)
-    _fsync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -155,10 +164,8 @@ def create_json(path: Path, value: Any) -> bool:
 
 def write_table(path: Path, table: pa.Table) -> None:
     """Write a small Parquet file (vocab) atomically."""
-    temporary = _beside(path)
-    pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-    os.replace(temporary, path)
-    _fsync_folder(path.parent)
+    with _replacing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def sha256(path: Path) -> str:

@@ -305,18 +305,27 @@ def test_ctrl_c_once_finishes_the_shard_twice_stops(times, tiny_model, tmp_path)
 def test_a_full_disk_stops_with_what_is_needed_and_keeps_whole_shards(kd, tiny_cache, tiny_model, rows_file, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2400k", "tmpfs", disk]).returncode:
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]).returncode:
         pytest.skip("a small file system cannot be mounted here")
     try:
         plan = capture_plan(tiny_model, rows_file, disk / "out")
-        big = capture_plan(tiny_model, rows_file, tmp_path / "x")
-        assert plan.fingerprint == big.fingerprint
-        (disk / "ballast").write_bytes(b"x" * 2_000_000)
-        with pytest.raises((KDError, OSError)):
+
+        def fill_but(free):
+            room = shutil.disk_usage(disk).free - free
+            (disk / "ballast").write_bytes(b"x" * max(room, 0))
+
+        fill_but(100_000)
+        with pytest.raises(KDError, match=r"disk full: vocab.parquet needs about 0.7 MB, and 0.\d MB are free"):
             capture.run(plan)
-        before = {p: p.read_bytes() for p in (disk / "out").glob("data/*.parquet")}
-        report = integrity.verify(disk / "out") if (disk / "out/plan.json").exists() else None
-        assert report is None or not report.problems
+        (disk / "ballast").unlink()
+        capture.claim_folder(plan)
+        fill_but(50_000)
+        with pytest.raises(
+            KDError, match=r"disk full: data/\S+ needs about \d\.\d MB, and 0\.\d MB are free at .*Whole shards"
+        ):
+            capture.run(plan)
+        before = {p: p.read_bytes() for p in (disk / "out").glob("data/[!.]*")}
+        assert before and not integrity.verify(disk / "out").problems and not list((disk / "out").glob("data/.*"))
         (disk / "ballast").unlink()
         assert capture.run(plan)["complete"] and query.run(disk / "out", ALL) == query.run(tiny_cache, ALL)
         assert all(path.read_bytes() == data for path, data in before.items())
