@@ -17,6 +17,7 @@ from kdcache.plan import CaptureConfig, Plan
 from kdcache.teachers import Sampling
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other waste a machine that is shared
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,7 @@ def _children_without_ctrl_c() -> Iterator[None]:
     if in_process or not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield

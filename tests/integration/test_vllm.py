@@ -1,6 +1,8 @@
 """The real vLLM and the real SmolLM2, against the transformers oracle in float32."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -165,3 +167,68 @@ def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
     assert all(path.read_bytes() == data for path, data in kept.items())
     rows = duckdb.sql(f"SELECT sample_id, origin FROM '{tmp_path}/out/data/*.parquet'").fetchall()
     assert len(rows) == len(set(rows)) == 48 and sum(origin == "given" for _, origin in rows) == 24
+
+
+OUT_OF_MEMORY = """
+import resource, sys
+import numpy as np
+from kdcache import embedded, examples
+from kdcache.prompts import Prompts, load_tokenizer
+from kdcache.teachers import EngineOptions, Request, load
+
+model = str(embedded.prepare())
+prompts = Prompts(model, load_tokenizer(model))
+requests = [
+    Request(("x", str(i)), prompts.prompt_ids(prompts.render(e.messages)), prompts.completion_ids(e.completion))
+    for i, e in enumerate(examples.load("builtin", examples.Columns(), 24))
+]
+teacher = load("vllm", EngineOptions(model, 8, 512, "float32", extra={"max_num_batched_tokens": 2048}))
+expected = {r.key: a for r, a in teacher.run(requests)}
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+start = type(teacher)._start
+
+def start_with_memory_again(self):
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    start(self)
+
+type(teacher)._start = start_with_memory_again
+resource.setrlimit(resource.RLIMIT_AS, (used + 20_000_000, -1))
+found = {r.key: a for r, a in teacher.run(requests)}
+assert resource.getrlimit(resource.RLIMIT_AS)[0] == -1, "it never ran out of memory"
+assert found.keys() == expected.keys()
+for key in found:
+    assert np.abs(found[key].token_logprobs - expected[key].token_logprobs).max() < 1e-3
+print(teacher._arguments["max_num_batched_tokens"], teacher._arguments["max_num_seqs"])
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_that_runs_out_of_memory_starts_again_with_half_the_batch_and_loses_nothing(smollm):
+    done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    tokens, sequences = map(int, done.stdout.split()[-2:])
+    assert 512 <= tokens <= 1024 and sequences >= 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_with_an_engine_in_a_process_of_its_own_finishes_the_shards_that_are_begun(tmp_path, smollm):
+    command = [sys.executable, "-m", "cli", "cache-teacher", "--limit", "60", "--rows-per-shard", "10", "--sparsify"]
+    command += ["topk:8", "--out", str(tmp_path / "out"), "--max-num-seqs", "4", "--max-model-len", "512"]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    text = ""
+    for line in process.stderr:
+        text += line
+        if "tokens/s" in line:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the engine's process too
+            break
+    text += process.communicate(timeout=300)[1]
+    shards = list(tmp_path.glob("out/data/*.parquet"))
+    assert process.returncode == 130 and 1 <= len(shards) < 6, text
+    assert "finishing the shards" in text and "To continue:" in text and "Traceback" not in text
