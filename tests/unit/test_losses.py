@@ -1,10 +1,11 @@
-"""The sparse loss against a dense float64 computation."""
+"""The sparse losses against dense float64 computations."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdcache.errors import UsageError
 from trainer import losses
 
 
@@ -102,3 +103,116 @@ def test_a_tiny_tail_stays_finite_in_float32_with_a_student_that_is_sure(tail):
     reference = dense_forward_kl(logits.detach().double(), torch.tensor([[0]]), logprobs, log_r)
     assert torch.isfinite(logits.grad).all()
     torch.testing.assert_close(loss.detach().double(), reference, rtol=1e-4, atol=1e-9)
+
+
+# --- the other divergences ---------------------------------------------------------------------------------------------
+
+
+def dense_cells(logits, ids, logprobs, tails):
+    """p and q of the K + 1 cells by their definition."""
+    q = torch.softmax(logits, -1)
+    s = q.scatter(1, ids, 0.0).sum(-1, keepdim=True)
+    return torch.cat([logprobs, tails[:, None]], -1).exp(), torch.cat([q.gather(1, ids), s], -1)
+
+
+DEFINITIONS = {
+    "forward_kl": lambda p, q: p * (p / q).log(),
+    "reverse_kl": lambda p, q: q * (q / p).log(),
+    "jsd": lambda p, q: (p * (2 * p / (p + q)).log() + q * (2 * q / (p + q)).log()) / 2,
+    "skewed_kl": lambda p, q: p * (p / (0.1 * p + 0.9 * q)).log(),
+    "tvd": lambda p, q: (p - q).abs() / 2,
+}
+
+#: The gradient on the logits of cell c, as the docstrings say it: q_c times this is added where c is one token, and
+#: q_v times this at each token v of the bucket.
+GRADIENTS = {
+    "forward_kl": lambda p, q: 1 - p / q,
+    "reverse_kl": lambda p, q: (q / p).log() - (q * (q / p).log()).sum(-1, keepdim=True),
+    "jsd": lambda p, q: (2 * q / (p + q)).log() / 2 - (q * (2 * q / (p + q)).log()).sum(-1, keepdim=True) / 2,
+    "skewed_kl": lambda p, q: (p * w(p, q)).sum(-1, keepdim=True) - w(p, q) * p / q,
+    "tvd": lambda p, q: (q - p).sign() / 2 - (q * (q - p).sign()).sum(-1, keepdim=True) / 2,
+}
+
+
+def w(p, q):
+    return 0.9 * q / (0.1 * p + 0.9 * q)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_a_divergence_and_its_gradient_are_what_the_docstring_says(name):
+    ids, logprobs, tails, _ = sparse_teacher(torch.Generator().manual_seed(6), 5, 30, 4)
+    logits = torch.randn(5, 30, dtype=torch.float64, requires_grad=True)
+    found = losses.DIVERGENCES[name](logits, ids, logprobs, tails)
+    found.sum().backward()
+    p, q = dense_cells(logits.detach(), ids, logprobs, tails)
+    torch.testing.assert_close(found.detach(), DEFINITIONS[name](p, q).sum(-1))
+    factor = GRADIENTS[name](p, q)
+    everywhere = factor[:, -1:].expand(-1, 30).scatter(1, ids, factor[:, :-1])
+    torch.testing.assert_close(logits.grad, torch.softmax(logits.detach(), -1) * everywhere)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_a_divergence_is_zero_at_a_perfect_student_and_a_lower_bound_that_k_equal_v_reaches(name):
+    generator = torch.Generator().manual_seed(7)
+    *_, full = sparse_teacher(generator, 5, 40, 40)
+    logits = torch.randn(5, 40, generator=generator, dtype=torch.float64)
+    whole = DEFINITIONS[name](full.exp(), torch.softmax(logits, -1)).sum(-1)
+    before = torch.zeros(5, dtype=torch.float64)
+    for k in (1, 5, 20, 40):
+        best = full.topk(k, dim=-1)
+        teacher = best.indices, best.values, full.scatter(1, best.indices, float("-inf")).logsumexp(-1)
+        found = losses.DIVERGENCES[name](logits, *teacher)
+        assert (found >= before - 1e-12).all() and (found <= whole + 1e-9).all()
+        assert losses.DIVERGENCES[name](full, *teacher).abs().max() < 1e-9
+        before = found
+    torch.testing.assert_close(before, whole)
+
+
+def test_with_every_token_a_candidate_the_gradient_is_that_of_the_dense_kl():
+    generator = torch.Generator().manual_seed(8)
+    ids, logprobs, tails, full = sparse_teacher(generator, 6, 25, 25)
+    logits = torch.randn(6, 25, generator=generator, dtype=torch.float64)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    losses.forward_kl(ours, ids, logprobs, tails).sum().backward()
+    torch.nn.functional.kl_div(torch.log_softmax(theirs, -1), full, log_target=True, reduction="sum").backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_padding_and_positions_without_candidates_or_tail_are_finite_and_mean_what_they_say(name):
+    ids, logprobs, _, _ = sparse_teacher(torch.Generator().manual_seed(9), 3, 20, 4)
+    logprobs = torch.log_softmax(logprobs, -1)  # no tail
+    tails = torch.tensor([float("-inf"), float("-inf"), 0.0], dtype=torch.float64)
+    logprobs[2] = float("-inf")  # no candidates
+    logits = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    plain = losses.DIVERGENCES[name](logits, ids, logprobs, tails)
+    gradient = torch.autograd.grad(plain.sum(), logits)[0]
+    assert torch.isfinite(plain).all() and (plain[:2] > 0).all() and torch.isfinite(gradient).all()
+    assert plain[2].abs() < 1e-15 and gradient[2].abs().max() < 1e-15
+    padding = torch.full((3, 2), float("-inf"), dtype=torch.float64)
+    padded = losses.DIVERGENCES[name](
+        logits, torch.cat([ids, ids[:, 1:3]], 1), torch.cat([logprobs, padding], 1), tails
+    )
+    torch.testing.assert_close(padded, plain)
+    torch.testing.assert_close(torch.autograd.grad(padded.sum(), logits)[0], gradient)
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_what_would_not_be_what_it_says_is_refused_with_the_reason():
+    for divergence in losses.DIVERGENCES:
+        losses.check(divergence, "topk:64")
+    losses.check("forward_kl", "threshold:0.02")
+    losses.check("skewed_kl:0.3", "topk:8", 1.0)
+    for divergence in ("reverse_kl", "jsd", "skewed_kl:0.3", "tvd"):
+        with pytest.raises(UsageError, match="linear in the teacher's probabilities"):
+            losses.check(divergence, "threshold:0.02")
+    with pytest.raises(UsageError, match=r"temperature 2: .* full vocabulary"):
+        losses.check("forward_kl", "topk:64", 2.0)
+
+
+@pytest.mark.parametrize("divergence", ["", "kl", "jsd:0.5", "skewed_kl:", "skewed_kl:1", "skewed_kl:x"])
+def test_an_unknown_divergence_is_refused(divergence):
+    with pytest.raises(UsageError, match="divergence"):
+        losses.parse(divergence)

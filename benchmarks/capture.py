@@ -1,0 +1,207 @@
+"""What does kdcache add to the engine? `kd cache-teacher` against bare vLLM on the same prompts, in one process, in turns.
+
+python benchmarks/capture.py                 # a quarter of an hour on two quiet cores
+
+Arms, each over the same rows: `kd` (render, tokenise, engine, arrays, sparsify, write whole shards), `flat` (vLLM's own
+cheapest log-probabilities, not detokenised, results dropped), `dicts` (its list of dicts), `bare` (no log-probabilities).
+`kd` and `flat` run in pairs whose order alternates; the ratio is the median over pairs, with a bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kdcache import capture, teachers
+from kdcache.plan import CaptureConfig, Plan
+from kdcache.teachers import Sampling
+from kdcache.teachers.collector import ArrayCollector
+
+K = 64
+
+
+class Timed:
+    """Seconds spent in some functions, and a way to put them back."""
+
+    def __init__(self, *places: tuple[Any, str]):
+        self.seconds, self._old = 0.0, [(owner, name, getattr(owner, name)) for owner, name in places]
+        for owner, name, function in self._old:
+            setattr(owner, name, self._wrap(function))
+
+    def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                self.seconds += time.perf_counter() - begun
+
+        return timed
+
+    def undo(self) -> float:
+        for owner, name, function in self._old:
+            setattr(owner, name, function)
+        return self.seconds
+
+
+def drain(engine: Any, plan: Plan, **changes: Any) -> int:
+    """The bare engine over the plan's requests, results dropped; returns the completion tokens."""
+    import vllm
+    from vllm.sampling_params import RequestOutputKind
+
+    samples = [s for shard in plan.shards for example in shard.examples for s in plan.samples_of(shard, example)]
+    tokens = 0
+    for number, sample in enumerate(samples):
+        request = sample.request
+        common = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY} | changes
+        logprobs = common.pop("logprobs")
+        if request.completion_ids is not None:
+            params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=logprobs, **common)
+            ids = [*request.prompt_ids, *request.completion_ids]
+        else:
+            sampling = plan.config.sampling
+            params = vllm.SamplingParams(
+                max_tokens=sampling.max_tokens, temperature=1.0, seed=request.seed, logprobs=logprobs, **common
+            )
+            ids = list(request.prompt_ids)
+        engine.add_request(str(number), {"prompt_token_ids": ids}, params)
+    left = len(samples)
+    while left:
+        for output in engine.step():
+            if output.finished:
+                left -= 1
+                given = samples[int(output.request_id)].request.completion_ids
+                tokens += len(output.outputs[0].token_ids if given is None else given)
+    return tokens
+
+
+def with_kd(teacher: Any, plan: Plan) -> int:
+    shutil.rmtree(plan.config.out, ignore_errors=True)
+    capture.claim_folder(plan)
+    state = capture.Progress()
+    capture.fill(plan, plan.shards, teacher, state)
+    return state.tokens_done
+
+
+def seconds(run: Callable[[], int]) -> tuple[float, int]:
+    begun = time.perf_counter()
+    tokens = run()
+    return time.perf_counter() - begun, tokens
+
+
+def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
+    """The bootstrap 95% interval of the median."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
+
+
+def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
+    engine = teacher._llm.llm_engine
+    arms: dict[str, Callable[[], int]] = {
+        "kd": partial(with_kd, teacher, plan),
+        "flat": partial(drain, engine, plan, logprobs=K, flat_logprobs=True),
+        "dicts": partial(drain, engine, plan, logprobs=K, flat_logprobs=False),
+        "bare": partial(drain, engine, plan, logprobs=None),
+    }
+    for run in arms.values():  # compilation, and caches warm
+        run()
+    ratios, rates = [], {name: list[float]() for name in arms}
+    for pair in range(pairs):
+        found = {}
+        order = ["kd", "flat"] if pair % 2 else ["flat", "kd"]
+        for name in [*order, *(("dicts", "bare") if pair % 3 == 0 else ())]:
+            found[name], tokens = seconds(arms[name])
+            rates[name].append(tokens / found[name])
+        ratios.append(found["kd"] / found["flat"])
+        print(f"  pair {pair + 1}/{pairs}: kd {rates['kd'][-1]:.1f}, flat {rates['flat'][-1]:.1f} tokens/s", flush=True)
+
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    ours = Timed((ArrayCollector, "update_from_output"), (ArrayCollector, "arrays"))
+    behind = Timed((capture, "make_row"), (capture, "write"))
+    tokens = arms["kd"]()
+    micro = {"arrays": ours.undo() / tokens * 1e6, "sparsify_and_write": behind.undo() / tokens * 1e6}
+    theirs = Timed((LogprobsProcessor, "update_from_output"))
+    arms["flat"]()
+    micro["flat"] = theirs.undo() / tokens * 1e6
+    theirs = Timed((LogprobsProcessor, "update_from_output"))
+    arms["dicts"]()
+    micro["dicts"] = theirs.undo() / tokens * 1e6
+
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    low, high = interval(ratios)
+    return {
+        "tokens": tokens,
+        "tokens_per_second": {name: round(value, 1) for name, value in middle.items()},
+        "time_kd_over_flat": {
+            "median": round(statistics.median(ratios), 4),
+            "interval": [round(low, 4), round(high, 4)],
+        },
+        "pairs": pairs,
+        "ratios": [round(r, 4) for r in ratios],
+        "share_of_bare_rate": {n: round(middle[n] / middle["bare"], 3) for n in ("kd", "flat", "dicts")},
+        "front_end_microseconds_a_token": {name: round(value, 3) for name, value in micro.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--teacher", default="embedded")
+    parser.add_argument("--limit", type=int, default=32, help="examples")
+    parser.add_argument("--max-tokens", type=int, default=48, help="of sampled answers")
+    parser.add_argument("--pairs", type=int, default=15)
+    parser.add_argument("--hardware", default=f"{os.cpu_count()}-core-{platform.machine()}")
+    options = parser.parse_args()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    scratch = Path(tempfile.mkdtemp(prefix="kdcache-benchmark-"))
+    plans = {
+        mode: Plan(
+            CaptureConfig(
+                out=scratch / mode,
+                teacher=options.teacher,
+                limit=options.limit,
+                mode=mode,
+                sampling=Sampling(1.0, 1.0, options.max_tokens),
+                sparsify=f"topk:{K}",
+                rows_per_shard=8,
+            )
+        )
+        for mode in ("score", "sample")
+    }
+    teacher: Any = teachers.load("vllm", plans["sample"].engine_options())
+    found: dict[str, Any] = {
+        "date": str(date.today()),
+        "hardware": options.hardware,
+        "teacher": plans["score"].fields["teacher"],
+        "dtype": plans["score"].dtype,
+        "engine": teacher.version,
+        "collector_in_use": teacher.collects,
+        "k": K,
+    }
+    try:
+        for mode, plan in plans.items():
+            print(f"{mode}:", flush=True)
+            found[mode] = measure(teacher, plan, options.pairs)
+            print(json.dumps({k: v for k, v in found[mode].items() if k != "ratios"}, indent=2), flush=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / f"capture-{options.hardware}-{date.today()}.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
