@@ -518,10 +518,16 @@ class Terminal:
     """`kd sql CACHE` on a terminal of its own."""
 
     def __init__(self, cache: Path):
-        self.process, self.terminal = pty.fork()
-        if not self.process:
-            os.chdir(ROOT)
-            os.execve(sys.executable, command("sql", cache), os.environ | {"TERM": "dumb"})
+        # Not pty.fork: in a test process with threads, what it runs before exec may wait for ever.
+        self.terminal, theirs = pty.openpty()
+        become = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.executable, sys.argv[1:])"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", become, *command("sql", cache)],
+            **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True},
+            cwd=ROOT,
+            env=os.environ | {"TERM": "dumb"},
+        )
+        os.close(theirs)
         self.seen = b""
 
     def until(self, text: str, again: str = "") -> None:
@@ -571,4 +577,4 @@ def test_the_prompt_takes_queries_until_ctrl_d(tiny_cache):
     kd.until("b;\r\n")
     kd.until("kd> ", again="\x03")
     kd.type("\x04")
-    assert os.waitpid(kd.process, 0)[1] == 0
+    assert kd.process.wait(60) == 0
