@@ -1,6 +1,6 @@
 """What does the fused loss cost? Time of a forward and backward pass, and peak memory, against what it replaces.
 
-    python benchmarks/loss.py                                  # half an hour on two quiet cores
+    python benchmarks/loss.py                                  # an hour on two quiet cores
     python benchmarks/loss.py --sizes 49152x576x256 --rounds 15
 
 Arms, in float32 on made-up hidden states and a made-up teacher: `fused_kd` (alpha 0.5, k = 64), `fused_ce` (alpha 0
@@ -161,10 +161,13 @@ def main() -> None:
         "sizes": [],
     }
     available = 0.7 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    for v, d, n in options.sizes or SIZES + LARGE:
+    sizes = options.sizes or SIZES + LARGE
+    # Memory first: a process's peak counts what its parent held when it was started.
+    memory = {} if options.no_memory else {size: measure_memory(*size, available) for size in sizes}
+    for v, d, n in sizes:
         entry: dict[str, Any] = {"vocabulary": v, "hidden_size": d, "positions": n}
-        if not options.no_memory:
-            entry["peak_mb_above_inputs"] = measure_memory(v, d, n, available)
+        if memory:
+            entry["peak_mb_above_inputs"] = memory[v, d, n]
         if options.rounds and (v, d, n) not in LARGE:
             entry |= measure_time(v, d, n, options.rounds)
         short = {
