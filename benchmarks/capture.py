@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import random
 import shutil
 import statistics
 import tempfile
@@ -23,6 +21,8 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from shared import hardware, interval
 
 from kdcache import capture, teachers
 from kdcache.plan import CaptureConfig, Plan
@@ -101,13 +101,6 @@ def seconds(run: Callable[[], int]) -> tuple[float, int]:
     return time.perf_counter() - begun, tokens
 
 
-def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
-    """The bootstrap 95% interval of the median."""
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
-
-
 def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
     engine = teacher._llm.llm_engine
     arms: dict[str, Callable[[], int]] = {
@@ -163,7 +156,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=32, help="examples")
     parser.add_argument("--max-tokens", type=int, default=48, help="of sampled answers")
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--hardware", default=f"{os.cpu_count()}-core-{platform.machine()}")
+    parser.add_argument("--hardware", default=hardware())
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     scratch = Path(tempfile.mkdtemp(prefix="kdcache-benchmark-"))

@@ -42,10 +42,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from size import hardware, machine, versions
+from shared import hardware, machine, versions
 from torch import Tensor
 
-from kdcache import embedded, examples, format, reader, sparsify, writer
+from kdcache import embedded, examples, format, manifest, reader, sparsify, writer
 from kdcache.prompts import Prompts
 from kdcache.reader import normalise
 from trainer import losses
@@ -246,10 +246,8 @@ def written_and_read(
         writer.write_shard(path, shard_rows, precision, fingerprint)
         plan = {"format_version": format.FORMAT_VERSION, "shards": [{"name": name}]}
         writer.write_json(Path(scratch) / "plan.json", plan | fingerprint)
-        with pq.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(g) for g in range(file.metadata.num_row_groups)]
-            chunks = [group.column(c) for group in groups for c in range(group.num_columns)]
-            size = sum(c.total_compressed_size for c in chunks if c.path_in_schema in format.CANDIDATE_LEAVES)
+        chunks = manifest.column_chunks(pq.read_metadata(path))
+        size = sum(c.total_compressed_size for c in chunks if c.path_in_schema in format.CANDIDATE_LEAVES)
         cache = reader.Cache(Path(scratch))
         samples = []
         for group, count in enumerate(cache.row_groups(path.name)):

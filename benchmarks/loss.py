@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shared import hardware, interval
 from torch import Tensor
 from torch.nn import functional
 
@@ -82,13 +82,6 @@ def seconds(run: Callable[[], None]) -> float:
     return time.perf_counter() - begun
 
 
-def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
-    """The bootstrap 95% interval of the median."""
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
-
-
 def measure_time(v: int, d: int, n: int, rounds: int) -> dict[str, Any]:
     arms = make_arms(v, d, n)
     for run in arms.values():
@@ -140,7 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=16, help="of time; 0 leaves it out")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--arm", help=argparse.SUPPRESS)  # a process of its own, for memory
-    parser.add_argument("--hardware", default=f"{os.cpu_count()}-core-{os.uname().machine}")
+    parser.add_argument("--hardware", default=hardware())
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if options.arm:

@@ -16,9 +16,6 @@ operating system's cache. Variants alternate within a round, and medians over ro
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import os
-import platform
 import re
 import shutil
 import statistics
@@ -33,38 +30,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from shared import hardware, machine, versions
 
 from kdcache import format, manifest, reader, writer
 
 HERE = Path(__file__).parent
-
-
-# --- shared with other benchmarks -------------------------------------------------------------------------------------
-
-
-def machine() -> str:
-    """``2 cores, AMD EPYC``."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = found[1].strip() if found else model
-    return f"{os.cpu_count()} cores, {model}"
-
-
-def hardware() -> str:
-    """``2-core-epyc``: the machine in a file name."""
-    names = re.findall(r"epyc|ryzen|xeon|apple|graviton|core", machine().partition(",")[2].lower())
-    return f"{os.cpu_count()}-core-{names[0] if names else platform.machine()}"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            found[package] = "checkout"
-    return found
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -74,14 +44,15 @@ def bytes_by_column(files: list[Path]) -> dict[str, int]:
     """Compressed bytes of each column, from the footers; what is left of the files is called ``footers``."""
     found: dict[str, int] = dict.fromkeys(format.SCHEMA.names, 0)
     for path in files:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.metadata.num_row_groups):
-                for column in range(file.metadata.num_columns):
-                    chunk = file.metadata.row_group(group).column(column)
-                    name = chunk.path_in_schema.partition(".")[0]
-                    found[name] = found.get(name, 0) + chunk.total_compressed_size
+        for chunk in manifest.column_chunks(pq.read_metadata(path)):
+            name = chunk.path_in_schema.partition(".")[0]
+            found[name] = found.get(name, 0) + chunk.total_compressed_size
     found["footers"] = sum(path.stat().st_size for path in files) - sum(found.values())
     return found
+
+
+def completion_tokens(files: list[Path]) -> int:
+    return sum(int(np.sum(pq.read_table(path, columns=["completion_tokens"])[0].to_numpy())) for path in files)
 
 
 def print_columns(sizes: dict[str, int], tokens: int) -> None:
@@ -192,9 +163,9 @@ def main() -> None:
     pa.set_io_thread_count(1)
     plan = manifest.read_plan(options.cache)
     files = [options.cache / shard["name"] for shard in plan["shards"]]
-    tokens = sum(int(np.sum(pq.read_table(path, columns=["completion_tokens"])[0].to_numpy())) for path in files)
+    tokens = completion_tokens(files)
     train = [path for path in files if path.name.startswith("train")]
-    train_tokens = sum(int(np.sum(pq.read_table(path, columns=["completion_tokens"])[0].to_numpy())) for path in train)
+    train_tokens = completion_tokens(train)
     sizes = bytes_by_column(files)
     candidates = sizes["candidate_ids"] + sizes["candidate_logprobs"]
     sparsify, precision = plan["fields"]["sparsify"], plan["fields"]["precision"]

@@ -183,7 +183,8 @@ def fill(
                     else:
                         opened.samples[sample.sample_id] = sample
             state.samples += len(opened.samples) - len(shard.examples) * plan.samples_per_example
-            yield from [sample.request for sample in opened.samples.values()]
+            for sample in opened.samples.values():
+                yield sample.request
             if not opened.samples:
                 finish(opened)
 

@@ -8,10 +8,10 @@ Every byte is covered: pages by their checksums, footers by the manifest's sha25
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ def verify(cache: Path, progress: Callable[[int, int], None] = lambda done, tota
     progress(len(planned), len(planned))
     _check_duplicates(cache, [name for name in planned if name not in report.problems], report)
     if not report.problems:
-        _record(cache, [name for name in planned if name not in report.missing])
+        with contextlib.suppress(OSError):  # a cache that cannot be written to can still be verified
+            manifest.write(cache, verified=set(planned) - set(report.missing))
     return report
 
 
@@ -97,18 +98,6 @@ def repair(report: Report) -> None:
             report.set_aside.append(name)
         manifest.forget(cache, report.problems.keys())
         manifest.write(cache)
-
-
-def _record(cache: Path, shards: list[str]) -> None:
-    try:
-        found = manifest.write(cache)
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        for shard in found["shards"]:
-            if shard["name"] in shards:
-                shard["verified"] = now
-        writer.write_json(cache / "manifest.json", found)
-    except OSError:
-        pass  # a cache that cannot be written to can still be verified
 
 
 def _check_vocabulary(cache: Path, plan: dict[str, Any], report: Report) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,16 @@ def read_plan(cache: Path) -> dict[str, Any]:
     return plan
 
 
-def write(cache: Path) -> dict[str, Any]:
-    """Sum the shards, write manifest.json, rejected.jsonl and README.md, and return the manifest."""
+def write(cache: Path, verified: Collection[str] = ()) -> dict[str, Any]:
+    """Sum the shards, write manifest.json, rejected.jsonl and README.md, and return the manifest.
+
+    The shards named in ``verified`` are recorded as verified now.
+    """
     plan, manifest, rejected = _sum(cache)
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    for shard in manifest["shards"]:
+        if shard["name"] in verified:
+            shard["verified"] = now
     _save(cache, plan, manifest, rejected)
     return manifest
 
@@ -89,6 +97,22 @@ def recorded(cache: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def unchanged(path: Path, known: dict[str, Any]) -> bool:
+    """Whether a file has the size and time of change that the manifest recorded of it."""
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return (known.get("bytes"), known.get("mtime_ns")) == (status.st_size, status.st_mtime_ns)
+
+
+def column_chunks(footer: pq.FileMetaData) -> Iterator[pq.ColumnChunkMetaData]:
+    """What the footer of a shard says of each column in each row group."""
+    for group in range(footer.num_row_groups):
+        for column in range(footer.num_columns):
+            yield footer.row_group(group).column(column)
+
+
 def forget(cache: Path, shards: Collection[str]) -> None:
     """Strike shards that are to be written anew from the manifest: what it says of them no longer holds."""
     known = recorded(cache)
@@ -112,16 +136,8 @@ def _read_shard(
         raise KDError(f"{path} is damaged ({error}); {WAY_OUT}", 3) from None
     if metadata.get("fingerprint") != fingerprint:
         raise KDError(f"{path} belongs to another cache; {WAY_OUT}", 3)
-    candidates = candidate_bytes = 0
-    for group in range(footer.num_row_groups):
-        for column in range(footer.num_columns):
-            chunk = footer.row_group(group).column(column)
-            if chunk.path_in_schema in format.CANDIDATE_LEAVES:
-                candidate_bytes += chunk.total_compressed_size
-                if chunk.path_in_schema == format.CANDIDATE_LEAVES[0]:
-                    candidates += chunk.num_values
-    same = known.get("bytes") == status.st_size and known.get("mtime_ns") == status.st_mtime_ns
-    sha256 = known["sha256"] if same else writer.sha256(path)
+    chunks = [chunk for chunk in column_chunks(footer) if chunk.path_in_schema in format.CANDIDATE_LEAVES]
+    sha256 = known["sha256"] if unchanged(path, known) else writer.sha256(path)
     if known and sha256 != known["sha256"]:
         raise KDError(f"{path} is not what was written (manifest.json has another sha256); {WAY_OUT}", 3)
     shard = {
@@ -129,8 +145,8 @@ def _read_shard(
         "split": format.split_of_shard(name),
         "rows": footer.num_rows,
         "completion_tokens": tokens,
-        "candidates": candidates,
-        "candidate_bytes": candidate_bytes,
+        "candidates": sum(c.num_values for c in chunks if c.path_in_schema == format.CANDIDATE_LEAVES[0]),
+        "candidate_bytes": sum(c.total_compressed_size for c in chunks),
         "bytes": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "seconds": metadata.get("seconds", 0.0),

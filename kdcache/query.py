@@ -140,19 +140,7 @@ def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str
 
 def changed_shards(cache: Path) -> list[str]:
     """The shards that are not as manifest.json recorded them, by size and time of change; none without a manifest."""
-    return [
-        name
-        for name, shard in manifest.recorded(cache).items()
-        if _size_and_time(cache / name) != (shard.get("bytes"), shard.get("mtime_ns"))
-    ]
-
-
-def _size_and_time(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+    return [name for name, shard in manifest.recorded(cache).items() if not manifest.unchanged(cache / name, shard)]
 
 
 # --- what a query may do ----------------------------------------------------------------------------------------------

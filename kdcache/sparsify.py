@@ -48,12 +48,12 @@ class Sparsifier:
     @property
     def most_candidates(self) -> int:
         """What a position holds at most (but for ``threshold`` where no token reaches TAU, which is rare)."""
-        return min(self.capture_k, int(self.parameter if self.policy == "topk" else 1 / self.parameter + 1))
+        return min(self.capture_k, POLICIES[self.policy].keeps(self.parameter))
 
     @property
     def mass_error(self) -> float:
         """How far candidates + tail may be from 1, before rounding."""
-        return 0.0 if self.policy == "topk" else self.parameter
+        return POLICIES[self.policy].mass_error(self.parameter)
 
     def __str__(self) -> str:
         return f"{self.policy}:{self.parameter:g}"
@@ -84,9 +84,6 @@ def threshold(ids: np.ndarray, logprobs: np.ndarray, tau: float, uniform: np.nda
     Systematic sampling (Madow 1949): the tokens' p / step are laid end to end on a line, and a token is kept if one
     of the points u, u + 1, u + 2, ... falls on it. uniform: [T] u of each position, in [0, 1).
     """
-    positions = ids.shape[0]
-    if not positions:
-        return topk(ids, logprobs, 1, uniform)
     snapped = float(round_logprobs(np.log(np.array([tau], dtype=np.float32)))[0])
     best = CODEBOOK[np.searchsorted(-CODEBOOK, -logprobs[:, 0], side="left").clip(max=len(CODEBOOK) - 1)]
     step = np.minimum(np.float32(snapped), best)[:, None]  # [T, 1] log
@@ -105,20 +102,37 @@ def threshold(ids: np.ndarray, logprobs: np.ndarray, tau: float, uniform: np.nda
 
 @dataclass(frozen=True)
 class Policy:
+    """All that is known of one policy; each function but ``keep`` takes its parameter."""
+
     keep: Callable[[np.ndarray, np.ndarray, float, np.ndarray], Candidates]
-    takes: Callable[[float], bool]  # whether a parameter makes sense
+    takes: Callable[[float], bool]  # whether the parameter makes sense
     expected: str
     needs: Callable[[float], int]  # the candidates to capture, at least
     captures: Callable[[float], int]  # and by default
+    keeps: Callable[[float], int]  # the candidates of a position, at most
+    mass_error: Callable[[float], float]  # how far candidates + tail may be from 1, before rounding
 
 
 POLICIES = {
-    "topk": Policy(topk, lambda k: k >= 1 and k % 1 == 0, "topk:K with a whole number K of at least 1, as in topk:64", int, int),
-    "threshold": Policy(
-        threshold, lambda tau: 0 < tau < 1, "threshold:TAU with TAU between 0 and 1, as in threshold:0.02",
-        lambda tau: 1, lambda tau: DEFAULT_CAPTURE_K,
+    "topk": Policy(
+        keep=topk,
+        takes=lambda k: k >= 1 and k % 1 == 0,
+        expected="topk:K with a whole number K of at least 1, as in topk:64",
+        needs=int,
+        captures=int,
+        keeps=int,
+        mass_error=lambda k: 0.0,
     ),
-}  # fmt: skip
+    "threshold": Policy(
+        keep=threshold,
+        takes=lambda tau: 0 < tau < 1,
+        expected="threshold:TAU with TAU between 0 and 1, as in threshold:0.02",
+        needs=lambda tau: 1,
+        captures=lambda tau: DEFAULT_CAPTURE_K,
+        keeps=lambda tau: int(1 / tau + 1),
+        mass_error=lambda tau: tau,
+    ),
+}
 
 
 def parse(spec: str, capture_k: int | None = None) -> Sparsifier:
