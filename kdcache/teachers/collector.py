@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 
+Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+# What a step adds is a view of the whole batch's arrays: cheap to take, dear to keep. So many are held, then copied.
+VIEWS = 256
+
 
 class ArrayCollector:
     """Rows ``first`` .. ``first + rows`` of a request's log-probabilities; all rows with ``rows`` None.
@@ -22,35 +27,32 @@ class ArrayCollector:
 
     def __init__(self, k: int, first: int = 0, rows: int | None = None):
         self._width = k + 1
-        self._first, self._last = first, None if rows is None else first + rows
-        self._seen = 0
-        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._rows = slice(first, None if rows is None else first + rows)
+        self._views: list[Arrays] = []
+        self._joined: list[Arrays] = []
 
     def update_from_output(self, output: Any) -> None:
         """What vLLM calls with each of the engine's outputs for the request."""
         if output.new_logprobs is not None:
-            self._take(*output.new_logprobs[:3])
+            self._views.append(output.new_logprobs[:3])
+            if len(self._views) == VIEWS:
+                self._joined.append(self._join(self._views))
+                self._views = []
         if output.new_prompt_logprobs_tensors is not None:
-            self._take(*(tensor.numpy() for tensor in output.new_prompt_logprobs_tensors[:3]))
+            self._views.append(tuple(tensor.numpy() for tensor in output.new_prompt_logprobs_tensors[:3]))
 
-    def _take(self, ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
-        low = max(self._first - self._seen, 0)
-        high = len(ranks) if self._last is None else min(self._last - self._seen, len(ranks))
-        self._seen += len(ranks)
-        if low < high:  # copies: the arrays belong to the whole batch
-            rows = slice(low, high)
-            self._parts.append(
-                (
-                    ids[rows, : self._width].astype(np.int32),
-                    logprobs[rows, : self._width].astype(np.float32),
-                    ranks[rows].astype(np.int32),
-                )
-            )
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> Arrays:
         """ids [R, K+1] int32, logprobs [R, K+1] float32, rank of the token itself [R] int32."""
-        ids, logprobs, ranks = zip(*self._parts)
-        return np.concatenate(ids), np.concatenate(logprobs), np.concatenate(ranks)
+        ids, logprobs, ranks = self._join([*self._joined, *self._views])
+        return ids[self._rows], logprobs[self._rows], ranks[self._rows]
+
+    def _join(self, parts: list[Arrays]) -> Arrays:
+        ids, logprobs, ranks = zip(*parts)
+        return (
+            np.concatenate(ids, dtype=np.int32)[:, : self._width],
+            np.concatenate(logprobs, dtype=np.float32)[:, : self._width],
+            np.concatenate(ranks, dtype=np.int32),
+        )
 
     def pop_prompt_logprobs(self) -> None: ...
 

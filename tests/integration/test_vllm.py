@@ -129,10 +129,12 @@ def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm
 def test_a_collector_that_differs_is_not_used(vllm_teacher, monkeypatch):
     from kdcache.teachers import collector
 
-    take = collector.ArrayCollector._take
-    monkeypatch.setattr(
-        collector.ArrayCollector, "_take", lambda self, ids, logprobs, ranks: take(self, ids, logprobs + 1e-7, ranks)
-    )
+    def shifted(self):
+        ids, logprobs, ranks = arrays(self)
+        return ids, logprobs + 1e-7, ranks
+
+    arrays = collector.ArrayCollector.arrays
+    monkeypatch.setattr(collector.ArrayCollector, "arrays", shifted)
     assert not vllm_teacher._collector_gives_the_same_bits()
     monkeypatch.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
     assert not vllm_teacher._collector_gives_the_same_bits()
