@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +394,34 @@ max_length_option = click.option(
 )
 
 
+def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
+    """--config: its keys become defaults, so that flags win; what the command does not know is kept for its library."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise click.UsageError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+        raise click.UsageError(f"--config {path}: expected a mapping of options to values, as in `learning_rate: 2e-4`")
+    given = {key.replace("-", "_"): _literal(value) for key, value in given.items()}
+    own = {p.name for p in context.command.params if p.name not in ("config", "as_json", "dry_run", "overwrite")}
+    context.default_map = {key: value for key, value in given.items() if key in own}
+    context.meta["kd.config"] = {key: value for key, value in given.items() if key not in own}
+
+
+config_option = click.option(
+    "--config",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    is_eager=True,
+    expose_value=False,
+    callback=_read_config,
+    help="YAML of options by name; flags on the command line win. Every run leaves one as run.yaml.",
+)
+
+
 @kd.command("init-student", context_settings=CONTEXT)
 @click.option(
     "--from",
@@ -421,6 +449,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 
 
 @kd.command("train", context_settings=EXTRA_OPTIONS)
+@config_option
 @from_cache_option
 @click.option("--student", required=True, help="Hub id or folder of the student to start from.")
 @click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
@@ -436,16 +465,43 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     type=float,
     default=0.5,
     show_default=True,
-    help="Loss = (1 - alpha) cross-entropy + alpha KL to the teacher.",
+    help="Loss = (1 - alpha) cross-entropy + alpha divergence from the teacher.",
+)
+@click.option(
+    "--divergence",
+    default="forward_kl",
+    show_default=True,
+    help="forward_kl (any cache); on topk caches also reverse_kl, jsd, skewed_kl[:SKEW], tvd.",
 )
 @where_option
 @max_length_option
+@click.option(
+    "--too-long",
+    type=click.Choice(["drop", "cut"]),
+    default="drop",
+    show_default=True,
+    help="What becomes of longer samples: dropped, or their completions cut at --max-length (with no end of turn).",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
     help="Of the student's weights (--bf16 keeps them in float32 and computes in bfloat16).",
+)
+@click.option("--lora-r", type=click.IntRange(1), help="Train LoRA matrices of this rank; they are merged at the end.")
+@click.option(
+    "--lora-alpha", type=click.IntRange(1), help="Scale of what LoRA adds, over its rank [default: twice the rank]."
+)
+@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True)
+@click.option(
+    "--lora-target-modules",
+    default="all-linear",
+    show_default=True,
+    help="Names of layers, with commas; all-linear: every linear layer but the head.",
+)
+@click.option(
+    "--load-in-4bit", is_flag=True, help="QLoRA: the frozen weights in 4 bits (NF4, bitsandbytes). Needs --lora-r."
 )
 @click.option(
     "--evals-per-epoch",
@@ -458,7 +514,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     "--early-stopping-patience", type=click.IntRange(1), help="Stop after N measurements without a better one."
 )
 @click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
-@click.option("--dry-run", is_flag=True, help="Print samples, tokens and steps; train nothing.")
+@click.option("--dry-run", is_flag=True, help="Print samples, tokens, steps and memory; train nothing.")
 @json_option
 @click.pass_context
 def train(context: click.Context, **options: Any) -> None:
@@ -472,19 +528,33 @@ def train(context: click.Context, **options: Any) -> None:
     kd train --from-cache data/cache --student data/student --output-dir data/kd --learning-rate 2e-4
     """
     _quiet_libraries()
+    from trainer import run
+
+    own = [p.name for p in context.command.params if p.name]
+    extra = _check_extra(
+        context.meta.get("kd.config", {}) | _extra_options(context),
+        run.training_argument_names(),
+        "TrainingArguments",
+        own,
+        run.RENAMED,
+    )
+    config = run.TrainConfig(
+        arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
+    )
+    resolved = run.prepare(config)
+    if options["dry_run"]:
+        from trainer import memory
+
+        _print_facts(resolved.facts() | memory.estimate(resolved), options["as_json"])
+        return
+    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    if first_rank:
+        facts = resolved.facts().items()
+        _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
     from trainer import distill
 
-    arguments = _check_extra(_extra_options(context), distill.training_argument_names(), "TrainingArguments")
-    config = distill.TrainConfig(
-        arguments=arguments, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
-    )
-    run = distill.prepare(config)
-    if options["dry_run"]:
-        _print_facts(run.facts(), options["as_json"])
-        return
-    _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in run.facts().items() if value is not None))
     started = time.monotonic()
-    first = _steps_done(run.checkpoint)
+    first = _steps_done(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
         seconds = (time.monotonic() - started) / max(step - first, 1) * (steps - step)
@@ -492,11 +562,13 @@ def train(context: click.Context, **options: Any) -> None:
         _note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
 
     try:
-        found = distill.train(run, report)
+        found = distill.train(resolved, report)
     except KeyboardInterrupt:
-        _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
+        if first_rank:
+            _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
         raise
-    _print_facts(found, options["as_json"])
+    if first_rank:
+        _print_facts(found, options["as_json"])
 
 
 @kd.command("evaluate", context_settings=CONTEXT)
@@ -758,8 +830,6 @@ def _ratios(text: str) -> tuple[float, float, float]:
 
 def _extra_options(context: click.Context) -> dict[str, Any]:
     """`--some-name value`, `--some-name=value`, `--flag` and `--no-flag` that the command itself does not know."""
-    import ast
-
     found: dict[str, Any] = {}
     own = [option for parameter in context.command.params for option in parameter.opts]
     arguments = list(context.args)
@@ -775,17 +845,24 @@ def _extra_options(context: click.Context) -> dict[str, Any]:
             has_value, value = "=", arguments.pop(0)
         key = name.replace("-", "_")
         if has_value:
-            try:
-                found[key] = ast.literal_eval(
-                    {"true": "True", "false": "False", "none": "None"}.get(value.lower(), value)
-                )
-            except (ValueError, SyntaxError):
-                found[key] = value
+            found[key] = _literal(value)
         elif key.startswith("no_"):
             found[key[3:]] = False
         else:
             found[key] = True
     return found
+
+
+def _literal(value: Any) -> Any:
+    """What a text means: a number, True, None, a list; else the text. (YAML reads 2e-4 as text.)"""
+    import ast
+
+    if not isinstance(value, str):
+        return value
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
+    except (ValueError, SyntaxError):
+        return value
 
 
 def _nearest(name: str, names: Iterable[str], cutoff: float = 0.84) -> str | None:
@@ -794,12 +871,20 @@ def _nearest(name: str, names: Iterable[str], cutoff: float = 0.84) -> str | Non
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
-def _check_extra(extra: dict[str, Any], known: Iterable[str], whose: str) -> dict[str, Any]:
+def _check_extra(
+    extra: dict[str, Any],
+    known: Iterable[str],
+    whose: str,
+    own: Sequence[str] = (),
+    renamed: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Refuse what is not ``known``, with the name that was probably meant: a new one, or the nearest."""
     known = list(known)
     for key in extra:
         if key not in known:
-            near = _nearest(key, known, 0.6)
-            hint = f"; did you mean --{near.replace('_', '-')}?" if near else ""
+            now = (renamed or {}).get(key)
+            near = _nearest(key, [*known, *own], 0.6)
+            hint = f"; it is now {now}" if now else f"; did you mean --{near.replace('_', '-')}?" if near else ""
             raise click.UsageError(f"no option --{key.replace('_', '-')}, neither of this command nor of {whose}{hint}")
     return extra
 

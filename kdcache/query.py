@@ -138,6 +138,11 @@ def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str
     return files.dictionary.to_pylist(), np.column_stack([np.asarray(c, dtype=np.int64) for c in numbers])
 
 
+def sources(cache: Path, where: str | None) -> list[str]:
+    """Where the training samples that fulfil ``where`` come from."""
+    return sorted(select(cache, "DISTINCT source", where, "train")["source"].to_pylist())
+
+
 def changed_shards(cache: Path) -> list[str]:
     """The shards that are not as manifest.json recorded them, by size and time of change; none without a manifest."""
     return [name for name, shard in manifest.recorded(cache).items() if not manifest.unchanged(cache / name, shard)]

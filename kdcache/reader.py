@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,25 @@ class Sample:
     candidate_ids: np.ndarray  # [N] int32
     candidate_logprobs: np.ndarray  # [N] float32; each position sums to 1 - exp(tail)
     tail_logprobs: np.ndarray  # [T] float32
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    def first(self, length: int) -> Sample:
+        """The sample with the first ``length`` tokens of its completion."""
+        if length >= len(self.completion_ids):
+            return self
+        candidates = int(self.counts[:length].sum())
+        return replace(
+            self,
+            completion_ids=self.completion_ids[:length],
+            supervised=self.supervised[:length],
+            counts=self.counts[:length],
+            candidate_ids=self.candidate_ids[:candidates],
+            candidate_logprobs=self.candidate_logprobs[:candidates],
+            tail_logprobs=self.tail_logprobs[:length],
+        )
 
 
 class Cache:

@@ -10,9 +10,14 @@ start again at 0, with no attention mask and no cache.
 
 from __future__ import annotations
 
+import contextlib
+import heapq
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +32,7 @@ IGNORE = -100  # transformers' label of positions without a loss
 MAX_MASS_BEYOND_HEAD = 1e-3
 
 Batch = dict[str, Tensor]
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Units:
     row: np.ndarray  # [S] row inside the row group
     tokens: np.ndarray  # [S] prompt + completion
     completion_tokens: np.ndarray  # [S]
-    dropped: int  # longer than max_length
+    too_long: int  # longer than max_length: dropped, or cut
 
     def __len__(self) -> int:
         return len(self.group)
@@ -51,22 +57,33 @@ class Units:
             members = picked[self.group[picked] == group]
             cache, file, row_group = self.groups[group]
             samples = self.caches[cache].read(file, row_group, self.row[members])
-            found.update(zip(members.tolist(), samples))
+            for index, sample in zip(members.tolist(), samples):
+                found[index] = sample.first(int(self.completion_tokens[index]))
         return [found[index] for index in picked.tolist()]
 
 
-def select(caches: Sequence[Cache], split: str, where: str | None = None, max_length: int | None = None) -> Units:
-    """The samples of ``split`` that fulfil ``where``; those longer than ``max_length`` are dropped whole and counted."""
+def select(
+    caches: Sequence[Cache], split: str, where: str | None = None, max_length: int | None = None, cut: bool = False
+) -> Units:
+    """The samples of ``split`` that fulfil ``where``.
+
+    Those longer than ``max_length`` are dropped whole; with ``cut`` their completions lose what is beyond it, and only
+    those of which nothing would be left are dropped.
+    """
     groups: list[tuple[int, str, int]] = []
     columns: list[np.ndarray] = []  # [n, 4]: group, row, tokens, completion tokens
-    dropped = 0
+    too_long = 0
     for number, cache in enumerate(caches):
         files, table = query.select_samples(cache.path, where, split)  # table [n, 4]: file, row, prompt, completion
-        table[:, 2] += table[:, 3]
         if max_length is not None:
-            fits = table[:, 2] <= max_length
-            dropped += int((~fits).sum())
-            table = table[fits]
+            long = table[:, 2] + table[:, 3] > max_length
+            too_long += int(long.sum())
+            if cut:
+                table[:, 3] = np.minimum(table[:, 3], max_length - table[:, 2])
+                table = table[table[:, 3] > 0]
+            else:
+                table = table[~long]
+        table[:, 2] += table[:, 3]
         bounds = np.searchsorted(table[:, 0], np.arange(len(files) + 1))
         for name, first, last in zip(files, bounds, bounds[1:]):
             part = table[first:last]
@@ -76,7 +93,7 @@ def select(caches: Sequence[Cache], split: str, where: str | None = None, max_le
             groups.extend((number, name, group) for group in range(len(starts) - 1))
     merged = np.concatenate(columns) if columns else np.zeros((0, 4))
     group, row, tokens, completion_tokens = (merged[:, column].astype(np.int32) for column in range(4))
-    return Units(tuple(caches), tuple(groups), group, row, tokens, completion_tokens, dropped)
+    return Units(tuple(caches), tuple(groups), group, row, tokens, completion_tokens, too_long)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -100,8 +117,6 @@ class Stream(torch.utils.data.IterableDataset):
         seed: int = 0,
         step: int = 0,
     ):
-        if not len(units):
-            raise KDError("no sample to train on: the split is empty, or --where and --max-length leave nothing of it")
         self.units, self.head_rows, self.seed, self.step = units, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
         self.steps_per_epoch = -(-len(units) // samples_per_step)
@@ -111,14 +126,17 @@ class Stream(torch.utils.data.IterableDataset):
         return self.steps_per_epoch * self.parts // self.ranks
 
     def __iter__(self) -> Iterator[Batch]:
+        return read_ahead(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         wanted = self.steps_per_epoch
         while wanted:
             epoch, first = divmod(self.step, self.steps_per_epoch)
             for samples in self._steps(epoch, first):
                 self.step += 1  # before the parts: a consumer need not come back after the last one
+                parts = divide(samples, self.parts)
                 for part in range(self.rank, self.parts, self.ranks):
-                    # Strided, not contiguous: a short last step still spreads over its parts.
-                    yield pack(samples[part :: self.parts], self.head_rows)
+                    yield pack(parts[part], self.head_rows)
                 wanted -= 1
                 if not wanted:
                     return
@@ -152,10 +170,60 @@ class Stream(torch.utils.data.IterableDataset):
                 yield random.permutation(window)
 
 
-def in_order(units: Units, head_rows: int, samples_per_batch: int) -> Iterator[Batch]:
-    """Batches for evaluation: every sample once, in the cache's order."""
-    for start in range(0, len(units), samples_per_batch):
-        yield pack(units.load(np.arange(start, min(start + samples_per_batch, len(units)))), head_rows)
+def in_order(units: Units, head_rows: int, samples_per_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """Batches for evaluation: every sample once, in the cache's order, over ranks that each get as many batches."""
+
+    def batches() -> Iterator[Batch]:
+        for first in range(0, len(units), ranks * samples_per_batch):
+            start = first + rank * samples_per_batch
+            yield pack(units.load(np.arange(start, min(start + samples_per_batch, len(units)))), head_rows)
+
+    return read_ahead(batches())
+
+
+def divide(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+    """A step's samples over its parts, about as many tokens in each: longest first, to the part that has least."""
+    made: list[list[Sample]] = [[] for _ in range(parts)]
+    heap = [(0, part) for part in range(parts)]
+    for sample in sorted(samples, key=lambda s: -s.tokens):  # stable: the same on every rank
+        tokens, part = heapq.heappop(heap)
+        made[part].append(sample)
+        heapq.heappush(heap, (tokens + sample.tokens, part))
+    return made
+
+
+def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
+    """The same batches, made in a thread of their own while the ones before are trained on."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def make() -> None:
+        item: Any = _END
+        try:
+            for batch in batches:
+                if not put(batch):
+                    return
+        except BaseException as error:  # raised where the batches are wanted
+            item = error
+        put(item)
+
+    def put(item: Any) -> bool:
+        while not closed.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    thread = threading.Thread(target=make, name="kd-batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        thread.join()
 
 
 def pack(samples: Sequence[Sample], head_rows: int) -> Batch:

@@ -83,6 +83,7 @@ class Losses(NamedTuple):
     agreement: Tensor | None  # whether the student's best token is the first candidate; None where gradients are formed
 
 
+@torch.compiler.disable
 def distillation_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -123,11 +124,7 @@ def distillation_loss(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wide = torch.promote_types(dtype, torch.float32)
     log_p = torch.cat([candidate_logprobs, tail_logprobs[:, None]], dim=-1).to(wide).clamp_min(NOTHING)  # (N, K + 1)
-    rows = chunk_rows
-    if rows is None:
-        wide_buffers = 1 if softcap is None else 2
-        row_bytes = len(weight) * (wide.itemsize * wide_buffers + (dtype.itemsize if dtype != wide else 0))
-        rows = max(1, CHUNK_BYTES // row_bytes)
+    rows = chunk_rows or rows_of_a_chunk(len(weight), dtype, softcap is not None)
     chunks = max(1, math.ceil(len(hidden) / rows))
     task = _Task(
         targets,
@@ -143,6 +140,12 @@ def distillation_loss(
         forms_gradients=forms_gradients,
     )
     return Losses(*_Fused.apply(hidden, weight, bias, task))
+
+
+def rows_of_a_chunk(vocabulary: int, dtype: torch.dtype, capped: bool = False) -> int:
+    """How many rows' buffers fit into CHUNK_BYTES: one in float32, one more in ``dtype``, one more for a cap's slope."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return max(1, CHUNK_BYTES // (vocabulary * (wide.itemsize * (1 + capped) + dtype.itemsize * (dtype != wide))))
 
 
 @dataclass(frozen=True)

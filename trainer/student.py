@@ -5,6 +5,7 @@ kd init-student --from embedded --keep-layers 20 --out data/student
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -86,16 +87,29 @@ def _keep(model: Any, kept: Sequence[int]) -> None:
         config.layer_types = [config.layer_types[i] for i in kept]
 
 
-def load_student(model: str, dtype: str) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder, a Hub id or ``embedded``; KDError in a sentence if it cannot be had."""
+def load_student(model: str, dtype: str, in_4bit: bool = False) -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder, a Hub id or ``embedded``; KDError in a sentence if it cannot be had.
+
+    ``in_4bit``: NF4 weights by bitsandbytes on this process's device, computing in ``dtype``; the head stays as it is.
+    """
     import transformers
 
     from kdcache.prompts import load_tokenizer
 
     folder = hashes.model_folder(model)
     tokenizer = load_tokenizer(folder)
+    options: dict[str, Any] = {}
+    if in_4bit:
+        device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
+        options["device_map"] = {"": device}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
     try:
-        student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:
         raise KDError(f"{model}: the model could not be loaded: {first_line(error)}") from None
     return student, tokenizer

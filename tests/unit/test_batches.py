@@ -161,7 +161,7 @@ def test_where_and_max_length_select(tiny_cache):
     sampled = select([cache], "train", "origin = 'sampled'")
     assert len(sampled) == len(everything) // 2
     short = select([cache], "train", max_length=int(np.median(everything.tokens)))
-    assert 0 < len(short) < len(everything) and short.dropped == len(everything) - len(short)
+    assert 0 < len(short) < len(everything) and short.too_long == len(everything) - len(short)
     with pytest.raises(KDError, match="nope"):
         select([cache], "train", "nope = 3")
 

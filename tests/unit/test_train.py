@@ -200,7 +200,7 @@ def test_nothing_in_kdcache_imports_the_trainer():
 )
 def test_training_options_that_cannot_be_are_refused_by_name(arguments, says):
     from kdcache.errors import UsageError
-    from trainer.distill import _check_arguments
+    from trainer.run import _check_arguments
 
     with pytest.raises(UsageError, match=says):
         _check_arguments(arguments)

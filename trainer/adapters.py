@@ -1,0 +1,42 @@
+"""LoRA and QLoRA through peft: low-rank matrices are trained beside frozen (or 4-bit) weights, and merged at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kdcache.errors import UsageError, first_line
+from trainer.run import TrainConfig
+from trainer.student import load_student
+
+FOLDER = "adapter"  # of a run: the low-rank matrices by themselves
+
+
+def add(student: Any, config: TrainConfig) -> Any:
+    """The student as peft wraps it, with its head left as it is; the student itself without ``lora_r``."""
+    if config.lora_r is None:
+        return student
+    import peft
+
+    if config.load_in_4bit:
+        student = peft.prepare_model_for_kbit_training(student, use_gradient_checkpointing=False)
+    targets = config.lora_target_modules
+    settings = peft.LoraConfig(
+        r=config.lora_r,
+        lora_alpha=2 * config.lora_r if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(student, settings)
+    except ValueError as error:
+        raise UsageError(f"--lora-target-modules {targets}: {first_line(error)}") from None
+
+
+def merge(config: TrainConfig, adapter: Path, out: Path) -> None:
+    """Save the student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it."""
+    import peft
+
+    student, _ = load_student(config.student, config.dtype)
+    peft.PeftModel.from_pretrained(student, str(adapter)).merge_and_unload().save_pretrained(out)
