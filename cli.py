@@ -804,8 +804,10 @@ def _quiet_libraries() -> None:
         "TORCH_LOGS": "-all",
     }.items():
         os.environ.setdefault(name, value)
+    import logging
     import warnings
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels as it is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate")
 

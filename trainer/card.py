@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from kdcache import query
 from trainer.run import CONFIG_FILE, RUN_FILE, Run
@@ -56,7 +57,7 @@ def render(run: Run, history: Sequence[dict[str, float]]) -> str:
         loss = f"{1 - run.alpha:g} cross-entropy + {run.alpha:g} {config.divergence} to the teacher"
     return _CARD.format(
         name=config.output_dir.resolve().name,
-        student=config.student,
+        student=Path(config.student).name if Path(config.student).exists() else config.student,
         how="distilled" if run.alpha else "fine-tuned",
         teacher=", ".join(sorted({str(plan["teacher"]) for plan in plans})),
         sources=", ".join(sorted({s for c in caches for s in query.sources(c.path, config.where)})),

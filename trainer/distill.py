@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -128,7 +128,8 @@ class DistillTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(self.stream, batch_size=None)
+        # A generator of its own: it would draw from the one that dropout goes on with after a resume.
+        return torch.utils.data.DataLoader(self.stream, batch_size=None, generator=torch.Generator())
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Tensor | int | None = None
@@ -199,6 +200,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     """Train, keep the best checkpoint by the validation split, and save it as a Hugging Face folder."""
     config = run.config
     arguments = _training_arguments(run)  # starts the process group, where there are several
+    set_seed(arguments.seed)  # of LoRA's matrices, before there is a Trainer
     student, tokenizer = load_student(config.student, config.dtype, config.load_in_4bit)
     attach_loss(student, run.alpha, config.divergence)
     head_rows = student.get_output_embeddings().weight.shape[0]

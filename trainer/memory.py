@@ -54,7 +54,7 @@ def estimate(run: Run) -> dict[str, Any]:
         "trained weights": trained * weight,
         "gradients": trained * weight,
         "optimizer": trained * moments,
-        "head chunk": rows * shape.vocab_size * 4,
+        "head chunk": min(rows, tokens) * shape.vocab_size * 4,
         "activations": tokens * kept * computing.itemsize,
     }
     return {

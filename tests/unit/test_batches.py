@@ -1,6 +1,7 @@
 """One order for any number of ranks; packed samples cannot see each other; the state is the step."""
 
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from kdcache.errors import KDError
 from kdcache.reader import Cache, Sample
-from trainer.batches import IGNORE, Stream, in_order, pack, select
+from trainer.batches import IGNORE, Stream, divide, in_order, open_caches, pack, read_ahead, select
 from trainer.distill import attach_loss
 
 HEAD = 49152
@@ -170,3 +171,43 @@ def test_several_caches_are_one_stream(tiny_cache):
     one = select([Cache(tiny_cache)], "train")
     two = select([Cache(tiny_cache), Cache(tiny_cache)], "train")
     assert len(two) == 2 * len(one) and len(list(Stream(two, HEAD, 6))) == -(-len(two) // 6)
+
+
+def test_long_samples_are_cut_at_the_completions_end_if_asked_for(tiny_cache):
+    caches = open_caches([tiny_cache])
+    whole = select(caches, "train")
+    limit = int(np.median(whole.tokens))
+    cut = select(caches, "train", max_length=limit, cut=True)
+    dropped = select(caches, "train", max_length=limit)
+    assert cut.too_long == dropped.too_long == int((whole.tokens > limit).sum()) and cut.tokens.max() == limit
+    longest = int(np.argmax(whole.tokens))
+    key = whole.load(np.array([longest]))[0]
+    (same,) = [s for s in cut.load(np.arange(len(cut))) if s.sample_id == key.sample_id]
+    assert same.tokens == limit < key.tokens
+    batch, full = pack([same], HEAD), pack([key], HEAD)
+    count = len(batch["tail_logprobs"])
+    for name in ("candidate_ids", "candidate_logprobs", "tail_logprobs"):
+        assert torch.equal(batch[name], full[name][:count])
+
+
+def test_a_step_is_divided_evenly_by_tokens(units):
+    samples = units.load(np.arange(30))
+    parts = divide(samples, 4)
+    sizes = [sum(s.tokens for s in part) for part in parts]
+    assert max(sizes) - min(sizes) <= max(s.tokens for s in samples)
+    assert sorted(s.sample_id for part in parts for s in part) == sorted(s.sample_id for s in samples)
+
+
+def test_reading_ahead_passes_errors_on_and_stops_when_no_more_is_wanted():
+    def numbers():
+        yield from range(3)
+        raise KDError("broken shard")
+
+    ahead = read_ahead(numbers())
+    assert [next(ahead) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(KDError, match="broken shard"):
+        next(ahead)
+    endless_ahead = read_ahead(itertools.count())
+    assert list(itertools.islice(endless_ahead, 10)) == list(range(10))
+    endless_ahead.close()
+    assert not [t for t in threading.enumerate() if t.name == "kd-batches"]

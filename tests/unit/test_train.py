@@ -102,11 +102,65 @@ def test_killed_and_resumed_gives_the_losses_and_weights_of_an_uninterrupted_run
     assert all((whole[name] == cut[name]).all() for name in whole)
 
 
-def test_accumulated_steps_equal_a_large_batch(train, tmp_path):
-    train(tmp_path / "large", "--per-device-train-batch-size", 8)
-    train(tmp_path / "accumulated", "--per-device-train-batch-size", 2, "--gradient-accumulation-steps", 4)
-    large = [x for (x,) in history(tmp_path / "large", "loss")]
-    assert [x for (x,) in history(tmp_path / "accumulated", "loss")] == pytest.approx(large, rel=2e-4)
+def test_packed_samples_and_samples_alone_make_the_same_steps(train, tmp_path):
+    train(tmp_path / "packed", "--per-device-train-batch-size", 8)
+    train(tmp_path / "alone", "--per-device-train-batch-size", 1, "--gradient-accumulation-steps", 8)
+    packed = [x for (x,) in history(tmp_path / "packed", "loss")]
+    assert [x for (x,) in history(tmp_path / "alone", "loss")] == pytest.approx(packed, rel=2e-4)
+
+
+def test_divergences_are_trained_and_kl_is_measured(train, tmp_path):
+    train(tmp_path / "run", "--divergence", "skewed_kl:0.2", "--alpha", 1)
+    for divergence, loss in history(tmp_path / "run", "divergence", "loss"):
+        assert divergence == pytest.approx(loss, abs=2e-3)
+    assert history(tmp_path / "run", "eval_kl") and "skewed_kl:0.2" in (tmp_path / "run/README.md").read_text()
+
+
+def test_a_divergence_that_a_threshold_cache_would_bend_is_refused(kd, tiny_model, rows_file, tmp_path):
+    from conftest import capture_plan
+
+    from kdcache import capture
+
+    capture.run(capture_plan(tiny_model, rows_file, tmp_path / "drawn", sparsify="threshold:0.1"))
+    command = ("train", "--from-cache", tmp_path / "drawn", "--student", tiny_model, "--output-dir", tmp_path / "x")
+    assert "linear in the teacher" in kd(*command, "--divergence", "jsd", code=2).stderr
+    assert "unknown; known: forward_kl" in kd(*command, "--divergence", "kl", code=2).stderr
+    kd(*command, "--dry-run")
+
+
+def test_the_run_file_repeats_a_run_and_flags_win(train, kd, tmp_path):
+    train(tmp_path / "first")
+    again = ("train", "--config", tmp_path / "first/run.yaml", "--output-dir")
+    kd(*again, tmp_path / "second")
+    assert history(tmp_path / "second", "loss") == history(tmp_path / "first", "loss")
+    found = json.loads(kd(*again, tmp_path / "third", "--alpha", 0.25, "--max-steps", 3, "--dry-run", "--json").stdout)
+    assert (found["alpha"], found["max_steps"], found["samples_per_step"]) == (0.25, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("lern_rate: 1", "did you mean --learning-rate?"),
+        ("alfa: 0.1", "did you mean --alpha?"),
+        ("warmup_ratio: 0.1", "it is now --warmup-steps"),
+        ("evaluation-strategy: steps", "it is now --eval-strategy"),
+        ("- a list", "expected a mapping"),
+        ("a: [", "not YAML"),
+        ("alpha: much", "--alpha"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_with_the_name_that_was_meant(train, tmp_path, text, says):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert says in train(tmp_path / "run", "--config", tmp_path / "bad.yaml", code=2).stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_estimates_memory(train, tmp_path):
+    whole = json.loads(train(tmp_path / "x", "--dry-run", "--json").stdout)
+    adapted = json.loads(train(tmp_path / "x", "--dry-run", "--json", "--lora-r", 4).stdout)
+    assert whole["trained_parameters"] == whole["parameters"] > 100 * adapted["trained_parameters"]
+    assert whole["memory_mb"]["optimizer"] == pytest.approx(whole["parameters"] * 8 / 1e6, abs=1)
+    assert "optimizer" not in adapted["memory_mb"] or adapted["memory_mb"]["optimizer"] < 1
 
 
 def test_an_interrupted_run_with_other_settings_and_a_finished_one_are_refused(train, tmp_path):
