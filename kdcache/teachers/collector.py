@@ -7,6 +7,7 @@ vLLM's inside, so ``vllm.py`` uses it only after ``Both`` has shown at start-up 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,26 +29,26 @@ class ArrayCollector:
     def __init__(self, k: int, first: int = 0, rows: int | None = None):
         self._width = k + 1
         self._rows = slice(first, None if rows is None else first + rows)
-        self._views: list[Arrays] = []
+        self._views: list[Sequence[np.ndarray]] = []
         self._joined: list[Arrays] = []
 
     def update_from_output(self, output: Any) -> None:
         """What vLLM calls with each of the engine's outputs for the request."""
         if output.new_logprobs is not None:
-            self._views.append(output.new_logprobs[:3])
+            self._views.append(output.new_logprobs)
             if len(self._views) == VIEWS:
                 self._joined.append(self._join(self._views))
                 self._views = []
         if output.new_prompt_logprobs_tensors is not None:
-            self._views.append(tuple(tensor.numpy() for tensor in output.new_prompt_logprobs_tensors[:3]))
+            self._views.append([tensor.numpy() for tensor in output.new_prompt_logprobs_tensors[:3]])
 
     def arrays(self) -> Arrays:
         """ids [R, K+1] int32, logprobs [R, K+1] float32, rank of the token itself [R] int32."""
         ids, logprobs, ranks = self._join([*self._joined, *self._views])
         return ids[self._rows], logprobs[self._rows], ranks[self._rows]
 
-    def _join(self, parts: list[Arrays]) -> Arrays:
-        ids, logprobs, ranks = zip(*parts)
+    def _join(self, parts: Sequence[Sequence[np.ndarray]]) -> Arrays:
+        ids, logprobs, ranks, *_ = zip(*parts)
         return (
             np.concatenate(ids, dtype=np.int32)[:, : self._width],
             np.concatenate(logprobs, dtype=np.float32)[:, : self._width],
