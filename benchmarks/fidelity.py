@@ -658,7 +658,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     from matplotlib import patheffects, pyplot
     from matplotlib.ticker import NullFormatter
 
-    matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "svg.hashsalt": "kdcache"})
+    matplotlib.rcParams.update(
+        {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "kdcache"}
+    )
     sizes = batch_sizes(found)
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 9), sharex=True, sharey="row", facecolor="white")
     for row, (name, student) in zip(axes, found["students"].items()):
