@@ -117,7 +117,7 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
     logprobs = _values(columns["candidate_logprobs"].values.values, np.float32)
     counts = np.diff(candidate_offsets).astype(np.int32, copy=False)
     logprobs = normalise(logprobs, counts, tails)
-    sample_ids, masks = columns["sample_id"], columns["completion_mask"]
+    sample_ids, masks = columns["sample_id"].to_pylist(), columns["completion_mask"]
     all_supervised = np.ones(len(completion_ids), bool)
 
     found = []
@@ -127,7 +127,7 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
         mask = masks[row].as_py() if masks.null_count < len(masks) else None
         found.append(
             Sample(
-                sample_id=sample_ids[row].as_py(),
+                sample_id=sample_ids[row],
                 prompt_ids=prompt_ids[prompt_offsets[row] : prompt_offsets[row + 1]],
                 completion_ids=completion_ids[first:last],
                 supervised=all_supervised[first:last] if mask is None else np.array(mask, bool),
@@ -144,9 +144,10 @@ def normalise(logprobs: np.ndarray, counts: np.ndarray, tails: np.ndarray) -> np
     """Flat candidates [N] of T positions, shifted so that each position sums to 1 - exp(tail), in float32."""
     if not len(logprobs):
         return logprobs
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    starts = np.cumsum(counts) - counts
     nonempty = counts > 0
-    totals = np.add.reduceat(np.exp(logprobs), starts[nonempty])
+    found = np.exp(logprobs)
+    totals = np.add.reduceat(found, starts[nonempty])
     with np.errstate(divide="ignore"):
         shift = np.log1p(-np.exp(tails[nonempty])) - np.log(totals)
-    return logprobs + np.repeat(shift, counts[nonempty]).astype(np.float32)
+    return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again

@@ -235,37 +235,34 @@ def pack(samples: Sequence[Sample], head_rows: int) -> Batch:
     """
     if not samples:
         return _empty()
-    input_ids, positions, labels, shifted, tails, counts, ids, logprobs = ([] for _ in range(8))
-    for sample in samples:
-        prompt, completion = sample.prompt_ids, sample.completion_ids
-        length = len(prompt) + len(completion)
-        input_ids += [prompt, completion]
-        positions.append(np.arange(length))
-        label = np.full(length + 1, IGNORE, dtype=np.int64)
-        label[len(prompt) : length] = np.where(sample.supervised, completion, IGNORE)
-        labels.append(label[:-1])
-        shifted.append(label[1:])
-        keep = np.repeat(sample.supervised, sample.counts)
-        counts.append(sample.counts[sample.supervised])
-        ids.append(sample.candidate_ids[keep])
-        logprobs.append(sample.candidate_logprobs[keep])
-        tails.append(sample.tail_logprobs[sample.supervised])
-    tokens = np.concatenate(input_ids).astype(np.int64)
+    tokens = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.completion_ids)], dtype=np.int64)
     if tokens.max() >= head_rows:
         raise KDError(f"token id {tokens.max()} is beyond the student's vocabulary of {head_rows}; is this its cache?")
-    candidate_ids, candidate_logprobs = _rectangle(
-        np.concatenate(counts), np.concatenate(ids), np.concatenate(logprobs)
+    parts = np.array([[len(s.prompt_ids), len(s.completion_ids)] for s in samples])  # [S, 2]
+    lengths = parts.sum(axis=1)
+    ends = np.cumsum(lengths)
+    has_label = np.repeat(np.tile([False, True], len(samples)), parts.ravel())
+    supervised, counts, ids, logprobs, tail = (
+        np.concatenate([getattr(s, name) for s in samples])
+        for name in ("supervised", "counts", "candidate_ids", "candidate_logprobs", "tail_logprobs")
     )
-    tail = np.concatenate(tails)
-    if candidate_ids.size and candidate_ids.max() >= head_rows:
-        candidate_ids, candidate_logprobs, tail = _fit_to_head(candidate_ids, candidate_logprobs, tail, head_rows)
+    if not supervised.all():
+        keep = np.repeat(supervised, counts)
+        counts, ids, logprobs, tail = counts[supervised], ids[keep], logprobs[keep], tail[supervised]
+        has_label[has_label] = supervised
+    labels = np.where(has_label, tokens, IGNORE)
+    shifted = np.append(labels[1:], IGNORE)
+    shifted[ends - 1] = IGNORE  # a sample without a prompt begins with a label
+    ids, logprobs = _rectangle(counts, ids, logprobs)
+    if ids.size and ids.max() >= head_rows:
+        ids, logprobs, tail = _fit_to_head(ids, logprobs, tail, head_rows)
     return {
         "input_ids": torch.from_numpy(tokens)[None],
-        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
-        "labels": torch.from_numpy(np.concatenate(labels))[None],
-        "shift_labels": torch.from_numpy(np.concatenate(shifted))[None],
-        "candidate_ids": torch.from_numpy(candidate_ids),
-        "candidate_logprobs": torch.from_numpy(candidate_logprobs),
+        "position_ids": torch.from_numpy(np.arange(len(tokens)) - np.repeat(ends - lengths, lengths))[None],
+        "labels": torch.from_numpy(labels)[None],
+        "shift_labels": torch.from_numpy(shifted)[None],
+        "candidate_ids": torch.from_numpy(ids),
+        "candidate_logprobs": torch.from_numpy(logprobs),
         "tail_logprobs": torch.from_numpy(tail),
     }
 
@@ -286,12 +283,17 @@ def _empty() -> Batch:
 def _rectangle(counts: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flat candidates -> (N, K) int64 and float32, K the largest count."""
     width = int(counts.max(initial=1))
-    filled = np.arange(width) < counts[:, None]
+    if len(ids) == len(counts) * width:  # top-k: it is one already
+        return ids.reshape(-1, width).astype(np.int64), logprobs.reshape(-1, width)
+    if not len(ids):  # no position has any: padding alone
+        return np.zeros((len(counts), 1), dtype=np.int64), np.full((len(counts), 1), -np.inf, dtype=np.float32)
     starts = np.cumsum(counts) - counts
-    wide_ids = np.repeat(ids[np.minimum(starts, len(ids) - 1)][:, None], width, axis=1).astype(np.int64)
-    wide_logprobs = np.full(filled.shape, -np.inf, dtype=np.float32)
-    wide_ids[filled] = ids
-    wide_logprobs[filled] = logprobs
+    to = np.arange(len(ids)) + np.repeat(np.arange(len(counts)) * width - starts, counts)
+    wide_ids = np.empty((len(counts), width), dtype=np.int64)
+    wide_ids[:] = ids[np.minimum(starts, len(ids) - 1)][:, None]
+    wide_logprobs = np.full((len(counts), width), -np.inf, dtype=np.float32)
+    wide_ids.ravel()[to] = ids
+    wide_logprobs.ravel()[to] = logprobs
     return wide_ids, wide_logprobs
 
 

@@ -211,3 +211,21 @@ def test_reading_ahead_passes_errors_on_and_stops_when_no_more_is_wanted():
     assert list(itertools.islice(endless_ahead, 10)) == list(range(10))
     endless_ahead.close()
     assert not [t for t in threading.enumerate() if t.name == "kd-batches"]
+
+
+def test_positions_without_candidates_pack_with_all_mass_in_the_tail():
+    ids = np.array([5, 6], dtype=np.int32)
+    nothing = np.zeros(0)
+    sample = Sample(
+        "x",
+        ids,
+        ids,
+        np.ones(2, bool),
+        np.zeros(2, np.int32),
+        nothing.astype(np.int32),
+        nothing.astype(np.float32),
+        np.zeros(2, np.float32),
+    )
+    batch = pack([sample], HEAD)
+    assert batch["candidate_ids"].shape == (2, 1) and (batch["candidate_logprobs"] == -np.inf).all()
+    assert (batch["tail_logprobs"] == 0).all()
