@@ -493,7 +493,13 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 @click.option(
     "--lora-alpha", type=click.IntRange(1), help="Scale of what LoRA adds, over its rank [default: twice the rank]."
 )
-@click.option("--lora-dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True)
+@click.option(
+    "--lora-dropout",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    show_default=True,
+    help="Of LoRA's input, while training.",
+)
 @click.option(
     "--lora-target-modules",
     default="all-linear",
