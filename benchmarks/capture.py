@@ -33,7 +33,10 @@ K = 64
 
 
 class Timed:
-    """Seconds spent in some functions, less what it takes to look at the clock; and a way to put them back."""
+    """Seconds that a thread computed in some functions, less what it takes to look at the clock; and the way back.
+
+    Not the time that passed: it would count what other threads did meanwhile.
+    """
 
     def __init__(self, *places: tuple[Any, str]):
         self.seconds, self.calls = 0.0, 0
@@ -43,11 +46,11 @@ class Timed:
 
     def _wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            begun = time.perf_counter()
+            begun = time.thread_time()
             try:
                 return function(*arguments, **named)
             finally:
-                self.seconds += time.perf_counter() - begun
+                self.seconds += time.thread_time() - begun
                 self.calls += 1
 
         return timed
@@ -108,6 +111,13 @@ def seconds(run: Callable[[], int]) -> tuple[float, int]:
     return time.perf_counter() - begun, tokens
 
 
+def micros(run: Callable[[], int], *places: tuple[Any, str]) -> float:
+    """Microseconds a token that a run spends in some functions."""
+    timed = Timed(*places)
+    tokens = run()
+    return timed.undo() / tokens * 1e6
+
+
 def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
     engine = teacher._llm.llm_engine
     arms: dict[str, Callable[[], int]] = {
@@ -130,16 +140,15 @@ def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
 
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    ours = Timed((ArrayCollector, "update_from_output"), (ArrayCollector, "arrays"))
-    behind = Timed((capture, "make_row"), (capture, "write"))
-    tokens = arms["kd"]()
-    micro = {"arrays": ours.undo() / tokens * 1e6, "sparsify_and_write": behind.undo() / tokens * 1e6}
-    theirs = Timed((LogprobsProcessor, "update_from_output"))
-    arms["flat"]()
-    micro["flat"] = theirs.undo() / tokens * 1e6
-    theirs = Timed((LogprobsProcessor, "update_from_output"))
-    arms["dicts"]()
-    micro["dicts"] = theirs.undo() / tokens * 1e6
+    places = {
+        "arrays": ("kd", (ArrayCollector, "update_from_output"), (ArrayCollector, "arrays")),
+        "sparsify_and_write": ("kd", (capture, "make_row"), (capture, "write")),
+        "flat": ("flat", (LogprobsProcessor, "update_from_output")),
+        "dicts": ("dicts", (LogprobsProcessor, "update_from_output")),
+    }
+    micro = {
+        name: statistics.median(micros(arms[arm], *where) for _ in range(3)) for name, (arm, *where) in places.items()
+    }
 
     middle = {name: statistics.median(values) for name, values in rates.items()}
     low, high = interval(ratios)
