@@ -22,14 +22,12 @@ def estimate(run: Run) -> dict[str, Any]:
     Activations are what autograd keeps of the longest micro-batch: about 10 hidden-sized and 4 MLP-sized tensors a
     layer; with checkpointing one hidden-sized tensor a layer, and one layer whole. The first step tells better.
     """
-    from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = run.config
     shape = AutoConfig.from_pretrained(model_folder(config.student)).get_text_config()
-    with init_empty_weights():
+    with torch.device("meta"):
         student = AutoModelForCausalLM.from_config(shape)
-        student.tie_weights()
         parameters = sum(p.numel() for p in student.parameters())
         in_layers = sum(p.numel() for p in student.base_model.layers.parameters())
         adapted = adapters.add(student, dataclasses.replace(config, load_in_4bit=False))
