@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared import hardware, interval
+from shared import hardware, ratio
 
 from kdcache import capture, teachers
 from kdcache.plan import CaptureConfig, Plan
@@ -151,14 +151,10 @@ def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
     }
 
     middle = {name: statistics.median(values) for name, values in rates.items()}
-    low, high = interval(ratios)
     return {
         "tokens": tokens,
         "tokens_per_second": {name: round(value, 1) for name, value in middle.items()},
-        "time_kd_over_flat": {
-            "median": round(statistics.median(ratios), 4),
-            "interval": [round(low, 4), round(high, 4)],
-        },
+        "time_kd_over_flat": ratio(ratios),
         "pairs": pairs,
         "ratios": [round(r, 4) for r in ratios],
         "share_of_bare_rate": {n: round(middle[n] / middle["bare"], 3) for n in ("kd", "flat", "dicts")},

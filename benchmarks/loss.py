@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import hardware, interval
+from shared import hardware, peak_bytes, ratio
 from torch import Tensor
 from torch.nn import functional
 
@@ -96,30 +95,20 @@ def measure_time(v: int, d: int, n: int, rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {"seconds": {name: round(statistics.median(t), 4) for name, t in taken.items()}}
     for above, below in RATIOS:
         ratios = [a / b for a, b in zip(taken[above], taken[below])]
-        low, high = interval(ratios)
-        found[f"{above}_over_{below}"] = {
-            "median": round(statistics.median(ratios), 4),
-            "interval": [round(low, 4), round(high, 4)],
-            "ratios": [round(r, 4) for r in ratios],
-        }
+        found[f"{above}_over_{below}"] = ratio(ratios) | {"ratios": [round(r, 4) for r in ratios]}
     return found
 
 
-def peak_bytes(arm: str, v: int, d: int, n: int) -> int:
-    """Peak resident memory of one process that makes the inputs and runs one arm twice (``none``: only the inputs)."""
-    command = [sys.executable, __file__, "--arm", arm, "--sizes", f"{v}x{d}x{n}"]
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak_of(arm: str, v: int, d: int, n: int) -> int:
+    """Peak memory of one process that makes the inputs and runs one arm twice (``none``: only the inputs)."""
+    return peak_bytes([sys.executable, __file__, "--arm", arm, "--sizes", f"{v}x{d}x{n}"])
 
 
 def measure_memory(v: int, d: int, n: int, available: float) -> dict[str, int | None]:
     """MB above a process that only has the inputs; the teacher's [N, V] logits count as part of ``dense``."""
-    inputs = peak_bytes("none", v, d, n)
+    inputs = peak_of("none", v, d, n)
     fits = {arm: WHOLE[arm] * n * v * 4 < available for arm in ARMS}
-    return {arm: round((peak_bytes(arm, v, d, n) - inputs) / 1e6) if fits[arm] else None for arm in ARMS}
+    return {arm: round((peak_of(arm, v, d, n) - inputs) / 1e6) if fits[arm] else None for arm in ARMS}
 
 
 def size(text: str) -> tuple[int, int, int]:

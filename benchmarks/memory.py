@@ -20,6 +20,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from shared import peak_bytes
 
 from kdcache import format, hashes, manifest, writer
 from kdcache.sparsify import parse
@@ -85,8 +86,8 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
     return shards * first.stat().st_size
 
 
-def peak_bytes(cache: Path, student: Path, out: Path, steps: int) -> int:
-    """Peak resident memory of `kd train`, by the operating system's account."""
+def peak_of(cache: Path, student: Path, out: Path, steps: int) -> int:
+    """Peak memory of `kd train`."""
     command = [sys.executable, "-m", "cli", "train", "--from-cache", cache, "--student", student, "--output-dir", out]
     command += [
         "--max-steps",
@@ -98,11 +99,7 @@ def peak_bytes(cache: Path, student: Path, out: Path, steps: int) -> int:
         "--save-strategy",
         "no",
     ]
-    process = subprocess.Popen([*map(str, command)], cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"kd train failed with status {status}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_bytes(command, cwd=Path(__file__).parent.parent, stdout=subprocess.DEVNULL)
 
 
 def main() -> None:
@@ -124,7 +121,7 @@ def main() -> None:
             cache = folder / f"cache{number}"
             size = make_cache(cache, int(gigabytes * 1e9), tokenizer)
             assert len(manifest.read_plan(cache)["shards"]) >= 1
-            peak = peak_bytes(cache, folder / "student", folder / f"run{number}", options.steps)
+            peak = peak_of(cache, folder / "student", folder / f"run{number}", options.steps)
             found[f"cache_{number}"] = {"bytes": size, "peak_resident_bytes": peak}
             print(f"cache {size / 1e9:.2f} GB: peak resident memory {peak / 1e6:,.0f} MB", flush=True)
     difference = found["cache_1"]["peak_resident_bytes"] - found["cache_0"]["peak_resident_bytes"]

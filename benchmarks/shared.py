@@ -1,4 +1,4 @@
-"""What several benchmarks need: the machine's name, versions, an interval. Not one to run."""
+"""What several benchmarks need: the machine's name, versions, a ratio with its interval, a peak. Not one to run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import platform
 import random
 import re
 import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def machine() -> str:
@@ -41,3 +45,18 @@ def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(values, k=len(values))) for _ in range(draws))
     return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
+
+
+def ratio(ratios: list[float]) -> dict[str, Any]:
+    """The median over rounds, and its interval."""
+    return {"median": round(statistics.median(ratios), 4), "interval": [round(x, 4) for x in interval(ratios)]}
+
+
+def peak_bytes(command: Sequence[object], **options: Any) -> int:
+    """Peak resident memory of a process, by the operating system's account."""
+    words = [*map(str, command)]
+    process = subprocess.Popen(words, **options)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)} failed with status {status}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

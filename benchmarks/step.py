@@ -20,10 +20,8 @@ process: peak resident memory with the interpreter and libraries, which are the 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +34,7 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from shared import hardware, interval, machine, versions
+from shared import hardware, machine, peak_bytes, ratio, versions
 from torch import Tensor
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -190,12 +188,7 @@ def check_same(losses: list[float], tolerance: float) -> None:
 
 def peak_mb(arm: str) -> float:
     """Peak resident memory of one process that runs one arm (``none``: the same libraries and batches, no model)."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--arm", arm]
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6, 1)
+    return round(peak_bytes([sys.executable, __file__, *sys.argv[1:], "--arm", arm]) / 1e6, 1)
 
 
 def run_one(options: argparse.Namespace) -> None:
@@ -210,9 +203,7 @@ def compare(above: str, below: str, taken: Times, peak: dict[str, int]) -> dict[
     entry: dict[str, Any] = {}
     times = taken.get("pairs" if below == "sft" else "rounds")
     if times:
-        ratios = [a / b for a, b in zip(times[above], times[below])]
-        low, high = interval(ratios)
-        entry["time"] = {"median": round(statistics.median(ratios), 4), "interval": [round(low, 4), round(high, 4)]}
+        entry["time"] = ratio([a / b for a, b in zip(times[above], times[below])])
     if peak:
         entry["memory"] = round(peak[above] / peak[below], 4)
         entry["memory_above_none"] = round((peak[above] - peak["none"]) / (peak[below] - peak["none"]), 4)

@@ -21,6 +21,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 ROOT = Path(__file__).resolve().parent.parent
 
 
+#: `kd` that is killed after the optimizer step KILL_AFTER, where that is in the environment.
+INTERRUPTED = """
+import os
+import cli
+if "KILL_AFTER" in os.environ:
+    from trainer import distill
+
+    class Steps(distill._Steps):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == int(os.environ["KILL_AFTER"]):
+                os.kill(os.getpid(), 9)
+
+    distill._Steps = Steps
+cli.main()
+"""
+
+
+def history(folder: Path, *names: str) -> list[tuple[Any, ...]]:
+    """What a training run logged: the named values of every line that has them all."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    return [tuple(entry[n] for n in names) for entry in state["log_history"] if all(n in entry for n in names)]
+
+
 @pytest.fixture(scope="session")
 def smollm() -> str:
     """SmolLM2-135M-Instruct, prepared once."""

@@ -35,8 +35,9 @@ def add(student: Any, config: TrainConfig) -> Any:
 
 
 def merge(config: TrainConfig, adapter: Path, out: Path) -> None:
-    """Save the student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it."""
+    """Save the whole student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it."""
     import peft
 
-    student, _ = load_student(config.student, config.dtype)
+    student, tokenizer = load_student(config.student, config.dtype)
     peft.PeftModel.from_pretrained(student, str(adapter)).merge_and_unload().save_pretrained(out)
+    tokenizer.save_pretrained(out)

@@ -64,7 +64,7 @@ def render(run: Run, history: Sequence[dict[str, float]]) -> str:
         loss=loss,
         samples=len(run.train),
         tokens=int(run.train.completion_tokens.sum()),
-        steps=run.max_steps,
+        steps=int(history[-1]["step"]),
         samples_per_step=run.samples_per_step,
         caches=", ".join(f"`{c.fingerprint}` ({p['sparsify']})" for c, p in zip(caches, plans)),
         config=CONFIG_FILE,

@@ -89,10 +89,19 @@ def detach_loss(student: Any) -> None:
     student.__dict__.pop("forward", None)
 
 
-def measure(student: Any, batches: Iterable[Batch], ranks: int = 1) -> dict[str, float]:
+def over_ranks(sums: dict[str, Any], device: torch.device) -> dict[str, float]:
+    """The sums of all processes together, where there are several; all must have the same names."""
+    if not torch.distributed.is_initialized():
+        return {name: float(value) for name, value in sums.items()}
+    values = torch.tensor([float(sums[name]) for name in sorted(sums)], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values)
+    return dict(zip(sorted(sums), values.tolist()))
+
+
+def measure(student: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Held-out metrics over all supervised tokens: kl and ce in nats, agreement with the teacher's choice, tokens.
 
-    The student must have its loss attached. With several ranks each brings its own batches, as many as the others.
+    The student must have its loss attached. Of several processes each brings its own batches, as many as the others.
     """
     was_training = student.training
     student.eval()
@@ -104,10 +113,7 @@ def measure(student: Any, batches: Iterable[Batch], ranks: int = 1) -> dict[str,
             for name in totals:
                 totals[name] += float(output[name])
     student.train(was_training)
-    if ranks > 1:
-        summed = torch.tensor(list(totals.values()), dtype=torch.float32, device=device)
-        torch.distributed.all_reduce(summed)
-        totals = dict(zip(totals, summed.tolist()))
+    totals = over_ranks(totals, device)
     tokens = totals.pop("tokens")
     return {**{name: value / max(tokens, 1.0) for name, value in totals.items()}, "tokens": tokens}
 
@@ -143,7 +149,7 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and "tokens" in self._sums:
             # Every rank logs at the same steps, so that this is where their sums can meet.
-            sums = {name: float(self.accelerator.reduce(value)) for name, value in sorted(self._sums.items())}
+            sums = over_ranks(self._sums, self.args.device)
             tokens = sums.pop("tokens")
             logs |= {name: round(value / max(tokens, 1.0), 4) for name, value in sums.items()}
             self._sums = {}
@@ -154,7 +160,7 @@ class DistillTrainer(Trainer):
     ) -> dict[str, float]:
         if self.held_out is None:
             return {}
-        found = measure(self.model, self.held_out(), self.args.world_size)
+        found = measure(self.model, self.held_out())
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -248,7 +254,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    _leave(run, trainer, tokenizer)
+    _leave(run, trainer)
     return {
         "output_dir": str(config.output_dir),
         "steps": trainer.state.global_step,
@@ -257,7 +263,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     }
 
 
-def _leave(run: Run, trainer: DistillTrainer, tokenizer: Any) -> None:
+def _leave(run: Run, trainer: DistillTrainer) -> None:
     """What a run leaves: a whole student that transformers and vLLM load, its card, its history; the record last."""
     out = run.config.output_dir
     trainer.save_state()
@@ -266,7 +272,6 @@ def _leave(run: Run, trainer: DistillTrainer, tokenizer: Any) -> None:
     if trainer.args.process_index == 0:
         if adapted:
             adapters.merge(run.config, out / adapters.FOLDER, out)
-            tokenizer.save_pretrained(out)
         (out / "README.md").write_text(card.render(run, trainer.state.log_history), encoding="utf-8")
         record = {**run.record, "finished": True, "history": trainer.state.log_history}
         writer.write_json(out / RUN_FILE, record)

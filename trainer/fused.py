@@ -330,13 +330,7 @@ def head_of(student: Any) -> Head:
             f"{name} has a head of the class {type(linear).__module__}.{type(linear).__name__}; expected torch.nn.Linear. "
             "Leave the head out of the quantization, and out of LoRA's target_modules and modules_to_save"
         )
-    config = student.config.get_text_config()
-    scale = 1.0
-    for key in (*SCALES, *DIVISORS):
-        value = getattr(config, key, None)
-        if isinstance(value, int | float):
-            scale *= 1 / value if key in DIVISORS else value
-    softcap = next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
+    scale, softcap = scale_and_cap(student.config.get_text_config())
     head = Head(linear, scale, softcap)
     difference = _difference(student, head)
     if not difference < 0.02:
@@ -345,6 +339,16 @@ def head_of(student: Any) -> Head:
             f"last layer with scale {scale:g} and softcap {softcap}; distillation would train it for other logits"
         )
     return head
+
+
+def scale_and_cap(config: Any) -> tuple[float, float | None]:
+    """What a configuration says of its head: the factor on the logits, and their cap."""
+    scale = 1.0
+    for key in (*SCALES, *DIVISORS):
+        value = getattr(config, key, None)
+        if isinstance(value, int | float):
+            scale *= 1 / value if key in DIVISORS else value
+    return scale, next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 
 from kdcache.hashes import model_folder
 from trainer import adapters
-from trainer.fused import rows_of_a_chunk
+from trainer.fused import rows_of_a_chunk, scale_and_cap
 from trainer.run import Run
 
 NF4_BYTES = 0.52  # a weight, with its doubly quantized scale
@@ -44,7 +44,7 @@ def estimate(run: Run) -> dict[str, Any]:
     kept = shape.num_hidden_layers * kept_of_a_layer
     if run.arguments.get("gradient_checkpointing"):
         kept = shape.num_hidden_layers * shape.hidden_size + kept_of_a_layer
-    rows = rows_of_a_chunk(shape.vocab_size, computing, getattr(shape, "final_logit_softcapping", None) is not None)
+    rows = rows_of_a_chunk(shape.vocab_size, computing, scale_and_cap(shape)[1] is not None)
     parts = {
         "frozen weights": (frozen - in_layers) * weight + in_layers * NF4_BYTES
         if config.load_in_4bit

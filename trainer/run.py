@@ -168,7 +168,8 @@ def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
     asked = arguments.pop("torch_compile", None)
     options = {name: arguments.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
     options = {name: value for name, value in options.items() if value is not None}
-    return options if asked or (options and asked is None) else None
+    wanted = bool(options) if asked is None else asked
+    return options if wanted else None
 
 
 #: TrainingArguments that cannot mean here what they mean elsewhere.

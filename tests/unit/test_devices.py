@@ -1,13 +1,11 @@
 """Phase two on several processes, and with less memory: the same losses as one plain process, by the real command."""
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import INTERRUPTED, ROOT, history
 from safetensors.numpy import load_file
 
 STEPS = 6
@@ -40,26 +38,8 @@ def start(tiny_cache, tiny_model, tmp_path_factory):
     return run
 
 
-INTERRUPTED = """
-import os
-import cli
-if "KILL_AFTER" in os.environ:
-    from trainer import distill
-
-    class Steps(distill._Steps):
-        def on_step_end(self, args, state, control, **kwargs):
-            super().on_step_end(args, state, control, **kwargs)
-            if state.global_step == int(os.environ["KILL_AFTER"]):
-                os.kill(os.getpid(), 9)
-
-    distill._Steps = Steps
-cli.main()
-"""
-
-
 def logged(folder, name):
-    state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
+    return [value for (value,) in history(folder, name)]
 
 
 def assert_same(one, other, rel=2e-4):

@@ -1,12 +1,13 @@
 """Phase two through the real command, on a tiny student: resume, accumulation, refusals, and no teacher anywhere."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import INTERRUPTED, ROOT, history
 from safetensors.numpy import load_file
 
 SMALL = (
@@ -32,11 +33,6 @@ def train(kd, tiny_cache, tiny_model):
         )
 
     return run
-
-
-def history(folder, *names):
-    state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    return [tuple(entry[n] for n in names) for entry in state["log_history"] if all(n in entry for n in names)]
 
 
 def weights(folder):
@@ -69,29 +65,14 @@ def test_sft_ignores_the_teacher_and_kd_does_not(train, tmp_path):
         assert kl == pytest.approx(loss, abs=2e-3)
 
 
-INTERRUPTED = """
-import sys, os
-import trainer.distill as d
-after = int(sys.argv.pop(1))
-class Kill(d.TrainerCallback):
-    def on_step_end(self, args, state, control, **kw):
-        if state.global_step == after:
-            os.kill(os.getpid(), 9)
-original = d._Steps
-d._Steps = lambda n: (Kill(), original(n))[0]
-import cli
-cli.main()
-"""
-
-
 def test_killed_and_resumed_gives_the_losses_and_weights_of_an_uninterrupted_run(
     train, tmp_path, tiny_cache, tiny_model
 ):
     more = ("--gradient-accumulation-steps", 2, "--max-steps", 10, "--eval-steps", 3)
     train(tmp_path / "whole", *more)
-    command = [sys.executable, "-c", INTERRUPTED, 8, "train", "--from-cache", tiny_cache, "--student", tiny_model]
+    command = [sys.executable, "-c", INTERRUPTED, "train", "--from-cache", tiny_cache, "--student", tiny_model]
     command += ["--output-dir", tmp_path / "cut", *SMALL, *more]
-    killed = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True)
+    killed = subprocess.run([*map(str, command)], cwd=ROOT, env=os.environ | {"KILL_AFTER": "8"}, capture_output=True)
     assert killed.returncode == -9 and (tmp_path / "cut/checkpoint-6").is_dir(), killed.stderr.decode()
     done = train(tmp_path / "cut", *more)
     assert "checkpoint-6" in done.stderr
