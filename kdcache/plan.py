@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, sparsify
+from kdcache import embedded, examples, format, hashes, sparsify, splits
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
+from kdcache.examples.templates import TEMPLATE_VERSION
 from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
@@ -66,6 +67,8 @@ class CaptureConfig:
     teacher: str = "embedded"
     revision: str | None = None
     examples: str = "builtin"
+    data_path: str | None = None
+    prompt_format: str = "chat"
     columns: Columns = field(default_factory=Columns)
     limit: int | None = None
     mode: str = "score"
@@ -77,6 +80,7 @@ class CaptureConfig:
     seed: int = 0
     rows_per_shard: int = 512
     split_ratios: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    near_duplicates: str = "drop"
     engine: str = "vllm"
     dtype: str = "auto"
     max_model_len: int | None = None
@@ -128,11 +132,14 @@ class Plan:
         self.max_model_len = _max_model_len(config, model_config["max_position_embeddings"])
         self.date = self._date()
         self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date)
-        self.examples = examples.load(config.examples, config.columns, config.limit)
+        self.examples = examples.load(
+            config.examples, config.columns, config.limit, config.data_path, config.prompt_format
+        )
         if all(isinstance(example, BadRow) for example in self.examples):
             raise KDError(f"--examples {config.examples}: no row can be taken. {self.examples[0].reason}")  # type: ignore[union-attr]
         self.fields = self._fingerprint_fields()
         self.fingerprint = format.fingerprint(self.fields)
+        self.near_duplicates = 0  # rows dropped because they repeat one of a later split
         self.shards = self._cut()
 
     def _date(self) -> date:
@@ -161,6 +168,8 @@ class Plan:
                 )
             seen.add((example.source, example.row_id))
             by_split[self._split(example)].append(example)
+        if self.config.near_duplicates == "drop":
+            by_split, self.near_duplicates = splits.drop_near_duplicates(by_split)
         per = self.examples_per_shard
         return [
             Shard(split, number, rows[start : start + per])
@@ -193,8 +202,10 @@ class Plan:
             "capture_k": self.sparsifier.capture_k,
             "precision": config.precision,
             "completion_policy": COMPLETION_POLICY_VERSION,
+            "prompt_template": f"{config.prompt_format} {TEMPLATE_VERSION}",
             "examples": hashes.of_json([asdict(example) for example in self.examples]),
             "split_ratios": list(config.split_ratios),
+            "near_duplicates": splits.parameters(config.near_duplicates),
             "rows_per_shard": config.rows_per_shard,
         }
 
@@ -225,6 +236,7 @@ class Plan:
             "end_of_turn": self.prompts.end_of_turn,
             "vocab_size": self.vocab_size,
             "tokenizer": hashes.tokenizer_identity(self.prompts.tokenizer),
+            "near_duplicates_dropped": self.near_duplicates,
             "shards": [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards],
         }
 
@@ -247,6 +259,13 @@ class Plan:
         elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
 
+    def _prompt(self, example: Example) -> tuple[str, list[int]]:
+        """The prompt as text and ids. Plain text is tokenised as without a chat template: with the tokenizer's own BOS."""
+        if example.prompt is not None:
+            return example.prompt, self.prompts.tokenizer(example.prompt, verbose=False)["input_ids"]
+        rendered = self.prompts.render(example.messages)
+        return rendered, self.prompts.prompt_ids(rendered)
+
     def samples_of(self, shard: Shard, example: Example | BadRow) -> Iterator[Sample | BadRow]:
         """The samples that one example asks for, or why it cannot be taken."""
         if isinstance(example, BadRow):
@@ -258,11 +277,10 @@ class Plan:
             return BadRow(example.source, example.row_id, reason)
 
         try:
-            rendered = self.prompts.render(example.messages)
+            rendered, prompt_ids = self._prompt(example)
         except ValueError as error:
             yield bad(str(error))
             return
-        prompt_ids = self.prompts.prompt_ids(rendered)
         if not prompt_ids:
             yield bad("the prompt is empty")
             return
@@ -351,6 +369,10 @@ def _check(config: CaptureConfig) -> None:
         )
     if config.mode not in MODES:
         raise UsageError(f"--mode {config.mode}: expected one of {', '.join(MODES)}")
+    if config.near_duplicates not in splits.NEAR_DUPLICATES:
+        raise UsageError(
+            f"--near-duplicates {config.near_duplicates}: expected one of {', '.join(splits.NEAR_DUPLICATES)}"
+        )
     if config.precision not in format.PRECISIONS:
         raise UsageError(f"--precision {config.precision}: expected one of {', '.join(format.PRECISIONS)}")
     for name, reason in REFUSED_OPTIONS.items():

@@ -1,12 +1,13 @@
 """Where prompts come from: one short file a data set, all yielding ``Example``.
 
-``load`` picks by name: ``builtin``, a .jsonl or .parquet file, or a Hub data set id.
+``load`` picks by name: ``builtin``, a data set, a .jsonl or .parquet file, or a Hub data set id with such columns.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ class Example:
     task: str | None = None
     language: str | None = None
     verifier: str | None = None
+    prompt: str | None = None  # the prompt as plain text, for which the chat template is not asked
+    content: tuple[str, ...] | None = None  # what duplicates are told by; default: the last user message
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,75 @@ class Columns:
     system: str | None = None
 
 
-def load(name: str, columns: Columns, limit: int | None = None) -> list[Example | BadRow]:
-    """All examples of ``name`` in order, at most ``limit``. KDError if there are none."""
-    from kdcache.examples import builtin, table
+def data_sets() -> dict[str, Any]:
+    """The data sets by the name that --examples takes."""
+    from kdcache.examples import bugnet, codeforces, codeforces_cots, dolly, dolly_es, pytorrent
 
-    rows: Iterator[Example | BadRow]
-    if name == "builtin":
-        rows = builtin.read(columns.system)
-    elif Path(name).suffix.lower() in table.READERS or Path(name).exists():
-        rows = table.read_file(Path(name), columns)
-    elif name.count("/") <= 1 and not name.startswith((".", "/")):
-        rows = table.read_hub(name, columns)
-    else:
-        raise UsageError(f"--examples {name}: no such file; expected builtin, a .jsonl or .parquet file, or a Hub id")
+    modules = (dolly, dolly_es, bugnet, pytorrent, codeforces_cots, codeforces)
+    return {name: data_set for module in modules for name, data_set in module.DATA_SETS.items()}
+
+
+def load(
+    name: str,
+    columns: Columns,
+    limit: int | None = None,
+    data_path: str | None = None,
+    prompt_format: str = "chat",
+) -> list[Example | BadRow]:
+    """All examples of ``name`` in order, at most ``limit``. KDError if there are none."""
+    rows = _rows(name, columns, data_path, prompt_format)
     examples: list[Example | BadRow] = []
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         if limit is not None and len(examples) >= limit:
             break
-        examples.append(row)
+        examples.append(row if isinstance(row, BadRow) else _finish(row, number, prompt_format))
     if not examples:
         raise KDError(f"--examples {name}: there are no rows in it")
     return examples
+
+
+def _rows(name: str, columns: Columns, data_path: str | None, prompt_format: str) -> Iterator[Example | BadRow]:
+    from kdcache.examples import builtin, dataset, files, table, templates
+
+    if prompt_format not in templates.PROMPT_FORMATS:
+        raise UsageError(f"--prompt-format {prompt_format}: expected one of {', '.join(templates.PROMPT_FORMATS)}")
+    if prompt_format == "alpaca" and columns.system is not None:
+        raise UsageError("--system has no place in --prompt-format alpaca, which is plain text without roles")
+    known = data_sets()
+    if name in known:
+        if columns.prompt or columns.completion:
+            raise UsageError(f"--prompt-column and --completion-column are for tables; {name} has columns of its own")
+        return dataset.examples(known[name], name, data_path, prompt_format, columns.system)
+    names = f"builtin, {', '.join(known)}"
+    if data_path is not None:
+        raise UsageError(
+            f"--data-path goes with the name of a data set ({', '.join(known)}), not with --examples {name}"
+        )
+    if name == "builtin":
+        return builtin.read(columns.system)
+    if files.reader(Path(name)) or Path(name).exists():
+        return table.read_file(Path(name), columns)
+    if files.is_hub_id(name):
+        return table.read_hub(name, columns)
+    raise UsageError(
+        f"--examples {name}: no such file or data set; expected {names}, a file ending in {', '.join(files.READERS)}, or a Hub id"
+    )
+
+
+def _finish(example: Example, number: int, prompt_format: str) -> Example | BadRow:
+    """What every example must be, wherever it comes from: valid Unicode, and in the form asked for."""
+    from kdcache.examples import templates
+
+    def bad(reason: str) -> BadRow:
+        return BadRow(example.source, example.row_id, f"row {number}: {reason}")
+
+    texts = [example.messages, example.completion, example.reference, example.verifier]
+    try:
+        json.dumps(texts, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        return bad("its text is not valid Unicode (half a surrogate pair)")
+    if prompt_format == "chat" or example.prompt is not None:
+        return example
+    if [m["role"] for m in example.messages] != ["user"] or not isinstance(example.messages[0].get("content"), str):
+        return bad("--prompt-format alpaca takes one user message, and no other turn")
+    return replace(example, prompt=templates.alpaca(example.messages[0]["content"], language=example.language))

@@ -10,68 +10,21 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kdcache.errors import KDError, UsageError, first_line
-from kdcache.examples import BadRow, Columns, Example
-
-
-def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise KDError(
-                    f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected"
-                ) from None
-            if not isinstance(row, dict):
-                raise KDError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-            yield row
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        raise KDError(f"{path}: not a Parquet file that can be read ({error})") from None
-
-
-READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".json": _jsonl,
-    ".ndjson": _jsonl,
-    ".parquet": _parquet,
-}
+from kdcache.errors import UsageError
+from kdcache.examples import BadRow, Columns, Example, files
 
 
 def read_file(path: Path, columns: Columns) -> Iterator[Example | BadRow]:
     if not path.exists():
         raise UsageError(f"--examples {path}: no such file")
-    if path.is_dir() or path.suffix.lower() not in READERS:
-        raise UsageError(f"--examples {path}: expected a file ending in {', '.join(READERS)}")
-    try:
-        yield from _examples(READERS[path.suffix.lower()](path), path.stem, str(path), columns)
-    except UnicodeDecodeError as error:
-        raise KDError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if path.is_dir() or files.reader(path) is None:
+        raise UsageError(f"--examples {path}: expected a file ending in {', '.join(files.READERS)}")
+    source = path.name[: -len(".jsonl.gz")] if path.name.lower().endswith(".jsonl.gz") else path.stem
+    yield from _examples(files.read(path), source, str(path), columns)
 
 
 def read_hub(name: str, columns: Columns, split: str = "train") -> Iterator[Example | BadRow]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split=split)
-    except Exception as error:
-        raise KDError(
-            f"--examples {name}: no such file here, and as a Hub data set its split {split!r} could not be loaded: "
-            f"{first_line(error)}"
-        ) from None
-    yield from _examples(rows, name, name, columns)
+    yield from _examples(files.hub(name, split=split), name, name, columns)
 
 
 def _examples(rows: Iterable[dict[str, Any]], source: str, where: str, columns: Columns) -> Iterator[Example | BadRow]:
@@ -85,11 +38,6 @@ def _examples(rows: Iterable[dict[str, Any]], source: str, where: str, columns: 
             yield BadRow(source, row_id, f"row {number + 1}: {answer}")
             continue
         messages, completion = answer
-        try:
-            json.dumps([messages, completion, row.get("reference")], ensure_ascii=False, default=str).encode()
-        except UnicodeEncodeError:
-            yield BadRow(source, row_id, f"row {number + 1}: its text is not valid Unicode (half a surrogate pair)")
-            continue
         if columns.system is not None:
             messages = [{"role": "system", "content": columns.system}, *messages]
         verifier = row.get("verifier")

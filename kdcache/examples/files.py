@@ -1,0 +1,129 @@
+"""Rows as dicts from .jsonl, .jsonl.gz, .json and .parquet files, folders of them, and the Hub. Nothing else opens them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from kdcache.errors import KDError, UsageError, first_line
+
+Row = dict[str, Any]
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig") as lines:
+        yield from _lines(lines, path)
+
+
+def _jsonl_gz(path: Path) -> Iterator[Row]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8-sig") as lines:
+            yield from _lines(lines, path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise KDError(f"{path}: not a gzip file that can be read to its end ({error})") from None
+
+
+def _json(path: Path) -> Iterator[Row]:
+    """A list of objects, or one object a line."""
+    with open(path, encoding="utf-8-sig") as file:
+        start = file.read(64).lstrip()[:1]
+        file.seek(0)
+        if start != "[":
+            yield from _lines(file, path)
+            return
+        try:
+            rows = json.load(file)
+        except json.JSONDecodeError as error:
+            raise KDError(f"{path}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+    for number, row in enumerate(rows, 1):
+        yield _object(row, f"{path}, row {number}")
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(1024):
+                yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise KDError(f"{path}: not a Parquet file that can be read ({error})") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".jsonl.gz": _jsonl_gz,
+    ".json": _json,
+    ".ndjson": _jsonl,
+    ".parquet": _parquet,
+}
+
+
+def _lines(lines: IO[str] | Iterable[str], path: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise KDError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected"
+            ) from None
+        yield _object(row, f"{path}, line {number}")
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise KDError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:
+    """How a file of this name is read; None if it is not."""
+    name = path.name.lower()
+    return next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
+
+
+def read(path: Path, within: str = "*") -> Iterator[Row]:
+    """The rows of a file, or of a folder's files in the order of their names: of those like ``within``, if there are any."""
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder")
+    files = [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and reader(file)]
+        files = [file for file in files if file.match(within)] or files
+    if not files or any(reader(file) is None for file in files):
+        raise UsageError(f"{path}: expected a file ending in {', '.join(READERS)}, or a folder of such files")
+    for file in files:
+        take = reader(file)
+        assert take is not None
+        try:
+            yield from take(file)
+        except UnicodeDecodeError as error:
+            raise KDError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def hub(name: str, config: str | None = None, split: str | None = None) -> Iterator[Row]:
+    """The rows of a Hub data set (or of a folder in its layout): of one split, or of all in their order."""
+    from datasets import load_dataset
+
+    what = " ".join(filter(None, [name, config]))
+    try:
+        loaded = load_dataset(name, config, split=split)
+    except Exception as error:
+        raise KDError(
+            f"{what}: no such file here, and as a Hub data set {f'its split {split!r}' if split else 'it'} could not be "
+            f"loaded: {first_line(error)}"
+        ) from None
+    for rows in [loaded] if split else loaded.values():
+        yield from rows
+
+
+def is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
