@@ -37,11 +37,17 @@ def kd() -> None:
     kd cache-teacher   phase one: a teacher's log-probabilities and samples -> a Parquet cache
     kd sql             ask SQL of the cache
     kd train           phase two: a student from the cache alone
-    kd evaluate        what the students kept
+    kd evaluate        what the students kept, and kd compare: of the teacher, with intervals
+    kd run             an experiment of recipes/, from the cache to the table
     kd demo            all of it, on this machine, in a quarter of an hour
     """
 
 
+unsafe_option = click.option(
+    "--unsafe-exec",
+    is_flag=True,
+    help="Run the programs that answers hold without a sandbox, where bubblewrap cannot be had. They can do what you can.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -57,7 +63,22 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub teacher.")
 @click.option(
-    "--examples", default="builtin", show_default=True, help="`builtin`, a .jsonl/.parquet file, or a Hub data set id."
+    "--examples",
+    default="builtin",
+    show_default=True,
+    help="`builtin`; `dolly`, `dolly-es`, `bugnet-python`, `bugnet-cpp`, `pytorrent`, `codeforces-cots`, "
+    "`codeforces-cots-cpp`, `codeforces`; a .jsonl/.parquet file; or a Hub data set id.",
+)
+@click.option(
+    "--data-path",
+    help="File or folder (or another Hub id) of a named data set, in its own layout [default: its Hub id].",
+)
+@click.option(
+    "--prompt-format",
+    type=click.Choice(["chat", "alpaca"]),
+    default="chat",
+    show_default=True,
+    help="The teacher's chat template, or Stanford Alpaca's plain text (in Spanish for Spanish).",
 )
 @click.option("--prompt-column", help="Column of the prompts, if it is not `prompt` or `messages`.")
 @click.option("--completion-column", help="Column of the given answers, if it is not `completion`.")
@@ -108,6 +129,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     help="Shares of train,validation,test; a problem is on one side.",
 )
 @click.option(
+    "--near-duplicates",
+    type=click.Choice(["drop", "keep"]),
+    default="drop",
+    show_default=True,
+    help="Train rows that nearly repeat a validation or test row (and validation rows a test row): reject and count "
+    "them, or keep them.",
+)
+@click.option(
     "--out", type=click.Path(path_type=Path), default=Path("data/cache"), show_default=True, help="Folder of the cache."
 )
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
@@ -136,6 +165,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
 
     \b
     kd cache-teacher --teacher embedded --examples builtin --out data/cache
+    kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples dolly --prompt-format alpaca --out data/dolly
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --mode both --samples 4 --out data/qwen
     """
     _quiet_libraries()
@@ -164,6 +194,8 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         )
 
     _note(f"{plan.fields['teacher']} ({config.engine}, {plan.dtype}), {len(plan.examples)} examples -> {config.out}")
+    if plan.near_duplicates:
+        _note(f"{plan.near_duplicates} of them nearly repeat a row of another split, and are dropped")
     with _CtrlC(lambda: line.last > 0) as interrupt:
         try:
             found = capture.run(plan, show, lambda: interrupt.asked)
@@ -188,6 +220,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
             "samples": found["rows"],
             "completion_tokens": found["completion_tokens"],
             "rejected": found["rejected"],
+            "near_duplicates_dropped": plan.near_duplicates,
             "shards": len(found["shards"]),
             "bytes": found["bytes"],
             "fingerprint": found["fingerprint"],
@@ -578,47 +611,116 @@ def train(context: click.Context, **options: Any) -> None:
 
 
 @kd.command("evaluate", context_settings=CONTEXT)
-@click.argument("students", nargs=-1, required=True)
+@click.argument("models", nargs=-1, required=True)
 @from_cache_option
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @where_option
 @max_length_option
 @click.option(
-    "--generate", type=click.IntRange(0), help="Generate answers for N prompts; 0 leaves Rouge-L out [default: all]."
+    "--generate",
+    type=click.IntRange(0),
+    help="Generate answers for N prompts; 0 for none, and no Rouge-L [default: all].",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Longest generated answer."
+    "--temperature",
+    "temperatures",
+    type=click.FloatRange(0),
+    multiple=True,
+    help="Of generated answers, 0 is greedy; give it again for several [default: the teacher's in the cache, else 0].",
+)
+@click.option("--top-p", type=float, help="Nucleus of sampling [default: the teacher's].")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    help="Answers a prompt, at temperatures above 0 [default: as many as the teacher's].",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), help="Longest generated answer [default: the teacher's, else 128]."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["auto", "vllm", "transformers"]),
+    default="auto",
+    show_default=True,
+    help="What generates; auto is vLLM where it is installed.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the rows to this JSON file.")
+@unsafe_option
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("data/evaluation"),
+    show_default=True,
+    help="Folder of what is measured, for kd compare; what is there with the same settings is not measured again.",
+)
 @json_option
-def evaluate(students: tuple[str, ...], out: Path | None, as_json: bool, **options: Any) -> None:
-    """Compare students on a cache's held-out split. The teacher's row comes from the cache.
+def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Measure students on a cache's held-out split, beside the teacher, whose row comes from the cache.
 
-    kl: nats a token, bucket form; agreement: with the teacher's best token; ce, perplexity: of the completions;
-    rougeL: of greedy answers, against the reference and against the teacher's own cached answer.
+    A model is a folder or a Hub id, or LABEL=MODEL; models of one label count as runs (training seeds) of a kind.
+
+    \b
+    kl          nats a token to the teacher, bucket form     agreement   with the teacher's best token
+    ce          of the completions, nats a token             ece         calibration error of the best token
+    rougeL      F1 with the reference: words of any script, no stemming; rougeL_teacher: with the teacher's own answer
+    exact       the reference, word for word                 pass@K      right by the row's verifier (tests are run)
 
     \b
     kd evaluate data/student data/sft data/kd --from-cache data/cache
+    kd evaluate before=data/student kd=data/kd-0 kd=data/kd-1 --from-cache data/cache --temperature 0 --temperature 1
+    kd compare data/evaluation
     """
     _quiet_libraries()
+    from trainer import compare as comparison
     from trainer import evaluate as evaluation
 
-    line = _ProgressLine("batches")
-    config = evaluation.EvaluateConfig(students=students, **options)
-    rows = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None))
+    _warn_of_unsafe(options["unsafe_exec"])
+    line = _ProgressLine("done")
+    config = evaluation.EvaluateConfig(models=tuple(map(evaluation.label_of, models)), **options)
+    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None))
     line.close()
-    if out:
-        from kdcache import writer
-
-        out.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_json(out, rows)
+    found = comparison.rows([out])
     if as_json:
-        click.echo(json.dumps(rows, ensure_ascii=False, indent=2))
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        names = list(rows[0])
-        _print_table(names, [[row[name] for name in names] for row in rows])
+        _print_table(*comparison.wide(found))
+        _note(f"intervals and retention: kd compare {out}")
+
+
+@kd.command("compare", context_settings=CONTEXT)
+@click.argument("evaluations", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", help="Label of a model to take the differences to, as in --against sft.")
+@click.option("--metric", "metrics", multiple=True, help="Show this metric alone; give it again for several.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of comparison.json and .csv [default: the first].")
+@json_option
+def compare(
+    evaluations: tuple[Path, ...], against: str | None, metrics: tuple[str, ...], out: Path | None, as_json: bool
+) -> None:
+    """What each student retained of the teacher, with 95% intervals, from what kd evaluate measured.
+
+    Retention is the student's value over the teacher's, on the same prompts and at the same temperature; models that
+    were measured on others are refused. Intervals resample the problems, and runs of one label.
+
+    \b
+    kd compare data/evaluation
+    kd compare data/evaluation --against sft --metric rougeL --metric kl
+    """
+    from trainer import compare as comparison
+
+    found = comparison.rows(evaluations, against)
+    unknown = [name for name in metrics if name not in {row["metric"] for row in found}]
+    if unknown:
+        there = ", ".join(dict.fromkeys(row["metric"] for row in found))
+        raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {there}")
+    written = comparison.write(found, out or evaluations[0])
+    if metrics:
+        found = [row for row in found if row["metric"] in metrics]
+    if as_json:
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+    else:
+        _print_table(*comparison.long(found))
+        _note(f"written: {', '.join(map(str, written))}")
 
 
 @kd.command("chat", context_settings=CONTEXT)
@@ -668,6 +770,53 @@ def demo(out: Path) -> None:
     from kdcache import recipe
 
     recipe.run("demo", out, _note)
+
+
+@kd.command("run", context_settings=CONTEXT)
+@click.argument("recipe")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of everything it makes [default: data/RECIPE].")
+@click.option(
+    "--data-path",
+    type=click.Path(path_type=Path, exists=True),
+    help="The data set's file or folder; without it the recipe takes it from the Hub.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the commands, each checked; run none.")
+def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: bool) -> None:
+    """Run a whole experiment: cache, train (KD and SFT), evaluate, compare. RECIPE is a name of recipes/, or a .yaml.
+
+    Run it again after an interruption: it continues where it stopped.
+
+    \b
+    kd run dolly-en --dry-run
+    kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
+    """
+    from kdcache import recipe as recipes
+
+    out = out or Path("data") / Path(recipe).stem
+    if not dry_run:
+        recipes.run(recipe, out, _note, data_path)
+        return
+    for step in recipes.steps(recipes.load(recipe), out, data_path):
+        _check_command(step.arguments)
+        click.echo(f"# {step.name}\nkd {shlex.join(step.arguments)}\n")
+
+
+def _check_command(arguments: list[str]) -> None:
+    """Parse a `kd` command as if it were run: UsageError for what it does not know."""
+    command: click.Command = kd
+    while isinstance(command, click.Group):
+        name, arguments = arguments[0], arguments[1:]
+        if name not in command.commands:
+            raise click.UsageError(f"no command {name}")
+        command = command.commands[name]
+    with command.make_context(command.name, list(arguments)) as context:
+        if command is cache_teacher:
+            _engine_extra(context, context.params["engine"])
+        elif command is train:
+            from trainer import run
+
+            own = [p.name for p in command.params if p.name]
+            _check_extra(_extra_options(context), run.training_argument_names(), "TrainingArguments", own, run.RENAMED)
 
 
 # --- how things are printed -------------------------------------------------------------------------------------------
@@ -816,6 +965,13 @@ def _quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels as it is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate")
+
+
+def _warn_of_unsafe(unsafe_exec: bool) -> None:
+    if unsafe_exec:
+        click.secho(
+            "warning: --unsafe-exec runs what a model wrote, with your rights and no sandbox", fg="red", err=True
+        )
 
 
 def _this_command() -> str:

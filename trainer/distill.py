@@ -26,7 +26,7 @@ from kdcache import writer
 from kdcache.errors import KDError, UsageError, first_line
 from trainer import adapters, card
 from trainer.batches import IGNORE, Batch, Stream, in_order
-from trainer.fused import distillation_loss, head_of
+from trainer.fused import Head, Losses, distillation_loss, head_of
 from trainer.run import CONFIG_FILE, RUN_FILE, Run
 from trainer.student import load_student
 
@@ -46,42 +46,42 @@ def attach_loss(student: Any, alpha: float, divergence: str = "forward_kl") -> N
     head = head_of(student)
 
     def forward(
-        self: Any,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        shift_labels: Tensor,
-        candidate_ids: Tensor,
-        candidate_logprobs: Tensor,
-        tail_logprobs: Tensor,
-        labels: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
-        **kwargs: Any,
+        self: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Any
     ) -> dict[str, Tensor]:
-        # No attention mask and no cache: only then do position ids that start again keep packed samples apart.
-        hidden = self.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)[0]  # (1, L, D)
-        supervised = shift_labels[0] != IGNORE  # (L,)
-        found = distillation_loss(
-            hidden[0][supervised],
-            head.weight,
-            shift_labels[0][supervised],
-            candidate_ids,
-            candidate_logprobs,
-            tail_logprobs,
-            alpha,
-            divergence if self.training else "forward_kl",
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-        )
+        found = losses_of(self, head, batch, alpha, divergence if self.training else "forward_kl")
         count = len(found.ce)
         sums = {"ce": found.ce.sum(), "tokens": found.ce.new_tensor(float(count))}
         if found.divergence is not None:
             sums["kl" if divergence == "forward_kl" or not self.training else "divergence"] = found.divergence.sum()
-        if found.agreement is not None:
-            sums["agreement"] = found.agreement.float().sum()
+        if found.best is not None:
+            sums["agreement"] = (found.best == batch["candidate_ids"][:, 0]).float().sum()
         return {"loss": found.loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **sums}
 
     student.forward = MethodType(forward, student)
+
+
+def losses_of(student: Any, head: Head, batch: dict[str, Tensor], alpha: float, divergence: str) -> Losses:
+    """The losses of a packed batch's supervised positions, from the student's layers and its head.
+
+    No attention mask and no cache: only then do position ids that start again keep packed samples apart.
+    """
+    hidden = student.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[
+        0
+    ]  # (1, L, D)
+    labels = batch["shift_labels"][0]  # (L,)
+    return distillation_loss(
+        hidden[0][labels != IGNORE],
+        head.weight,
+        labels[labels != IGNORE],
+        batch["candidate_ids"],
+        batch["candidate_logprobs"],
+        batch["tail_logprobs"],
+        alpha,
+        divergence,
+        bias=head.bias,
+        scale=head.scale,
+        softcap=head.softcap,
+    )
 
 
 def detach_loss(student: Any) -> None:

@@ -1,108 +1,164 @@
-"""What the students kept, on the cache's held-out split; the teacher's row comes from the cache, no teacher is loaded.
+"""What the students kept, measured on a cache's held-out split; the teacher's rows come from the cache, no teacher is loaded.
 
-    kd evaluate data/student data/sft data/kd --from-cache data/cache
+    kd evaluate before=data/student sft=data/sft kd=data/kd --from-cache data/qwen --out data/evaluation
 
-Teacher-forced: KL to the teacher (bucket form), top-1 agreement with the teacher's choice, cross-entropy and perplexity
-of the completions. Generated greedily: Rouge-L against the reference, and against the teacher's own cached answer.
+Each model is measured by itself, sample by sample, into a folder of two Parquet files: ``forced`` (teacher-forced: KL,
+agreement, cross-entropy, calibration, of the cache's completions) and ``answers`` (generated, with what each scored).
+``compare.py`` makes the tables of them. A model that was measured before, with the same settings, is left as it is.
 """
 
 from __future__ import annotations
 
-import math
+import gc
+import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
-from kdcache import query
+from kdcache import hashes, query, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.format import SPLITS
-from trainer.batches import in_order, open_caches, select
-from trainer.distill import attach_loss, detach_loss, measure
-from trainer.student import check_tokenizer, load_student, stop_ids
+from kdcache.reader import Cache, Sample
+from kdcache.sandbox import Sandbox
+from trainer import generate, metrics
+from trainer.batches import IGNORE, Units, open_caches, pack, select
+from trainer.compare import COPY, EVALUATION_FILE, TEACHER
+from trainer.distill import losses_of
+from trainer.fused import head_of
+from trainer.generate import Ask, Decoding
+from trainer.student import check_tokenizer, load_student
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    students: tuple[str, ...]
+    """``models``: (label, folder or Hub id); those of one label are runs of a kind. None: as the teacher was sampled."""
+
+    models: tuple[tuple[str, str], ...]
     from_cache: tuple[Path, ...]
+    out: Path
     split: str = "test"
     where: str | None = None
     max_length: int = 2048
     batch_size: int = 8
     generate: int | None = None  # prompts to generate for; None: all, 0: none
-    max_new_tokens: int = 128
+    temperatures: tuple[float, ...] = ()
+    top_p: float | None = None
+    seeds: int | None = None  # answers a prompt, at temperatures above 0
+    max_new_tokens: int | None = None
     dtype: str = "float32"
-
-
-class WordTokenizer:
-    """Rouge's words for any language: runs of letters and digits, lower-cased, no stemming (rouge-score's own is ASCII)."""
-
-    def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
-
-
-def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> list[dict[str, Any]]:
-    """One row a student, the teacher's (from the cache) first."""
-    if config.split not in SPLITS:
-        raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
-    caches = open_caches(config.from_cache)
-    for student in config.students:
-        check_tokenizer(student, caches[0])
-    units = select(caches, config.split, config.where, config.max_length)
-    if not len(units):
-        raise KDError(f"the {config.split} split has no sample to evaluate on (--where, --max-length, --split-ratios?)")
-    prompts = _prompts(config)
-    rows = [_teacher_row(config, prompts)]
-    for name in config.students:
-        rows.append(_student_row(config, name, units, prompts, caches[0].plan["end_of_turn"], progress))
-    return rows
-
-
-def _student_row(
-    config: EvaluateConfig, name: str, units: Any, prompts: list[Prompt], end_of_turn: int, progress: Progress
-) -> dict[str, Any]:
-    student, tokenizer = load_student(name, config.dtype)
-    student.to("cuda" if torch.cuda.is_available() else "cpu")
-    head_rows = student.get_output_embeddings().weight.shape[0]
-    batches = -(-len(units) // config.batch_size)
-
-    def counted() -> Any:
-        for done, batch in enumerate(in_order(units, head_rows, config.batch_size), 1):
-            progress(f"{name}: held-out KL", done, batches)
-            yield batch
-
-    attach_loss(student, alpha=0.0)
-    held_out = measure(student, counted())
-    detach_loss(student)
-    answers = _generate(student, tokenizer, prompts, config, end_of_turn, lambda *at: progress(f"{name}: answers", *at))
-    return {
-        "model": name,
-        "kl": held_out["kl"],
-        "agreement": held_out["agreement"],
-        "ce": held_out["ce"],
-        "perplexity": math.exp(held_out["ce"]),
-        "rougeL_reference": rouge_l(answers, [p.reference for p in prompts]),
-        "rougeL_teacher": rouge_l(answers, [p.teacher for p in prompts]),
-        "samples": len(units),
-        "tokens": int(held_out["tokens"]),
-        "generated": len(answers),
-    }
-
-
-# --- what the cache knows ---------------------------------------------------------------------------------------------
+    engine: str = "auto"
+    unsafe_exec: bool = False
 
 
 @dataclass(frozen=True)
 class Prompt:
+    prompt_id: str
+    group_id: str
     ids: list[int]
     reference: str | None
-    teacher: str | None  # the teacher's own answer, where one was sampled
+    verifier: str | None
+    teacher: list[str] = field(repr=False)  # the teacher's own answers
+
+
+def label_of(argument: str) -> tuple[str, str]:
+    """``label=model`` or a model, which is then its own label."""
+    label, equals, model = argument.partition("=")
+    return (label, model) if equals and not Path(argument).exists() else (argument, argument)
+
+
+def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Path:
+    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts."""
+    if config.split not in SPLITS:
+        raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
+    caches = open_caches(config.from_cache)
+    for _, model in config.models:
+        check_tokenizer(model, caches[0])
+    units = select(caches, config.split, config.where, config.max_length)
+    if not len(units):
+        raise KDError(f"the {config.split} split has no sample to evaluate on (--where, --max-length, --split-ratios?)")
+    decoding, temperatures, seeds = _decoding(config, caches[0])
+    prompts = _prompts(config)
+    sandbox = _sandbox(config, prompts)
+    engine = generate.resolve(config.engine) if prompts else None
+    groups = dict(_rows(config, "sample_id, group_id"))
+    settings = {
+        "caches": [cache.fingerprint for cache in caches],
+        "split": config.split,
+        "where": config.where,
+        "max_length": config.max_length,
+        "samples": len(units),
+        "prompts": len(prompts),
+        "prompts_hash": hashes.of_json([prompt.prompt_id for prompt in prompts]),
+        "engine": engine,
+        "temperatures": list(temperatures),
+        "seeds": seeds,
+        **asdict(decoding),
+    }
+
+    asks = [
+        Ask(prompt.prompt_id, prompt.ids, temperature, seed)
+        for prompt in prompts
+        for temperature in temperatures
+        for seed in range(seeds if temperature > 0 else 1)
+    ]
+
+    def judged(asked: Sequence[Ask], texts: Sequence[str], is_teacher: bool = False) -> pa.Table:
+        return _judge(prompts, asked, texts, is_teacher, sandbox)
+
+    def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
+        forced = _forced(model, units, groups, config, lambda *at: progress(f"{label}: held-out KL", *at))
+        texts = generate.answers(
+            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
+        )
+        return forced, judged(asks, texts)
+
+    def of_teacher() -> tuple[pa.Table, pa.Table]:
+        temperature = _sampled_at(caches[0])
+        own = [(Ask(p.prompt_id, [], temperature, i), text) for p in prompts for i, text in enumerate(p.teacher)]
+        return _forced_teacher(units, groups, config), judged([a for a, _ in own], [t for _, t in own], is_teacher=True)
+
+    def of_copying() -> tuple[pa.Table, pa.Table]:
+        copied = {p.prompt_id: _baseline(p) or "" for p in prompts}
+        return FORCED.empty_table(), judged(asks, [copied[ask.prompt_id] for ask in asks])
+
+    todo: list[tuple[str, str, Callable[[], tuple[pa.Table, pa.Table]]]] = [(TEACHER, "cache", of_teacher)]
+    if any(_baseline(prompt) is not None for prompt in prompts):
+        todo.append((COPY, "baseline", of_copying))
+    for label, model in config.models:
+        todo.append((label, model, lambda label=label, model=model: of_model(label, model)))  # type: ignore[misc]
+    entries = []
+    for label, model, measure in todo:
+        weights = None if label in (TEACHER, COPY) else hashes.weights(hashes.model_folder(model))
+        entries.append(_kept(config.out, label, model, settings | {"weights": weights}, measure))
+    writer.write_json(config.out / EVALUATION_FILE, {"settings": settings, "entries": entries})
+    return config.out
+
+
+def _kept(
+    out: Path, label: str, model: str, settings: dict[str, Any], measure: Callable[[], tuple[pa.Table, pa.Table]]
+) -> dict[str, str]:
+    """The folder with one model's measurements, made unless it is there; model.json is written last."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if label == model else label).strip("-.") or "model"
+    name = f"{slug}-{hashes.of_json(settings | {'measures': MEASURES_VERSION, 'model': model})[:8]}"
+    if not (out / name / "model.json").is_file():
+        forced, answers = measure()
+        (out / name).mkdir(parents=True, exist_ok=True)
+        pq.write_table(forced, out / name / "forced.parquet", compression="zstd")
+        pq.write_table(answers, out / name / "answers.parquet", compression="zstd")
+        writer.write_json(out / name / "model.json", {"label": label, "model": model, "settings": settings})
+    return {"label": label, "model": model, "folder": name}
+
+
+# --- what the cache knows ---------------------------------------------------------------------------------------------
 
 
 def _rows(config: EvaluateConfig, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
@@ -113,86 +169,191 @@ def _rows(config: EvaluateConfig, columns: str, rest: str = "") -> list[tuple[An
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
-    """Each prompt of the split once, in a fixed order that spreads over sources (by the prompt's hash)."""
+    """Each prompt of the split once, in the order of its hash; where the teacher answered some, only those."""
     if config.generate == 0:
         return []
     rows = _rows(
         config,
-        "prompt_id, any_value(prompt_ids), any_value(reference), "
-        "arg_min(completion, sample_index) FILTER (origin = 'sampled')",
+        "prompt_id, any_value(group_id), any_value(prompt_ids), any_value(reference), any_value(verifier), "
+        "list(completion ORDER BY sample_index) FILTER (origin = 'sampled')",
         "GROUP BY prompt_id ORDER BY prompt_id",
     )
-    return [Prompt(*row[1:]) for row in rows[: config.generate]]
+    prompts = [Prompt(name, group, ids, ref, verifier, own or []) for name, group, ids, ref, verifier, own in rows]
+    if any(prompt.teacher for prompt in prompts):
+        prompts = [prompt for prompt in prompts if prompt.teacher]
+    return prompts[: config.generate]
 
 
-def _teacher_row(config: EvaluateConfig, prompts: list[Prompt]) -> dict[str, Any]:
-    sums = _rows(config, "-sum(list_sum(token_logprobs)), sum(completion_tokens)::BIGINT, count(*)")
-    nats, tokens, samples = (sum(row[i] or 0 for row in sums) for i in range(3))
-    ce = nats / tokens
+def _sampled_at(cache: Cache) -> float:
+    return float((cache.plan["fields"]["sampling"] or {}).get("temperature", 0.0))
+
+
+def _decoding(config: EvaluateConfig, cache: Cache) -> tuple[Decoding, tuple[float, ...], int]:
+    """How students answer: as the teacher did, where nothing else is asked for; else greedily, 128 tokens."""
+    fields = cache.plan["fields"]
+    taught = fields["sampling"] or {}
+    top_p = config.top_p if config.top_p is not None else taught.get("top_p", 1.0)
+    longest = config.max_new_tokens or taught.get("max_tokens", 128)
+    temperatures = config.temperatures or (_sampled_at(cache),)
+    seeds = config.seeds or fields["samples"] or 1
+    return Decoding(top_p, longest, cache.plan["end_of_turn"], config.batch_size, config.dtype), temperatures, seeds
+
+
+def _sandbox(config: EvaluateConfig, prompts: list[Prompt]) -> Sandbox | None:
+    """Where programs are run, if any are to be: found missing before anything is measured."""
+    if not any(verifiers.needs_sandbox(prompt.verifier) for prompt in prompts):
+        return None
+    return Sandbox(unsafe=config.unsafe_exec)
+
+
+def _baseline(prompt: Prompt) -> str | None:
+    """What a student would answer that only copies the problem, where the data set says what that is."""
+    found = json.loads(prompt.verifier) if prompt.verifier else {}
+    return found.get("baseline") if isinstance(found, dict) else None
+
+
+# --- teacher-forced ---------------------------------------------------------------------------------------------------
+
+MEASURES_VERSION = 1
+FORCED = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("sample_id", "group_id")),
+        *(pa.field(name, pa.float64()) for name in ("tokens", "kl", "agreement", "ce")),  # summed over its positions
+        pa.field("confident", pa.list_(pa.float64(), metrics.BINS)),  # of the best token, by bin of its probability
+        pa.field("right", pa.list_(pa.float64(), metrics.BINS)),
+    ]
+)
+
+
+def _forced(
+    model: str,
+    units: Units,
+    groups: dict[str, str],
+    config: EvaluateConfig,
+    progress: Callable[[int, int], None],
+) -> pa.Table:
+    """One row a sample, summed over its supervised positions."""
+    student, _ = load_student(model, config.dtype)
+    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    head = head_of(student)
+    device, rows = next(student.parameters()).device, []
+    for first in range(0, len(units), config.batch_size):
+        samples = units.load(np.arange(first, min(first + config.batch_size, len(units))))
+        batch = {name: value.to(device) for name, value in pack(samples, len(head.weight)).items()}
+        with torch.no_grad():
+            found = losses_of(student, head, batch, 0.0, "forward_kl")
+        labels = batch["shift_labels"][0]
+        measured = {
+            "kl": found.divergence,
+            "agreement": found.best == batch["candidate_ids"][:, 0],
+            "ce": found.ce,
+            "confidence": found.confidence.exp(),  # type: ignore[union-attr]
+            "right": found.best == labels[labels != IGNORE],
+        }
+        arrays = {name: value.cpu().numpy().astype(np.float64) for name, value in measured.items()}  # type: ignore[union-attr]
+        ends = np.cumsum([sample.supervised.sum() for sample in samples])
+        for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
+            mine = {name: array[low:high] for name, array in arrays.items()}
+            rows.append(_summed(sample.sample_id, groups, **mine))
+        progress(min(first + config.batch_size, len(units)), len(units))
+    del student
+    gc.collect()
+    return pa.Table.from_pylist(rows, FORCED)
+
+
+def _forced_teacher(units: Units, groups: dict[str, str], config: EvaluateConfig) -> pa.Table:
+    """The teacher's own row a sample, from its cached log-probabilities."""
+    own = dict(_rows(config, "sample_id, token_logprobs"))
+    rows = []
+    for first in range(0, len(units), 256):
+        for sample in units.load(np.arange(first, min(first + 256, len(units)))):
+            best, confidence = _first_candidates(sample)
+            picked = sample.supervised
+            rows.append(
+                _summed(
+                    sample.sample_id,
+                    groups,
+                    kl=np.zeros(picked.sum()),
+                    agreement=np.ones(picked.sum()),
+                    ce=-np.array(own[sample.sample_id], dtype=np.float64)[picked],
+                    confidence=confidence[picked],
+                    right=(best == sample.completion_ids)[picked].astype(np.float64),
+                )
+            )
+    return pa.Table.from_pylist(rows, FORCED)
+
+
+def _first_candidates(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+    """The teacher's choice at each of T positions and its probability; -1 and 0 where there is no candidate."""
+    best, confidence = np.full(len(sample.counts), -1), np.zeros(len(sample.counts))
+    known = sample.counts > 0
+    first = (np.cumsum(sample.counts) - sample.counts)[known]
+    best[known], confidence[known] = sample.candidate_ids[first], np.exp(sample.candidate_logprobs[first])
+    return best, confidence
+
+
+def _summed(
+    sample_id: str,
+    groups: dict[str, str],
+    kl: np.ndarray,
+    agreement: np.ndarray,
+    ce: np.ndarray,
+    confidence: np.ndarray,
+    right: np.ndarray,
+) -> dict[str, Any]:
+    bins = metrics.bin_of(confidence)
     return {
-        "model": "teacher (cache)",
-        "kl": 0.0,
-        "agreement": 1.0,
-        "ce": ce,
-        "perplexity": math.exp(ce),
-        "rougeL_reference": rouge_l([p.teacher for p in prompts], [p.reference for p in prompts]),
-        "rougeL_teacher": None,
-        "samples": samples,
-        "tokens": int(tokens),
-        "generated": sum(p.teacher is not None for p in prompts),
+        "sample_id": sample_id,
+        "group_id": groups[sample_id],
+        "tokens": float(len(ce)),
+        "kl": kl.sum(),
+        "agreement": agreement.sum(),
+        "ce": ce.sum(),
+        "confident": np.bincount(bins, confidence, metrics.BINS).tolist(),
+        "right": np.bincount(bins, right, metrics.BINS).tolist(),
     }
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+ANSWERS = pa.schema(
+    [
+        *(pa.field(name, pa.string()) for name in ("prompt_id", "group_id")),
+        pa.field("temperature", pa.float64()),
+        pa.field("seed", pa.int32()),
+        pa.field("answer", pa.string()),
+        *(pa.field(name, pa.float64()) for name in ("rougeL", "rougeL_paper", "rougeL_teacher", "exact", "reward")),
+        pa.field("reason", pa.string()),  # of the reward
+    ]
+)
 
 
-def _generate(
-    student: Any,
-    tokenizer: Any,
-    prompts: list[Prompt],
-    config: EvaluateConfig,
-    end_of_turn: int,
-    progress: Callable[[int, int], None],
-) -> list[str]:
-    """Greedy answers, in the prompts' order; prompts of like length share a batch, padded on the left."""
-    answers: dict[int, str] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    student.eval()
-    stops = stop_ids(student, end_of_turn)
-    device = next(student.parameters()).device
-    for start in range(0, len(order), config.batch_size):
-        picked = order[start : start + config.batch_size]
-        width = max(len(prompts[i].ids) for i in picked)
-        ids = torch.zeros((len(picked), width), dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        for line, i in enumerate(picked):
-            ids[line, width - len(prompts[i].ids) :] = torch.tensor(prompts[i].ids)
-            mask[line, width - len(prompts[i].ids) :] = 1
-        with torch.no_grad():
-            output = student.generate(
-                ids.to(device),
-                attention_mask=mask.to(device),
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                max_new_tokens=config.max_new_tokens,
-                repetition_penalty=1.0,  # a greedy answer is the student's own, whatever its generation_config says
-                eos_token_id=stops,
-                pad_token_id=end_of_turn,
-            )
-        for i, text in zip(picked, tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)):
-            answers[i] = text
-        progress(min(start + config.batch_size, len(order)), len(order))
-    return [answers[i] for i in range(len(prompts))]
+def _judge(
+    prompts: list[Prompt], asks: Sequence[Ask], texts: Sequence[str], is_teacher: bool, sandbox: Sandbox | None
+) -> pa.Table:
+    """One row an answer, with its scores; null where there is nothing to compare with."""
+    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    of = [by_id[ask.prompt_id] for ask in asks]
+    verdicts = verifiers.verify_many([(p.verifier, text, p.reference) for p, text in zip(of, texts)], sandbox)
 
+    def rows() -> Iterator[dict[str, Any]]:
+        for ask, prompt, text, verdict in zip(asks, of, texts, verdicts):
+            row: dict[str, Any] = {
+                "prompt_id": prompt.prompt_id,
+                "group_id": prompt.group_id,
+                "temperature": ask.temperature,
+                "seed": ask.seed,
+                "answer": text,
+                "reward": verdict.reward,
+                "reason": verdict.reason,
+            }
+            if prompt.reference is not None:
+                bare = verifiers.extract(text, verifiers.parse(prompt.verifier)) if prompt.verifier else text
+                row["rougeL"] = metrics.rouge_l(text, prompt.reference)
+                row["rougeL_paper"] = metrics.rouge_l_of_the_paper(text, prompt.reference)
+                row["exact"] = metrics.exact(bare or "", prompt.reference)
+            if prompt.teacher and not is_teacher:
+                row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
+            yield row
 
-def rouge_l(answers: Sequence[str | None], targets: Sequence[str | None]) -> float | None:
-    """Mean Rouge-L F1 over the pairs that have both texts, 0 to 1; None without any."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], tokenizer=WordTokenizer())
-    pairs = [(t, a) for t, a in zip(targets, answers) if t is not None and a is not None]
-    if not pairs:
-        return None
-    return sum(scorer.score(target, answer)["rougeL"].fmeasure for target, answer in pairs) / len(pairs)
+    return pa.Table.from_pylist(list(rows()), ANSWERS)

@@ -80,7 +80,8 @@ class Losses(NamedTuple):
     loss: Tensor  # sum of (1 - alpha) ce + alpha divergence
     ce: Tensor  # -log q(target)
     divergence: Tensor | None  # None where alpha is 0 and gradients are formed: it would be for nothing
-    agreement: Tensor | None  # whether the student's best token is the first candidate; None where gradients are formed
+    best: Tensor | None  # int64, the student's best token; None where gradients are formed
+    confidence: Tensor | None  # log q(best); None where gradients are formed
 
 
 @torch.compiler.disable
@@ -169,14 +170,14 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> Any:
         wanted = [task.forms_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        ce, divergence, agreement, gradients = _in_chunks(hidden, weight, bias, task, wanted)
+        ce, divergence, best, confidence, gradients = _in_chunks(hidden, weight, bias, task, wanted)
         loss = (1 - task.alpha) * ce.sum()
         if task.alpha and divergence is not None:
             loss = loss + task.alpha * divergence.sum()
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(*(x for x in (ce, divergence, agreement) if x is not None))
-        return loss, ce, divergence, agreement
+        ctx.mark_non_differentiable(*(x for x in (ce, divergence, best, confidence) if x is not None))
+        return loss, ce, divergence, best, confidence
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -188,15 +189,16 @@ class _Fused(torch.autograd.Function):
 
 def _in_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-    """ce, divergence, agreement (N,) each, and the gradients of hidden (N, D), weight (V, D) and bias (V,)."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
+    """ce, divergence, best, confidence (N,) each, and the gradients of hidden (N, D), weight (V, D) and bias (V,)."""
     count, vocabulary = len(hidden), len(weight)
     dtype, wide = task.dtype, task.wide
     narrow_weight, narrow_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
 
     ce = hidden.new_empty(count, dtype=wide)
     divergence = None if task.on_cells is None else torch.empty_like(ce)
-    agreement = None if task.forms_gradients else torch.empty_like(ce, dtype=torch.bool)
+    best = None if task.forms_gradients else torch.empty_like(ce, dtype=torch.int64)
+    confidence = None if task.forms_gradients else torch.empty_like(ce)
     d_hidden = torch.empty_like(hidden) if wanted[0] else None
     d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
     d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
@@ -216,12 +218,15 @@ def _in_chunks(
         if x is not narrow:
             x.copy_(narrow)
         slope = _scale_and_cap(x, task.scale, task.softcap)
-        if agreement is not None:
-            agreement[part] = x.argmax(dim=-1) == ids[:, 0]
+        if best is not None and confidence is not None:
+            top, best[part] = x.max(dim=-1)
+            confidence[part] = top - x.gather(1, targets[:, None])[:, 0]  # log q(best) / q(target)
 
         ce[part], found = _to_gradient(x, targets, ids, task.log_p[part], task)
         if divergence is not None and found is not None:
             divergence[part] = found
+        if confidence is not None:
+            confidence[part] -= ce[part]
         if not task.forms_gradients:
             continue
         if slope is not None:
@@ -236,7 +241,7 @@ def _in_chunks(
             d_weight.addmm_(narrow.t(), h)
         elif d_weight is not None:
             d_weight += narrow.t() @ h
-    return ce, divergence, agreement, (d_hidden, d_weight, d_bias)
+    return ce, divergence, best, confidence, (d_hidden, d_weight, d_bias)
 
 
 def _scale_and_cap(x: Tensor, scale: float, softcap: float | None) -> Tensor | None:

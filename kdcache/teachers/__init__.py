@@ -22,20 +22,24 @@ ENGINES = ("vllm", "transformers")
 
 
 @dataclass(frozen=True)
+class Sampling:
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 256
+
+
+@dataclass(frozen=True)
 class Request:
-    """Score ``completion_ids`` after ``prompt_ids``; with ``completion_ids`` None, sample a completion with ``seed``."""
+    """Score ``completion_ids`` after ``prompt_ids``; with ``completion_ids`` None, sample a completion with ``seed``.
+
+    ``sampling`` of its own wins over the engine's (vLLM only).
+    """
 
     key: tuple[str, str]  # shard and sample_id
     prompt_ids: Sequence[int]
     completion_ids: Sequence[int] | None = None
     seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Sampling:
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
+    sampling: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class EngineOptions:
     dtype: str
     seed: int = 0
     sampling: Sampling = field(default_factory=Sampling)
+    stop_token_ids: tuple[int, ...] = ()  # that end an answer, besides those of the model's generation_config
     extra: dict[str, Any] = field(default_factory=dict)
 
 

@@ -81,11 +81,11 @@ class VLLMTeacher:
                 reason, smaller = _reason(error), _is_out_of_memory(error) and self._halve_the_batch()
                 if not smaller:
                     raise KDError(
-                        f"vLLM stopped: {reason}. Whole shards are kept; run the same command again to continue. Out of "
-                        "memory? Lower --max-num-batched-tokens or --gpu-memory-utilization (neither changes the cache)."
+                        f"vLLM stopped: {reason}. What is done is kept; run the same command again to continue. Out of "
+                        "memory? Lower --max-num-batched-tokens or --gpu-memory-utilization (neither changes what it says)."
                     ) from error
             # Outside of the except block: its traceback holds what the engine allocated.
-            self._stop()
+            self.stop()
             self._start()
             waiting = itertools.chain([request for request, _ in running.values()], waiting)
             running.clear()
@@ -140,12 +140,13 @@ class VLLMTeacher:
 
         if request.completion_ids is not None:
             return vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._k, **self._common)
-        sampling = self._options.sampling
+        sampling = request.sampling or self._options.sampling
         return vllm.SamplingParams(
             max_tokens=min(sampling.max_tokens, self._options.max_model_len - len(request.prompt_ids)),
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             seed=request.seed,
+            stop_token_ids=list(self._options.stop_token_ids),
             logprobs=self._k,
             **self._common,
         )
@@ -206,7 +207,8 @@ class VLLMTeacher:
         self._arguments |= {"max_num_batched_tokens": tokens, "max_num_seqs": sequences}
         return True
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Give the engine's memory back; no request can be run afterwards."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
         with contextlib.suppress(Exception):  # it may be dead already

@@ -56,7 +56,8 @@ class Case:
         d = losses.DIVERGENCES[name](logits, self.ids, self.logprobs.to(dtype), self.tails.to(dtype), **parameters)
         loss = (1 - alpha) * ce.sum() + alpha * d.sum()
         loss.mul(1 / 7).backward()
-        found = fused.Losses(loss, ce, d, logits.argmax(-1) == self.ids[:, 0])
+        confidence, best = logits.log_softmax(-1).max(-1)
+        found = fused.Losses(loss, ce, d, best, confidence)
         return found, {name: x.grad for name, x in leaves.items() if x is not None}
 
 
@@ -301,7 +302,7 @@ def test_the_default_chunk_keeps_to_its_budget(monkeypatch, dtype, softcap, rows
     assert recorded.largest == rows * 1000
 
 
-def test_without_gradients_none_are_formed_and_agreement_is_told():
+def test_without_gradients_none_are_formed_and_the_best_token_is_told():
     case = make(11, n=20, ragged=True)
     expected = case.reference(0.0)[0]
     case.hidden.requires_grad_()
@@ -317,7 +318,7 @@ def test_without_gradients_none_are_formed_and_agreement_is_told():
 
 def test_cross_entropy_alone_does_not_look_at_the_candidates():
     found, _ = make(12).fused(alpha=0.0)
-    assert found.divergence is None and found.agreement is None
+    assert found.divergence is None and found.best is None and found.confidence is None
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])

@@ -1,0 +1,437 @@
+"""Runs one untrusted program in bubblewrap, at a bounded cost. Invariant: without a working sandbox nothing is run.
+
+    python -c 'from kdcache.sandbox import Sandbox; print(Sandbox().run("python", "print(input())", "hello"))'
+
+A program sees /usr read-only, a Python interpreter, and a small /tmp of its own; no network, no home, no environment, no
+process of the machine's. It is never root: root becomes nobody before it enters. What holds it:
+
+* time: CPU seconds a process (an rlimit), wall seconds for all of it;
+* memory: address space a process (an rlimit), and the resident memory of all its processes and /tmp together, looked
+  at every few milliseconds because forks multiply the first. What hides from that look (shared pages that no page table
+  shows) is bounded by the first times the processes;
+* processes with their threads: an rlimit of its own user namespace, and the same look;
+* output, files: bytes. Whatever exceeds a limit ends its whole pid namespace.
+
+A seccomp filter closes what namespaces leave open: sockets that are not Unix (vsock knows no network namespace), key
+rings, memory that no limit sees (memfd, System V), and calls that no program here needs. A hole in the kernel is a way
+out all the same: who must not risk that runs all of this in a virtual machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import selectors
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from base64 import b64decode
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kdcache.errors import KDError
+
+WATCH_SECONDS = 0.02
+#: Address space beyond the memory limit: libraries, thread stacks and arenas that are reserved and never touched.
+SPARE_ADDRESS_MB = 256
+MAX_FILES = 10_000  # in /tmp; each costs the kernel a kilobyte
+KEPT_OUTCOMES, KEPT_CHARACTERS, KEPT_BINARIES = 4096, 16_384, 64
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Limits:
+    wall_seconds: float = 10.0
+    cpu_seconds: int = 10  # a process
+    memory_mb: int = 512  # all processes and /tmp
+    processes: int = 16  # and threads
+    output_bytes: int = 1 << 20  # stdout, and as much stderr
+    file_bytes: int = 64 << 20  # a file, and all of /tmp
+
+
+DEFAULT_LIMITS = Limits()
+#: g++ -O2 with <bits/stdc++.h> takes seconds on a busy machine; what it makes comes back through stdout.
+COMPILER_LIMITS = Limits(wall_seconds=60.0, cpu_seconds=30, memory_mb=1024, output_bytes=64 << 20)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: str  # ok, error (the exit code is not 0), timeout, memory (or processes, or files), output, compile
+    stdout: str
+    stderr: str
+    exit_code: int | None  # 128 + n if signal n ended it; None if a limit did
+    seconds: float
+
+
+class Sandbox:
+    """Runs programs and remembers what came of them. ``unsafe``: rlimits without bubblewrap; the caller warns of it."""
+
+    def __init__(self, unsafe: bool = False):
+        self.unsafe = unsafe
+        self._lock = threading.Lock()
+        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
+        self._binaries: OrderedDict[str, bytes] = OrderedDict()
+        self._proc: list[str] | None = None  # bwrap's options for /proc, known when a program was seen to run
+
+    def check(self) -> None:
+        """KDError unless programs can be run here; the first time it runs one."""
+        with self._lock:
+            if self._proc is None:
+                self._proc = [] if self.unsafe else _probe()
+
+    def run(
+        self,
+        language: str,
+        program: str,
+        stdin: str = "",
+        limits: Limits = DEFAULT_LIMITS,
+        files: Mapping[str, str] | None = None,
+    ) -> Outcome:
+        """What ``program`` (python or cpp) does with ``stdin``; the paths of ``files`` (name -> text) are its arguments.
+
+        C++ is compiled once for all its inputs. KDError if the sandbox failed, which is never the program's doing.
+        """
+        key = _key(language, program, stdin, limits, files)
+        outcome: Outcome | None = self._kept(self._outcomes, key)
+        if outcome is not None:
+            return outcome
+        self.check()
+        given = {f"/code/{name}": _encode(text) for name, text in (files or {}).items()}
+        arguments = list(given)
+        if language == "python":
+            given["/code/main.py"] = _encode(program)
+            outcome = self._run([_python(self.unsafe), "-I", "/code/main.py", *arguments], given, stdin, limits)
+        elif language == "cpp":
+            binary = self._compiled(program)
+            if isinstance(binary, Outcome):
+                outcome = binary
+            else:
+                outcome = self._run(["/code/main", *arguments], given | {"/code/main": binary}, stdin, limits)
+        else:
+            raise KDError(f"the sandbox runs python and cpp, not {language!r}")
+        if len(outcome.stdout) + len(outcome.stderr) <= KEPT_CHARACTERS:
+            self._keep(self._outcomes, key, outcome, KEPT_OUTCOMES)
+        return outcome
+
+    def _compiled(self, program: str) -> bytes | Outcome:
+        """The program's executable, or how compiling it failed."""
+        if shutil.which("g++") is None:
+            raise KDError("C++ programs need g++, which is not installed: apt install g++")
+        key = _key(program)
+        binary: bytes | None = self._kept(self._binaries, key)
+        if binary is None:
+            script = 'g++ -O2 -std=c++17 -w "$1" -o "$TMPDIR/main" >&2 && base64 -w0 "$TMPDIR/main"'
+            command = ["/bin/sh", "-c", script, "sh", "/code/main.cpp"]
+            outcome = self._run(command, {"/code/main.cpp": _encode(program)}, "", COMPILER_LIMITS)
+            if outcome.status != "ok":
+                return replace(outcome, status="compile", stdout="")
+            binary = b64decode(outcome.stdout)
+            self._keep(self._binaries, key, binary, KEPT_BINARIES)
+        return binary
+
+    def _run(self, command: list[str], files: dict[str, bytes], stdin: str, limits: Limits) -> Outcome:
+        if not self.unsafe:
+            return _execute(_wrapper(self._proc or [], limits), command, files, _encode(stdin), limits)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                path = Path(folder, Path(name).name)
+                path.write_bytes(content)
+                path.chmod(0o755)
+            command = [word.replace("/code/", f"{folder}/") if word.startswith("/code/") else word for word in command]
+            return _execute(["env", "-C", folder, f"TMPDIR={folder}"], command, None, _encode(stdin), limits)
+
+    def _kept(self, kept: OrderedDict[str, Any], key: str) -> Any:
+        with self._lock:
+            if key in kept:
+                kept.move_to_end(key)
+            return kept.get(key)
+
+    def _keep(self, kept: OrderedDict[str, Any], key: str, value: Any, most: int) -> None:
+        with self._lock:
+            kept[key] = value
+            if len(kept) > most:
+                kept.popitem(last=False)
+
+
+def side_by_side(
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[R]:
+    """``function``, which runs programs, of each item in order; ``workers`` (default: the CPUs) at a time."""
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        try:
+            results = []
+            for result in pool.map(function, items):
+                results.append(result)
+                if progress:
+                    progress(1)
+            return results
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")  # a lone surrogate is no character
+
+
+# --- the walls --------------------------------------------------------------------------------------------------------
+
+_NOBODY = 65534
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+
+
+def _probe() -> list[str]:
+    """The options for /proc with which a program runs here, or KDError."""
+    otherwise = ", or --unsafe-exec to run untrusted code unprotected"
+    if shutil.which("bwrap") is None:
+        raise KDError(
+            "running untrusted code needs bubblewrap, which is not installed: apt install bubblewrap" + otherwise
+        )
+    if not Path(f"/proc/self/task/{threading.get_native_id()}/children").exists():
+        raise KDError("the sandbox watches over programs through /proc/PID/task/TID/children, which is not here")
+    refusals = []
+    for proc in (["--proc", "/proc"], []):  # a container that masks parts of /proc lets nobody mount another
+        try:
+            outcome = _execute(_wrapper(proc, DEFAULT_LIMITS), ["/bin/echo", "ready"], {}, b"", DEFAULT_LIMITS)
+            if (outcome.status, outcome.stdout) == ("ok", "ready\n"):
+                return proc
+            refusals.append(outcome.stderr.strip() or outcome.status)
+        except KDError as error:
+            refusals.append(str(error))
+    raise KDError(
+        f"bubblewrap cannot make a sandbox here ({refusals[0]}); it needs bubblewrap 0.8 or newer and user namespaces"
+        f" that an ordinary user may make{otherwise}"
+    )
+
+
+@functools.cache
+def _python(unsafe: bool = False) -> str:
+    """The interpreter that runs this, or the system's where nobody cannot reach it."""
+    path = os.path.join(os.path.realpath(sys.base_prefix), "bin", f"python3.{sys.version_info.minor}")
+    if unsafe or os.geteuid() != 0 or all(os.stat(folder).st_mode & 0o001 for folder in Path(path).parents):
+        return path
+    if os.path.exists("/usr/bin/python3"):
+        return "/usr/bin/python3"
+    raise KDError(f"as root the sandbox runs programs as nobody, who cannot reach {path}: apt install python3")
+
+
+def _wrapper(proc: list[str], limits: Limits) -> list[str]:
+    """bwrap and its options, but for the program's files, the filter, and the lock on what is not /tmp."""
+    words = ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(_NOBODY), "--gid", str(_NOBODY)]
+    words += ["--hostname", "sandbox", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    for name, value in _ENVIRONMENT.items():
+        words += ["--setenv", name, value]
+    words += ["--ro-bind", "/usr", "/usr"]
+    for folder in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        if os.path.islink(folder):
+            words += ["--symlink", os.readlink(folder), folder]
+        else:
+            words += ["--ro-bind-try", folder, folder]
+    for path in ("/etc/alternatives", "/etc/ld.so.cache"):  # g++ is an alternative
+        words += ["--ro-bind-try", path, path]
+    prefix = os.path.dirname(os.path.dirname(_python()))
+    if not f"{prefix}/".startswith("/usr/"):
+        words += ["--ro-bind", prefix, prefix]
+    for device in ("null", "zero", "full", "random", "urandom"):
+        words += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        words += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
+    words += ["--symlink", "/proc/self/fd", "/dev/fd", "--symlink", "/tmp", "/dev/shm", *proc]
+    words += ["--size", str(limits.file_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    # The rlimit of processes does not hold for root, to whom /dev/null's mode, /proc/sys and keys would belong, too.
+    nobody = ["setpriv", f"--reuid={_NOBODY}", f"--regid={_NOBODY}", "--clear-groups"]
+    return [*(nobody if os.geteuid() == 0 else []), "bwrap", *words]
+
+
+#: System calls refused, by machine: AUDIT_ARCH, socket, and ptrace, process_vm_readv, process_vm_writev, mount, umount2,
+#: unshare, setns, add_key, request_key, keyctl, shmget, msgget, perf_event_open, memfd_create, bpf, userfaultfd.
+_MACHINES = {
+    "x86_64": (0xC000003E, 41, (101, 310, 311, 165, 166, 272, 308, 248, 249, 250, 29, 68, 298, 319, 321, 323)),
+    "aarch64": (0xC00000B7, 198, (117, 270, 271, 40, 39, 97, 268, 217, 218, 219, 194, 186, 241, 279, 280, 282)),
+}
+#: io_uring_setup, io_uring_enter, io_uring_register, memfd_secret: one number on all machines.
+_REFUSED = (425, 426, 427, 447)
+
+
+@functools.cache
+def _filter() -> bytes:
+    """The seccomp program: EPERM for what is refused and for sockets that are not AF_UNIX."""
+    if platform.machine() not in _MACHINES:
+        raise KDError(
+            f"the sandbox has no filter of system calls for {platform.machine()}, only {', '.join(_MACHINES)}"
+        )
+    architecture, socket, refused = _MACHINES[platform.machine()]
+    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
+    code += [(at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # x32, the other numbering of x86_64
+    for number in (*refused, *_REFUSED):
+        code += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+    code += [(equal, 0, 3, socket), (load, 0, 0, 16), (equal, 1, 0, 1), (end, 0, 0, refuse), (end, 0, 0, allow)]
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
+
+
+# --- one program ------------------------------------------------------------------------------------------------------
+
+
+def _execute(
+    wrapper: list[str], command: list[str], files: Mapping[str, bytes] | None, stdin: bytes, limits: Limits
+) -> Outcome:
+    """Run a command behind its wrapper and its limits to its end. ``files`` is None where there is no bubblewrap."""
+    address = (limits.memory_mb + SPARE_ADDRESS_MB) << 20
+    rlimits = [f"--as={address}", f"--stack={min(address // 4, 256 << 20)}", f"--fsize={limits.file_bytes}"]
+    rlimits += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--core=0", "--nofile=64", "--memlock=0"]
+    if files is not None:  # elsewhere it would count what else the user runs
+        rlimits.append(f"--nproc={limits.processes + 2}")  # two are bubblewrap's
+    # The first byte of stdout says that walls and limits stand; the program comes after it and cannot unsay it.
+    command = ["prlimit", *rlimits, "--", "/bin/sh", "-c", 'printf . && exec "$@"', "sh", *command]
+    started = time.monotonic()
+    with contextlib.ExitStack() as stack:
+        descriptors: list[int] = []
+        if files is not None:
+            for name, content in files.items():
+                descriptors.append(_memory_file(stack, content))
+                wrapper = [*wrapper, "--perms", "0555", "--file", str(descriptors[-1]), name]
+            descriptors.append(_memory_file(stack, _filter()))
+            wrapper = [*wrapper, "--remount-ro", "/", "--seccomp", str(descriptors[-1]), "--"]
+        try:
+            process = subprocess.Popen(
+                [*wrapper, *command],
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=_ENVIRONMENT,
+                pass_fds=descriptors,
+                start_new_session=True,  # Ctrl-C is for the caller to handle
+            )
+        except OSError as error:
+            raise KDError(f"the sandbox could not be started: {error}") from None
+        with process:
+            try:
+                exceeded, stdout, stderr = _attend(process, stdin, limits)
+            finally:
+                _kill(process)
+    seconds = time.monotonic() - started
+    errors = stderr.decode("utf-8", "replace")
+    if not stdout.startswith(b"."):
+        raise KDError(f"the sandbox did not start: {errors.strip() or exceeded or 'it says nothing'}")
+    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
+    if code == 128 + signal.SIGXCPU or (code == 128 + signal.SIGKILL and seconds > limits.cpu_seconds):
+        exceeded = exceeded or "timeout"
+    status = exceeded or ("error" if code else "ok")
+    if status == "error" and ("\nMemoryError" in errors or "std::bad_alloc" in errors):
+        status = "memory"
+    return Outcome(status, stdout[1:].decode("utf-8", "replace"), errors, None if exceeded else code, seconds)
+
+
+def _memory_file(stack: contextlib.ExitStack, content: bytes) -> int:
+    descriptor = os.memfd_create("sandbox")
+    stack.callback(os.close, descriptor)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _attend(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits) -> tuple[str | None, bytes, bytes]:
+    """Feed and read a process until it ended or exceeded a limit: which one, stdout, stderr."""
+    assert process.stdin and process.stdout and process.stderr
+    given, out, err = (pipe.fileno() for pipe in (process.stdin, process.stdout, process.stderr))
+    received = {out: bytearray(), err: bytearray()}
+    exceeded = None
+    deadline = time.monotonic() + limits.wall_seconds
+    look = time.monotonic() + WATCH_SECONDS
+    end = os.pidfd_open(process.pid)
+    with selectors.DefaultSelector() as selector, open(end, "rb", buffering=0):
+        os.set_blocking(given, False)
+        selector.register(given, selectors.EVENT_WRITE)
+        waiting = {out, err, end}
+        for descriptor in waiting:
+            selector.register(descriptor, selectors.EVENT_READ)
+        while waiting and not exceeded:
+            for key, _ in selector.select(WATCH_SECONDS):
+                done = True
+                if key.fd == given:
+                    with contextlib.suppress(BrokenPipeError):
+                        stdin = stdin[os.write(given, stdin[:65_536]) :]
+                        done = not stdin
+                elif key.fd == end:  # what it left running goes with it, and lets go of the pipes
+                    _kill(process)
+                    deadline = time.monotonic() + 5.0
+                else:
+                    chunk = os.read(key.fd, 65_536)
+                    space = limits.output_bytes + 1 - len(received[key.fd])  # one byte says that it started
+                    received[key.fd] += chunk[:space]
+                    exceeded = "output" if len(chunk) > space else exceeded
+                    done = not chunk
+                if done:
+                    selector.unregister(key.fd)
+                    waiting.discard(key.fd)
+                    if key.fd == given:
+                        process.stdin.close()
+            now = time.monotonic()
+            if now > deadline:
+                exceeded = exceeded or "timeout"
+            elif now > look and end in waiting:
+                exceeded = exceeded or _exceeds(process.pid, limits, bool(received[out]))
+                look = time.monotonic() + WATCH_SECONDS
+    return exceeded, bytes(received[out]), bytes(received[err])
+
+
+def _children(process: int) -> tuple[int, list[int]]:
+    """How many threads a process has, and its children."""
+    tasks = os.listdir(f"/proc/{process}/task")
+    return len(tasks), [
+        int(child) for task in tasks for child in Path(f"/proc/{process}/task/{task}/children").read_text().split()
+    ]
+
+
+def _exceeds(process: int, limits: Limits, started: bool) -> str | None:
+    """ "memory" if a process and all below it are too many, or hold too much memory or too many files."""
+    count, used, files = 0, 0, 0
+    todo = [process]
+    while todo and count <= limits.processes + 2:
+        one = todo.pop()
+        with contextlib.suppress(OSError):  # it has just ended
+            used += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            threads, children = _children(one)
+            count += threads
+            if one == process and started and children:  # bubblewrap's init sees the /tmp of the sandbox
+                tmp = os.statvfs(f"/proc/{children[0]}/root/tmp")
+                used += (tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize
+                files = tmp.f_files - tmp.f_ffree
+            todo += children
+    exceeded = count > limits.processes + 2 or used > limits.memory_mb << 20 or files > MAX_FILES
+    return "memory" if exceeded else None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End bubblewrap's init, and the kernel ends all of its pid namespace; then bubblewrap."""
+    if process.returncode is None:
+        with contextlib.suppress(OSError):
+            for child in _children(process.pid)[1]:
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -1,0 +1,142 @@
+"""What a model answers to the cache's prompts: through phase one's vLLM engine where it is installed, else transformers.
+
+Prompts arrive as the cache's own token ids. An answer depends on its prompt, its temperature and its seed alone where
+vLLM is asked; transformers samples a batch from one seed, and batches are the same in every run.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kdcache import format, hashes
+from kdcache.errors import KDError
+from trainer.student import load_student, stop_ids
+
+ENGINES = ("auto", "vllm", "transformers")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One answer wanted: greedy at temperature 0."""
+
+    prompt_id: str
+    prompt_ids: Sequence[int]
+    temperature: float
+    seed: int  # counts the answers to one prompt
+
+
+@dataclass(frozen=True)
+class Decoding:
+    top_p: float
+    max_new_tokens: int
+    end_of_turn: int
+    batch_size: int  # of transformers
+    dtype: str
+
+
+def resolve(engine: str) -> str:
+    """``auto`` is vLLM where it is installed."""
+    if engine not in ENGINES:
+        raise KDError(f"--engine {engine}: expected one of {', '.join(ENGINES)}", 2)
+    if engine == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+    return engine
+
+
+def answers(
+    model: str, asks: Sequence[Ask], decoding: Decoding, engine: str, progress: Callable[[int, int], None]
+) -> list[str]:
+    """The answers, in the order asked, as text without special tokens."""
+    if not asks:
+        return []
+    return (_from_vllm if engine == "vllm" else _from_transformers)(model, asks, decoding, progress)
+
+
+def _from_vllm(model: str, asks: Sequence[Ask], decoding: Decoding, progress: Callable[[int, int], None]) -> list[str]:
+    from kdcache.prompts import load_tokenizer
+    from kdcache.teachers import EngineOptions, Refusal, Request, Sampling
+    from kdcache.teachers.vllm import VLLMTeacher
+
+    folder = hashes.model_folder(model)
+    tokenizer = load_tokenizer(folder)
+    engine = VLLMTeacher(
+        EngineOptions(
+            model=folder,
+            capture_k=1,
+            max_model_len=max(len(ask.prompt_ids) for ask in asks) + decoding.max_new_tokens,
+            dtype=decoding.dtype,
+            stop_token_ids=(decoding.end_of_turn,),
+        )
+    )
+    try:
+        requests = (
+            Request(
+                (str(number), ask.prompt_id),
+                ask.prompt_ids,
+                seed=format.request_seed(0, ask.prompt_id, ask.seed),
+                sampling=Sampling(ask.temperature, decoding.top_p, decoding.max_new_tokens),
+            )
+            for number, ask in enumerate(asks)
+        )
+        found: dict[int, str] = {}
+        for request, answer in engine.run(requests):
+            if isinstance(answer, Refusal):
+                raise KDError(f"{model} could not answer prompt {request.key[1]}: {answer.reason}")
+            found[int(request.key[0])] = tokenizer.decode(list(answer.completion_ids), skip_special_tokens=True)
+            progress(len(found), len(asks))
+    finally:
+        engine.stop()
+    return [found[number] for number in range(len(asks))]
+
+
+def _from_transformers(
+    model: str, asks: Sequence[Ask], decoding: Decoding, progress: Callable[[int, int], None]
+) -> list[str]:
+    """Prompts of one temperature and of like length share a batch, padded on the left."""
+    student, tokenizer = load_student(model, decoding.dtype)
+    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    stops = stop_ids(student, decoding.end_of_turn)
+    found: dict[int, str] = {}
+    order = sorted(range(len(asks)), key=lambda i: (asks[i].temperature, len(asks[i].prompt_ids), i))
+    while order:
+        temperature = asks[order[0]].temperature
+        batch = [i for i in order[: decoding.batch_size] if asks[i].temperature == temperature]
+        order = order[len(batch) :]
+        texts = _generate(student, tokenizer, [asks[i] for i in batch], decoding, stops)
+        found.update(zip(batch, texts))
+        progress(len(found), len(asks))
+    del student
+    gc.collect()
+    return [found[i] for i in range(len(asks))]
+
+
+@torch.no_grad()
+def _generate(student: Any, tokenizer: Any, asks: list[Ask], decoding: Decoding, stops: list[int]) -> list[str]:
+    width = max(len(ask.prompt_ids) for ask in asks)
+    ids = torch.full((len(asks), width), decoding.end_of_turn, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for line, ask in enumerate(asks):
+        ids[line, width - len(ask.prompt_ids) :] = torch.as_tensor(ask.prompt_ids)
+        mask[line, width - len(ask.prompt_ids) :] = 1
+    temperature = asks[0].temperature
+    greedy = temperature == 0
+    torch.manual_seed(format.request_seed(0, asks[0].prompt_id, asks[0].seed))
+    output = student.generate(
+        ids.to(student.device),
+        attention_mask=mask.to(student.device),
+        do_sample=not greedy,
+        temperature=None if greedy else temperature,
+        top_p=None if greedy else decoding.top_p,
+        top_k=None if greedy else 0,
+        max_new_tokens=decoding.max_new_tokens,
+        repetition_penalty=1.0,  # an answer is the student's own, whatever its generation_config says
+        eos_token_id=stops,
+        pad_token_id=decoding.end_of_turn,
+    )
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
