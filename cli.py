@@ -84,6 +84,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--completion-column", help="Column of the given answers, if it is not `completion`.")
 @click.option("--system", help="System prompt to put before every prompt.")
 @click.option("--limit", type=int, help="Take the first N examples.")
+@click.option("--shuffle", is_flag=True, help="Take them in an order drawn from --seed, so that --limit is a sample.")
 @click.option(
     "--mode",
     type=click.Choice(["score", "sample", "both"]),
@@ -92,6 +93,18 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     help="Score given answers, sample the teacher's own, or both.",
 )
 @click.option("--samples", type=int, default=1, show_default=True, help="Answers to sample for each prompt.")
+@click.option(
+    "--reasoning",
+    is_flag=True,
+    help="Ask for the reasoning in <think> and the answer in <answer>, in the row's language.",
+)
+@click.option(
+    "--verify/--no-verify",
+    default=True,
+    show_default=True,
+    help="Judge answers whose row says how (tests are run in a sandbox), and keep the reward of each.",
+)
+@unsafe_option
 @click.option(
     "--temperature",
     type=float,
@@ -103,10 +116,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--max-tokens", type=int, default=256, show_default=True, help="Longest sampled answer, in tokens.")
 @click.option(
     "--sparsify",
-    default="topk:64",
+    default="threshold:0.02",
     show_default=True,
-    help="What to keep of each distribution: the K best and the mass of the rest (topk:K), or tokens above TAU and an "
-    "unbiased sample of the others (threshold:TAU, as in threshold:0.02).",
+    help="What to keep of each distribution: tokens above TAU and an unbiased sample of the others (threshold:TAU), or "
+    "the K best and the mass of the rest (topk:K, as in topk:64: four times the bytes, for any divergence).",
 )
 @click.option(
     "--capture-k", type=int, help="Candidates to take from the engine [default: topk's K, 256 for threshold]."
@@ -173,6 +186,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     from kdcache.plan import CaptureConfig, Plan
     from kdcache.teachers import Sampling
 
+    _warn_of_unsafe(options["unsafe_exec"])
     extra = _engine_extra(context, options["engine"])
     config = CaptureConfig(
         columns=examples.Columns(options.pop("prompt_column"), options.pop("completion_column"), options.pop("system")),
@@ -295,6 +309,30 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
     elif report.problems:
         _note("--repair sets the bad files aside, so that the next capture redoes them")
     raise SystemExit(3)
+
+
+@kd.command("verify-answers", context_settings=CONTEXT)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--where", help="SQL condition on the samples to judge, as in \"origin = 'sampled'\".")
+@click.option("--renew", is_flag=True, help="Judge those too that have a reward.")
+@unsafe_option
+@json_option
+def verify_answers(cache: Path, where: str | None, renew: bool, unsafe_exec: bool, as_json: bool) -> None:
+    """Judge the answers in a cache by their rows' verifiers: tests are run in a sandbox, numbers and texts compared.
+
+    Shards never change: rewards go to CACHE/rewards.parquet, and `reward` of the view samples is theirs.
+
+    \b
+    kd verify-answers data/codeforces
+    kd sql data/codeforces "SELECT avg(reward) FROM samples WHERE origin = 'sampled'"
+    """
+    from kdcache import judging
+
+    _warn_of_unsafe(unsafe_exec)
+    line = _ProgressLine("answers")
+    found = judging.verify_answers(cache, renew, unsafe_exec, where, lambda done, of: line.show(done, of, "", None))
+    line.close()
+    _print_facts(found, as_json)
 
 
 class _SQLCommand(click.Command):
@@ -790,6 +828,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
     kd run dolly-en --dry-run
     kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
     """
+    _quiet_libraries()
     from kdcache import recipe as recipes
 
     out = out or Path("data") / Path(recipe).stem
@@ -798,7 +837,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
         return
     for step in recipes.steps(recipes.load(recipe), out, data_path):
         _check_command(step.arguments)
-        click.echo(f"# {step.name}\nkd {shlex.join(step.arguments)}\n")
+        click.echo(f"# {step.name}\n{step.command}\n")
 
 
 def _check_command(arguments: list[str]) -> None:

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import format, lock, manifest, sparsify, writer
+from kdcache import format, judging, lock, manifest, sparsify, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table
+from kdcache.sandbox import Sandbox
 from kdcache.teachers import Answer, Refusal, Request, Teacher, load, runs_on_gpu
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
@@ -65,6 +67,7 @@ class OpenShard:
     samples: dict[str, Sample] = field(default_factory=dict)  # by sample_id, in the plan's order
     rejected: list[BadRow] = field(default_factory=list)
     rows: dict[str, writer.Row] = field(default_factory=dict)  # by sample_id
+    verdicts: dict[str, Future[verifiers.Verdict]] = field(default_factory=dict)  # of rows that have a verifier
     answers: int = 0
 
 
@@ -80,13 +83,14 @@ def run(
         todo = plan.todo()
         state = Progress(shards=len(plan.shards), shards_done=len(plan.shards) - len(todo))
         state.samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
+        sandbox = sandbox_for(plan) if todo else None
         # The engine first: if it cannot start, --overwrite has deleted nothing.
         teacher = load(plan.config.engine, plan.engine_options()) if todo else None
         claim_folder(plan)
         if teacher is not None:
             manifest.forget(plan.config.out, [shard.name for shard in todo])
             state.started = time.monotonic()
-            fill(plan, todo, teacher, state, progress, stop)
+            fill(plan, todo, teacher, state, progress, stop, sandbox)
         with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
             found = manifest.write(plan.config.out)
     if plan.config.strict and found["rejected"]:
@@ -103,6 +107,7 @@ def claim_folder(plan: Plan) -> None:
     if not writer.create_json(out / "plan.json", plan.as_json()):
         plan.check_folder(overwrite=False)  # it may have come from another run while the engine started
     (out / "data").mkdir(exist_ok=True)
+    judging.prepare(out)
     for folder in (out, out / "data"):
         writer.remove_leftovers(folder)
     if not (out / "vocab.parquet").is_file():
@@ -166,8 +171,12 @@ def fill(
     state: Progress,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
+    sandbox: Sandbox | None = None,
 ) -> None:
-    """Feed the teacher from all shards to do in turn; write each shard when its last answer is in."""
+    """Feed the teacher from all shards to do in turn; write each shard when its last answer is in.
+
+    Answers are judged by their row's verifier in threads of their own, while the teacher goes on.
+    """
     open_shards: dict[str, OpenShard] = {}
     written = time.monotonic()
 
@@ -192,8 +201,12 @@ def fill(
         row = make_row(plan, sample, answer)
         if isinstance(row, BadRow):
             reject(plan, opened, row)
-        else:
-            opened.rows[sample.sample_id] = row
+            return
+        opened.rows[sample.sample_id] = row
+        verifier = row.fields["verifier"]
+        if plan.config.verify and verifier is not None:
+            asked = (verifier, row.fields["completion"], row.fields["reference"], sandbox)
+            opened.verdicts[sample.sample_id] = judges.submit(verifiers.verify, *asked)
 
     def finish(opened: OpenShard) -> None:
         del open_shards[opened.shard.name]
@@ -201,12 +214,14 @@ def fill(
 
     def put(opened: OpenShard) -> None:
         nonlocal written
+        for sample_id, verdict in opened.verdicts.items():
+            opened.rows[sample_id].fields["reward"] = verdict.result().reward
         now = time.monotonic()
         write(plan, opened, teacher, seconds=now - written)
         written = now
         state.shards_done += 1
 
-    with Background() as background:
+    with ThreadPoolExecutor() as judges, Background() as background:
         for request, answer in teacher.run(requests()):
             shard_name, sample_id = request.key
             opened = open_shards[shard_name]
@@ -218,6 +233,20 @@ def fill(
                 finish(opened)
             progress(state)
     progress(state)
+
+
+def sandbox_for(plan: Plan) -> Sandbox | None:
+    """Where answers that are programs are run; None if there are none. KDError if there is no such place."""
+    config = plan.config
+    verified = (example.verifier for example in plan.examples if not isinstance(example, BadRow))
+    if not config.verify or not any(map(verifiers.runs_code, verified)):
+        return None
+    sandbox = Sandbox(config.unsafe_exec)
+    try:
+        sandbox.check()
+    except KDError as error:
+        raise KDError(f"{error}; or --no-verify, and kd verify-answers later") from None
+    return sandbox
 
 
 def reject(plan: Plan, opened: OpenShard, row: BadRow) -> None:
@@ -316,6 +345,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "examples": len(plan.examples),
         "samples_to_do": samples,
         "rejected": rejected,
+        "near_duplicates_dropped": plan.near_duplicates,
         "prompt_tokens": prompt_tokens,
         "given_completion_tokens": given_tokens,
         "sampled_completion_tokens_at_most": sampled_tokens,

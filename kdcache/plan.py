@@ -19,7 +19,7 @@ import numpy as np
 from kdcache import embedded, examples, format, hashes, sparsify, splits
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
-from kdcache.examples.templates import TEMPLATE_VERSION
+from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
 from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
@@ -71,10 +71,11 @@ class CaptureConfig:
     prompt_format: str = "chat"
     columns: Columns = field(default_factory=Columns)
     limit: int | None = None
+    shuffle: bool = False
     mode: str = "score"
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
-    sparsify: str = "topk:64"
+    sparsify: str = "threshold:0.02"
     capture_k: int | None = None
     precision: str = "q8"
     seed: int = 0
@@ -84,6 +85,9 @@ class CaptureConfig:
     engine: str = "vllm"
     dtype: str = "auto"
     max_model_len: int | None = None
+    reasoning: bool = False
+    verify: bool = True
+    unsafe_exec: bool = False
     overwrite: bool = False
     strict: bool = False
     engine_extra: dict[str, Any] = field(default_factory=dict)
@@ -132,15 +136,22 @@ class Plan:
         self.max_model_len = _max_model_len(config, model_config["max_position_embeddings"])
         self.date = self._date()
         self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date)
-        self.examples = examples.load(
-            config.examples, config.columns, config.limit, config.data_path, config.prompt_format
-        )
+        self.examples = self._load()
         if all(isinstance(example, BadRow) for example in self.examples):
             raise KDError(f"--examples {config.examples}: no row can be taken. {self.examples[0].reason}")  # type: ignore[union-attr]
         self.fields = self._fingerprint_fields()
         self.fingerprint = format.fingerprint(self.fields)
         self.near_duplicates = 0  # rows dropped because they repeat one of a later split
         self.shards = self._cut()
+
+    def _load(self) -> list[Example | BadRow]:
+        """The examples in the data set's order or, shuffled, in that of a hash of the seed and their ids; then cut."""
+        config = self.config
+        limit = None if config.shuffle else config.limit
+        found = examples.load(config.examples, config.columns, limit, config.data_path, config.prompt_format)
+        if config.shuffle:
+            found.sort(key=lambda example: format.stable_hash(config.seed, example.source, example.row_id))
+        return found[: config.limit]
 
     def _date(self) -> date:
         """The day that chat templates are told: the plan's, so that a capture resumed later renders the same prompts."""
@@ -203,6 +214,7 @@ class Plan:
             "precision": config.precision,
             "completion_policy": COMPLETION_POLICY_VERSION,
             "prompt_template": f"{config.prompt_format} {TEMPLATE_VERSION}",
+            "reasoning": TEMPLATE_VERSION if config.reasoning else None,
             "examples": hashes.of_json([asdict(example) for example in self.examples]),
             "split_ratios": list(config.split_ratios),
             "near_duplicates": splits.parameters(config.near_duplicates),
@@ -261,6 +273,8 @@ class Plan:
 
     def _prompt(self, example: Example) -> tuple[str, list[int]]:
         """The prompt as text and ids. Plain text is tokenised as without a chat template: with the tokenizer's own BOS."""
+        if self.config.reasoning:
+            example = with_reasoning(example)
         if example.prompt is not None:
             return example.prompt, self.prompts.tokenizer(example.prompt, verbose=False)["input_ids"]
         rendered = self.prompts.render(example.messages)
@@ -369,6 +383,8 @@ def _check(config: CaptureConfig) -> None:
         )
     if config.mode not in MODES:
         raise UsageError(f"--mode {config.mode}: expected one of {', '.join(MODES)}")
+    if config.reasoning and config.prompt_format != "chat":
+        raise UsageError("--reasoning asks in a chat message; it does not go with --prompt-format alpaca")
     if config.near_duplicates not in splits.NEAR_DUPLICATES:
         raise UsageError(
             f"--near-duplicates {config.near_duplicates}: expected one of {', '.join(splits.NEAR_DUPLICATES)}"

@@ -24,10 +24,16 @@ from kdcache import format, manifest
 from kdcache.errors import KDError, first_line
 
 VIEWS = (
-    *("vocab", "samples", "positions", "candidates", "shards"),
+    *("vocab", "rewards", "samples", "positions", "candidates", "shards"),
     *("sources", "lengths", "duplicates"),
     *("captured_mass", "captured_mass_curve", "near_deterministic_share", "calibration"),
     *("token_ranks", "uncertain_tokens", "disagreements", "hardest_samples", "sample"),
+)
+
+
+#: In the place of sql/rewards.sql for a cache that was written before there was such a file.
+NO_REWARDS = (
+    "CREATE VIEW rewards AS SELECT NULL::VARCHAR AS sample_id, NULL::FLOAT AS reward, NULL::VARCHAR AS reason LIMIT 0"
 )
 
 
@@ -53,10 +59,14 @@ def connect(cache: Path, memory_limit: str | None = None, views: Sequence[str] =
     connection.execute("SET lock_configuration = true")
     try:
         for name in views:
-            connection.execute(source(name))
+            connection.execute(NO_REWARDS if name == "rewards" and not _has_rewards(cache) else source(name))
     except duckdb.Error as error:
         raise KDError(f"{cache}: its shards could not be opened: {first_line(error)}", 3) from None
     return connection
+
+
+def _has_rewards(cache: Path) -> bool:
+    return (cache / "rewards.parquet").is_file()
 
 
 def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
@@ -112,7 +122,7 @@ def is_complete(text: str) -> bool:
 
 def select(cache: Path, columns: str, where: str | None, split: str, rest: str = "") -> pa.Table:
     """``columns`` of the samples of a split that fulfil a user's condition; ``rest`` groups and orders them."""
-    connection = connect(cache, memory_limit="512MB", views=VIEWS if where else ("samples",))
+    connection = connect(cache, memory_limit="512MB", views=VIEWS if where else ("rewards", "samples"))
     condition = f"AND ({where}\n)" if where else ""  # the line break ends a comment
     sql = f"SELECT {columns} FROM samples WHERE split = ? {condition} {rest}"
     try:
@@ -136,6 +146,11 @@ def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str
     files = found["file"].combine_chunks().dictionary_encode()
     numbers = [files.indices, *found.columns[1:]]
     return files.dictionary.to_pylist(), np.column_stack([np.asarray(c, dtype=np.int64) for c in numbers])
+
+
+def splits(cache: Path) -> list[str]:
+    """The splits that have a shard."""
+    return [split for split in format.SPLITS if any((cache / "data").glob(f"{split}-*.parquet"))]
 
 
 def sources(cache: Path, where: str | None) -> list[str]:

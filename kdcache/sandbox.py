@@ -47,6 +47,7 @@ WATCH_SECONDS = 0.02
 #: Address space beyond the memory limit: libraries, thread stacks and arenas that are reserved and never touched.
 SPARE_ADDRESS_MB = 256
 MAX_FILES = 10_000  # in /tmp; each costs the kernel a kilobyte
+CPP_STACK_MB = 256  # deep recursion is how contests are solved
 KEPT_OUTCOMES, KEPT_CHARACTERS, KEPT_BINARIES = 4096, 16_384, 64
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Limits:
     processes: int = 16  # and threads
     output_bytes: int = 1 << 20  # stdout, and as much stderr
     file_bytes: int = 64 << 20  # a file, and all of /tmp
+    stack_mb: int = 8  # of the first thread, and what each other reserves
 
 
 DEFAULT_LIMITS = Limits()
@@ -120,6 +122,7 @@ class Sandbox:
             if isinstance(binary, Outcome):
                 outcome = binary
             else:
+                limits = replace(limits, stack_mb=CPP_STACK_MB)
                 outcome = self._run(["/code/main", *arguments], given | {"/code/main": binary}, stdin, limits)
         else:
             raise KDError(f"the sandbox runs python and cpp, not {language!r}")
@@ -299,7 +302,7 @@ def _execute(
 ) -> Outcome:
     """Run a command behind its wrapper and its limits to its end. ``files`` is None where there is no bubblewrap."""
     address = (limits.memory_mb + SPARE_ADDRESS_MB) << 20
-    rlimits = [f"--as={address}", f"--stack={min(address // 4, 256 << 20)}", f"--fsize={limits.file_bytes}"]
+    rlimits = [f"--as={address}", f"--stack={limits.stack_mb << 20}:", f"--fsize={limits.file_bytes}"]
     rlimits += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--core=0", "--nofile=64", "--memlock=0"]
     if files is not None:  # elsewhere it would count what else the user runs
         rlimits.append(f"--nproc={limits.processes + 2}")  # two are bubblewrap's
@@ -381,7 +384,7 @@ def _attend(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits) -> t
                     deadline = time.monotonic() + 5.0
                 else:
                     chunk = os.read(key.fd, 65_536)
-                    space = limits.output_bytes + 1 - len(received[key.fd])  # one byte says that it started
+                    space = limits.output_bytes + (key.fd == out) - len(received[key.fd])  # a byte says it started
                     received[key.fd] += chunk[:space]
                     exceeded = "output" if len(chunk) > space else exceeded
                     done = not chunk
@@ -394,7 +397,7 @@ def _attend(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits) -> t
             if now > deadline:
                 exceeded = exceeded or "timeout"
             elif now > look and end in waiting:
-                exceeded = exceeded or _exceeds(process.pid, limits, bool(received[out]))
+                exceeded = exceeded or _exceeds(process.pid, limits)
                 look = time.monotonic() + WATCH_SECONDS
     return exceeded, bytes(received[out]), bytes(received[err])
 
@@ -407,7 +410,7 @@ def _children(process: int) -> tuple[int, list[int]]:
     ]
 
 
-def _exceeds(process: int, limits: Limits, started: bool) -> str | None:
+def _exceeds(process: int, limits: Limits) -> str | None:
     """ "memory" if a process and all below it are too many, or hold too much memory or too many files."""
     count, used, files = 0, 0, 0
     todo = [process]
@@ -417,11 +420,13 @@ def _exceeds(process: int, limits: Limits, started: bool) -> str | None:
             used += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             threads, children = _children(one)
             count += threads
-            if one == process and started and children:  # bubblewrap's init sees the /tmp of the sandbox
-                tmp = os.statvfs(f"/proc/{children[0]}/root/tmp")
-                used += (tmp.f_blocks - tmp.f_bfree) * tmp.f_frsize
-                files = tmp.f_files - tmp.f_ffree
             todo += children
+            if one == process and children:
+                tmp = f"/proc/{children[0]}/root/tmp"  # as bubblewrap's init sees it, once it has left the machine's
+                if os.stat(tmp).st_dev != os.stat("/tmp").st_dev:
+                    state = os.statvfs(tmp)
+                    used += (state.f_blocks - state.f_bfree) * state.f_frsize
+                    files = state.f_files - state.f_ffree
     exceeded = count > limits.processes + 2 or used > limits.memory_mb << 20 or files > MAX_FILES
     return "memory" if exceeded else None
 

@@ -201,7 +201,7 @@ def _decoding(config: EvaluateConfig, cache: Cache) -> tuple[Decoding, tuple[flo
 
 def _sandbox(config: EvaluateConfig, prompts: list[Prompt]) -> Sandbox | None:
     """Where programs are run, if any are to be: found missing before anything is measured."""
-    if not any(verifiers.needs_sandbox(prompt.verifier) for prompt in prompts):
+    if not any(verifiers.runs_code(prompt.verifier) for prompt in prompts):
         return None
     return Sandbox(unsafe=config.unsafe_exec)
 
@@ -348,12 +348,21 @@ def _judge(
                 "reason": verdict.reason,
             }
             if prompt.reference is not None:
-                bare = verifiers.extract(text, verifiers.parse(prompt.verifier)) if prompt.verifier else text
+                bare = _answer(text, prompt.verifier)
                 row["rougeL"] = metrics.rouge_l(text, prompt.reference)
                 row["rougeL_paper"] = metrics.rouge_l_of_the_paper(text, prompt.reference)
-                row["exact"] = metrics.exact(bare or "", prompt.reference)
+                row["exact"] = metrics.exact(bare, prompt.reference)
             if prompt.teacher and not is_teacher:
                 row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
             yield row
 
     return pa.Table.from_pylist(list(rows()), ANSWERS)
+
+
+def _answer(text: str, verifier: str | None) -> str:
+    """What of a text is the answer: a verifier says where to look for it."""
+    try:
+        known = verifiers.parse(verifier)
+    except KDError:
+        known = None
+    return text if known is None else verifiers.extract(text, known) or ""

@@ -6,6 +6,12 @@ the plain text of Stanford Alpaca (Taori et al. 2023), as MiniLLM renders Dolly,
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdcache.examples import Example
+
 TEMPLATE_VERSION = 1
 PROMPT_FORMATS = ("chat", "alpaca")
 
@@ -36,6 +42,12 @@ BUG_FIX_DESCRIBED = (
 )
 DOCSTRING = "Write the docstring of this Python function: its text alone, without quotes and without the code."
 
+#: By language. What follows the user's message under --reasoning; verifiers.extract reads the answer back.
+REASONING = {
+    "en": "Think first, between <think> and </think>. Then give the answer alone, between <answer> and </answer>.",
+    "es": "Piensa primero, entre <think> y </think>. Después da solo la respuesta, entre <answer> y </answer>.",
+}
+
 
 def chat(instruction: str, input: str = "", fence: str | None = None) -> str:
     """A user message: the instruction and, if any, its input below it; code stands between fences."""
@@ -48,3 +60,12 @@ def alpaca(instruction: str, input: str = "", language: str | None = "en") -> st
     """The whole prompt as plain text; other languages than Spanish have the English frame."""
     with_input, without = ALPACA.get(language or "en", ALPACA["en"])
     return (with_input if input else without).format(instruction=instruction, input=input)
+
+
+def with_reasoning(example: Example) -> Example:
+    """The example with its last user message asking for the reasoning before the answer."""
+    *before, last = example.messages
+    if last.get("role") != "user" or not isinstance(last.get("content"), str):
+        raise ValueError("--reasoning needs a user's message of text at the end of the prompt")
+    asked = REASONING.get(example.language or "en", REASONING["en"])
+    return replace(example, messages=(*before, last | {"content": f"{last['content']}\n\n{asked}"}))

@@ -1,0 +1,81 @@
+"""The rewards of a cache that is there already: ``kd verify-answers``. They stand beside the shards, which never change.
+
+    kd verify-answers data/codeforces
+
+rewards.parquet has a row for each sample judged (sample_id, reward, reason); the view ``samples`` puts its rewards before
+those that were found at capture. It is replaced whole, every minute: interrupted, what was judged by then is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kdcache import lock, query, verifiers, writer
+from kdcache.sandbox import Sandbox
+
+REWARDS_FILE = "rewards.parquet"
+REWARDS = pa.schema(
+    [pa.field("sample_id", pa.string()), pa.field("reward", pa.float32()), pa.field("reason", pa.string())]
+)
+SAVE_SECONDS, AT_ONCE = 60.0, 64
+
+
+def verify_answers(
+    cache: Path,
+    renew: bool = False,
+    unsafe: bool = False,
+    where: str | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> dict[str, Any]:
+    """Judge the samples that have a verifier and no reward yet (``renew``: all that have one), and count the verdicts."""
+    with lock.held(cache):
+        todo = [
+            sample
+            for split in query.splits(cache)
+            for sample in query.select(
+                cache,
+                "sample_id, verifier, completion, reference",
+                where,
+                split,
+                "AND verifier IS NOT NULL" + ("" if renew else " AND reward IS NULL"),
+            ).to_pylist()
+        ]
+        sandbox = Sandbox(unsafe) if any(verifiers.runs_code(sample["verifier"]) for sample in todo) else None
+        if sandbox is not None:
+            sandbox.check()
+        known = {row["sample_id"]: row for row in _read(cache)}
+        saved, counts = time.monotonic(), {"right": 0, "wrong": 0, "not_judged": 0}
+        for first in range(0, len(todo), AT_ONCE):
+            some = todo[first : first + AT_ONCE]
+            items = [(sample["verifier"], sample["completion"], sample["reference"]) for sample in some]
+            for sample, verdict in zip(some, verifiers.verify_many(items, sandbox)):
+                row = {"sample_id": sample["sample_id"], "reward": verdict.reward, "reason": verdict.reason}
+                known[sample["sample_id"]] = row
+                counts["not_judged" if verdict.reward is None else "right" if verdict.reward >= 1 else "wrong"] += 1
+            progress(min(first + AT_ONCE, len(todo)), len(todo))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                _write(cache, known)
+                saved = time.monotonic()
+        _write(cache, known)
+    return {"cache": str(cache), "judged": len(todo), **counts}
+
+
+def prepare(cache: Path) -> None:
+    """An empty rewards.parquet, so that the views open in any client."""
+    if not (cache / REWARDS_FILE).is_file():
+        _write(cache, {})
+
+
+def _read(cache: Path) -> list[dict[str, Any]]:
+    path = cache / REWARDS_FILE
+    return pq.read_table(path, page_checksum_verification=True).to_pylist() if path.is_file() else []
+
+
+def _write(cache: Path, rows: dict[str, dict[str, Any]]) -> None:
+    writer.write_table(cache / REWARDS_FILE, pa.Table.from_pylist(list(rows.values()), REWARDS))
