@@ -215,7 +215,8 @@ def _probe() -> list[str]:
     refusals = []
     for proc in (["--proc", "/proc"], []):  # a container that masks parts of /proc lets nobody mount another
         try:
-            outcome = _execute(_wrapper(proc, DEFAULT_LIMITS), ["/bin/echo", "ready"], {}, b"", DEFAULT_LIMITS)
+            command = ["/bin/sh", "-c", "/bin/echo ready; true"]  # which forks: a limit that counts others shows here
+            outcome = _execute(_wrapper(proc, DEFAULT_LIMITS), command, {}, b"", DEFAULT_LIMITS)
             if (outcome.status, outcome.stdout) == ("ok", "ready\n"):
                 return proc
             refusals.append(outcome.stderr.strip() or outcome.status)
@@ -411,7 +412,7 @@ def _children(process: int) -> tuple[int, list[int]]:
 
 
 def _exceeds(process: int, limits: Limits) -> str | None:
-    """ "memory" if a process and all below it are too many, or hold too much memory or too many files."""
+    """The status "memory" if a process and those below it are too many, or hold too much memory or too many files."""
     count, used, files = 0, 0, 0
     todo = [process]
     while todo and count <= limits.processes + 2:

@@ -64,7 +64,7 @@ def rows(tmp_path, *lines):
         (["cache-teacher", "--top-p", "2"], 2, "at most 1"),
         (["cache-teacher", "--max-model-len", "100000"], 2, "positions end at 8192"),
         (["cache-teacher", "--teacher", "./nowhere"], 2, "no such folder"),
-        (["cache-teacher", "--max-logprobs", "5", "--limit", "2"], 2, "below the 64 candidates"),
+        (["cache-teacher", "--max-logprobs", "5", "--limit", "2"], 2, "below the 256 candidates"),
         (["cache-teacher", "--engine", "transformers", "--max-num-seqs", "5", "--limit", "2"], 2, "an option of vLLM"),
         (["cache", "info", "nowhere"], 1, "no such folder"),
         (["sql", "nowhere", "SELECT 1"], 1, "no such folder"),
