@@ -69,6 +69,18 @@ def test_minillms_layout_of_dolly_gives_the_same_examples(tmp_path):
     ]
 
 
+def test_an_evaluation_set_of_instances_is_taken_by_its_first(tmp_path):
+    rows = [
+        {"id": "u0", "instruction": "Shorten it.", "instances": [{"input": "A long line.", "output": "A line."}]},
+        {"id": "u1", "instruction": "Name a fish.", "instances": {"input": [""], "output": ["Trout."]}},
+        {"id": "u2", "instruction": "Name a fish.", "instances": []},
+    ]
+    first, second, bad = load("self-instruct", write(tmp_path / "set.jsonl", rows))
+    assert prompt_of(first) == "Shorten it.\n\nA long line." and first.reference == first.completion == "A line."
+    assert prompt_of(second) == "Name a fish." and second.reference == "Trout."
+    assert "'instances'" in bad.reason
+
+
 def test_a_spanish_row_has_spanish_words_around_it_and_the_problem_of_its_original(tmp_path):
     row = {
         "id": "7",
