@@ -730,10 +730,16 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
 @click.argument("evaluations", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--against", help="Label of a model to take the differences to, as in --against sft.")
 @click.option("--metric", "metrics", multiple=True, help="Show this metric alone; give it again for several.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of comparison.json and .csv [default: the first].")
 @json_option
 def compare(
-    evaluations: tuple[Path, ...], against: str | None, metrics: tuple[str, ...], out: Path | None, as_json: bool
+    evaluations: tuple[Path, ...],
+    against: str | None,
+    metrics: tuple[str, ...],
+    markdown: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """What each student retained of the teacher, with 95% intervals, from what kd evaluate measured.
 
@@ -757,7 +763,7 @@ def compare(
     if as_json:
         click.echo(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        _print_table(*comparison.long(found))
+        (_print_markdown if markdown else _print_table)(*comparison.long(found))
         _note(f"written: {', '.join(map(str, written))}")
 
 
@@ -921,6 +927,11 @@ def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int
     click.echo("  ".join("-" * w for w in widths))
     for row in cells:
         click.echo(line(row))
+
+
+def _print_markdown(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    for line in (names, ["---"] * len(names), *([_cell(value, 200) for value in row] for row in rows)):
+        click.echo(f"| {' | '.join(line)} |")
 
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:

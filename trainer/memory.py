@@ -1,8 +1,10 @@
-"""What training will hold on one device, estimated from configurations: no weights are read."""
+"""What training will hold on one device and take on it, estimated from configurations: no weights are read."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import time
 from typing import Any
 
 import numpy as np
@@ -55,12 +57,30 @@ def estimate(run: Run) -> dict[str, Any]:
         "head chunk": min(rows, tokens) * shape.vocab_size * 4,
         "activations": tokens * kept * computing.itemsize,
     }
+    flops = 6.0 * parameters * float(run.train.tokens.mean()) * run.samples_per_step * run.max_steps
+    seconds = flops / (run.ranks * matmul_flops_per_second(shape.hidden_size, shape.intermediate_size, computing))
     return {
         "parameters": parameters,
         "trained_parameters": trained,
         "head_chunk_rows": rows,
         "longest_micro_batch_tokens": tokens,
-        "training_flops": f"{6.0 * parameters * run.train.tokens.mean() * run.samples_per_step * run.max_steps:.2e}",
+        "training_flops": f"{flops:.2e}",
+        "eta_at_least": f"{int(seconds // 3600)}:{int(seconds // 60 % 60):02d}:{int(seconds % 60):02d}",
         "memory_mb": {name: round(size / 1e6) for name, size in parts.items() if size},
         "peak_memory_mb": round(sum(parts.values()) / 1e6),
     }
+
+
+def matmul_flops_per_second(hidden: int, intermediate: int, dtype: torch.dtype, rows: int = 1024) -> float:
+    """What this device does of an MLP's product, the best of three."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (
+        torch.ones(rows, hidden, dtype=dtype, device=device),
+        torch.ones(hidden, intermediate, dtype=dtype, device=device),
+    )
+    best = math.inf
+    for _ in range(4):  # the first warms up
+        started = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * rows * hidden * intermediate / best

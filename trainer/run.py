@@ -74,6 +74,7 @@ class Run:
     train: Units
     validation: Units
     alpha: float
+    ranks: int
     samples_per_device: int
     samples_per_step: int
     steps_per_epoch: int
@@ -152,6 +153,7 @@ def prepare(config: TrainConfig) -> Run:
         train,
         validation,
         alpha,
+        ranks,
         samples_per_device,
         samples_per_step,
         steps_per_epoch,

@@ -62,6 +62,7 @@ def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, ti
     assert len(lines) == len(found) and {"value", "low", "high", "difference_low"} <= set(lines[0])
     table = kd("compare", tmp_path / "e", "--metric", "kl").stdout.splitlines()
     assert table[0].split()[:3] == ["metric", "temperature", "model"] and len(table) == 2 + 3
+    assert "| metric | temperature |" in kd("compare", tmp_path / "e", "--markdown").stdout
     assert "no such label" in kd("compare", tmp_path / "e", "--against", "nobody", code=2).stderr
     assert "not measured" in kd("compare", tmp_path / "e", "--metric", "bleu", code=2).stderr
     assert "no evaluation" in kd("compare", tmp_path, code=1).stderr
@@ -236,3 +237,38 @@ def test_wrong_layers_are_a_usage_error(kd, smollm, tmp_path, spec):
 def test_chat_answers_a_line(kd, tiny_model):
     done = kd("chat", tiny_model, "--max-new-tokens", 5, input="Hello\n")
     assert done.stdout.endswith("\n")
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_time():
+    import time
+
+    from kdcache.sandbox import Sandbox
+    from trainer import evaluate
+    from trainer.generate import Ask
+
+    adds = {
+        "kind": "stdio",
+        "language": "python",
+        "tests": [{"input": "1 2", "output": "3"}, {"input": "5 5", "output": "10"}],
+    }
+    prompts = [
+        evaluate.Prompt(name, name, [], None, json.dumps(adds | {"time_limit_seconds": 0.3}), ["x"])
+        for name in ("easy", "hard")
+    ]
+    good, wrong = "print(sum(map(int, input().split())))", "print(3)"
+    loops, forks, floods = "while True: pass", "import os\nwhile True: os.fork()", "while True: print('x' * 1000)"
+    eats, leaves = "x = []\nwhile True: x.append(bytearray(1 << 20))", "import sys; sys.exit(0)"
+    programs = {"easy": [good, good, wrong, good], "hard": [wrong, loops, forks, floods]}
+    more = [("hard", eats), ("hard", leaves)]
+    asked = [(name, program) for name, some in programs.items() for program in some] + more
+    asks = [Ask(name, [], 1.0, number) for number, (name, _) in enumerate(asked)]
+    started = time.monotonic()
+    table = evaluate._judge(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], False, Sandbox())
+    assert time.monotonic() - started < 60
+    assert [row["reward"] for row in table.to_pylist()] == [1, 1, 0, 1] + 6 * [0]
+    sums = compare._sums(evaluate.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
+    found = metrics.values({name: value.sum(axis=0) for name, value in sums.items()})
+    assert found["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and found["pass@4"] == pytest.approx((1 + 0) / 2)

@@ -145,6 +145,7 @@ def test_dry_run_estimates_memory(train, tiny_model, tmp_path):
     assert whole["trained_parameters"] == whole["parameters"] == parameters > 100 * adapted["trained_parameters"]
     assert whole["memory_mb"]["optimizer"] == pytest.approx(whole["parameters"] * 8 / 1e6, abs=1)
     assert "optimizer" not in adapted["memory_mb"] or adapted["memory_mb"]["optimizer"] < 1
+    assert whole["eta_at_least"].count(":") == 2
 
 
 def test_an_interrupted_run_with_other_settings_and_a_finished_one_are_refused(train, tmp_path):
