@@ -37,6 +37,7 @@ def kd() -> None:
     kd cache-teacher   phase one: a teacher's log-probabilities and samples -> a Parquet cache
     kd sql             ask SQL of the cache
     kd train           phase two: a student from the cache alone
+    kd grpo            reinforcement learning on the cache's prompts and verifiers
     kd evaluate        what the students kept, and kd compare: of the teacher, with intervals
     kd run             an experiment of recipes/, from the cache to the table
     kd demo            all of it, on this machine, in a quarter of an hour
@@ -465,6 +466,39 @@ max_length_option = click.option(
 )
 
 
+_LORA_OPTIONS = (
+    click.option(
+        "--lora-r", type=click.IntRange(1), help="Train LoRA matrices of this rank; they are merged at the end."
+    ),
+    click.option(
+        "--lora-alpha", type=click.IntRange(1), help="Scale of what LoRA adds, over its rank [default: twice the rank]."
+    ),
+    click.option(
+        "--lora-dropout",
+        type=click.FloatRange(0, 1, max_open=True),
+        default=0.0,
+        show_default=True,
+        help="Of LoRA's input, while training.",
+    ),
+    click.option(
+        "--lora-target-modules",
+        default="all-linear",
+        show_default=True,
+        help="Names of layers, with commas; all-linear: every linear layer but the head.",
+    ),
+    click.option(
+        "--load-in-4bit", is_flag=True, help="QLoRA: the frozen weights in 4 bits (NF4, bitsandbytes). Needs --lora-r."
+    ),
+)
+
+
+def lora_options(command: Any) -> Any:
+    """The options of LoRA and QLoRA, which training and reinforcement learning share."""
+    for option in reversed(_LORA_OPTIONS):
+        command = option(command)
+    return command
+
+
 def _read_config(context: click.Context, _: click.Parameter, path: Path | None) -> None:
     """--config: its keys become defaults, so that flags win; what the command does not know is kept for its library."""
     if path is None:
@@ -560,26 +594,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     show_default=True,
     help="Of the student's weights (--bf16 keeps them in float32 and computes in bfloat16).",
 )
-@click.option("--lora-r", type=click.IntRange(1), help="Train LoRA matrices of this rank; they are merged at the end.")
-@click.option(
-    "--lora-alpha", type=click.IntRange(1), help="Scale of what LoRA adds, over its rank [default: twice the rank]."
-)
-@click.option(
-    "--lora-dropout",
-    type=click.FloatRange(0, 1, max_open=True),
-    default=0.0,
-    show_default=True,
-    help="Of LoRA's input, while training.",
-)
-@click.option(
-    "--lora-target-modules",
-    default="all-linear",
-    show_default=True,
-    help="Names of layers, with commas; all-linear: every linear layer but the head.",
-)
-@click.option(
-    "--load-in-4bit", is_flag=True, help="QLoRA: the frozen weights in 4 bits (NF4, bitsandbytes). Needs --lora-r."
-)
+@lora_options
 @click.option(
     "--evals-per-epoch",
     type=click.IntRange(1),
@@ -646,6 +661,93 @@ def train(context: click.Context, **options: Any) -> None:
         raise
     if first_rank:
         _print_facts(found, options["as_json"])
+
+
+@kd.command("grpo", context_settings=EXTRA_OPTIONS)
+@config_option
+@from_cache_option
+@click.option("--student", required=True, help="Hub id or folder of the student to start from.")
+@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option(
+    "--where",
+    help="SQL condition on the view prompts [default: success > 0 AND success < 1, the prompts that the teacher's own answers "
+    "got right sometimes].",
+)
+@click.option(
+    "--guide",
+    type=click.Choice(["prefix"]),
+    help="Begin a falling share of each group's answers with the first half of a right answer from the cache.",
+)
+@click.option(
+    "--guards/--no-guards", default=True, show_default=True, help="Stop a run that has collapsed, saying how."
+)
+@click.option(
+    "--guard-window", type=click.IntRange(2), default=20, show_default=True, help="Steps that a guard looks at."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the student's weights.",
+)
+@lora_options
+@unsafe_option
+@click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
+@click.option("--dry-run", is_flag=True, help="Print what would be learnt from; train nothing.")
+@json_option
+@click.pass_context
+def grpo(context: click.Context, **options: Any) -> None:
+    """Reinforcement learning (GRPO) on the cache's prompts, judged by their verifiers. The teacher is never loaded.
+
+    The reward is 1 for a right answer (tests are run in a sandbox) and 0.1 for one in the form asked for; an answer that is
+    cut off gets nothing. Other options are trl.GRPOConfig's, by their names: --num-generations 8, --max-completion-length 512,
+    --beta 0.04, --learning-rate 1e-6, --max-steps 200, --use-vllm, --report-to tensorboard, ...
+
+    \b
+    kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --max-steps 100
+    kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --guide prefix --where "success > 0"
+    """
+    _quiet_libraries()
+    from trainer import grpo as reinforcement
+
+    _warn_of_unsafe(options["unsafe_exec"])
+    extra = _check_extra(
+        context.meta.get("kd.config", {}) | _extra_options(context),
+        reinforcement.argument_names(),
+        "trl.GRPOConfig",
+        [p.name for p in context.command.params if p.name],
+    )
+    config = reinforcement.GrpoConfig(
+        arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
+    )
+    resolved = reinforcement.prepare(config)
+    if options["dry_run"]:
+        _print_facts(resolved.facts(), options["as_json"])
+        return
+    facts = resolved.facts().items()
+    _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+
+    def report(step: int, steps: int, logs: dict[str, float]) -> None:
+        names = {
+            "reward": "reward",
+            "rewards/correctness/mean": "right",
+            "rewards/form/mean": "form",
+            "completions/mean_length": "tokens",
+            "entropy": "entropy",
+            "kl": "kl",
+        }
+        _note(
+            f"step {step}/{steps}  "
+            + "  ".join(f"{short} {float(logs[k]):.3g}" for k, short in names.items() if k in logs)
+        )
+
+    try:
+        found = reinforcement.train(resolved, report)
+    except KeyboardInterrupt:
+        _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
+        raise
+    _print_facts(found, options["as_json"])
 
 
 @kd.command("evaluate", context_settings=CONTEXT)
@@ -1014,7 +1116,7 @@ def _quiet_libraries() -> None:
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels as it is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate|trl")
 
 
 def _warn_of_unsafe(unsafe_exec: bool) -> None:

@@ -27,7 +27,7 @@ VIEWS = (
     *("vocab", "rewards", "samples", "positions", "candidates", "shards"),
     *("sources", "lengths", "duplicates"),
     *("captured_mass", "captured_mass_curve", "near_deterministic_share", "calibration"),
-    *("token_ranks", "uncertain_tokens", "disagreements", "hardest_samples", "sample"),
+    *("prompts", "token_ranks", "uncertain_tokens", "disagreements", "hardest_samples", "sample"),
 )
 
 
@@ -120,11 +120,12 @@ def is_complete(text: str) -> bool:
     return bool(tokens) and tokens[-1].startswith(b";")
 
 
-def select(cache: Path, columns: str, where: str | None, split: str, rest: str = "") -> pa.Table:
-    """``columns`` of the samples of a split that fulfil a user's condition; ``rest`` groups and orders them."""
-    connection = connect(cache, memory_limit="512MB", views=VIEWS if where else ("rewards", "samples"))
+def select(cache: Path, columns: str, where: str | None, split: str, rest: str = "", view: str = "samples") -> pa.Table:
+    """``columns`` of the rows of a split that fulfil a user's condition; ``rest`` groups and orders them."""
+    views = VIEWS if where else tuple(dict.fromkeys(("rewards", "samples", view)))
+    connection = connect(cache, memory_limit="512MB", views=views)
     condition = f"AND ({where}\n)" if where else ""  # the line break ends a comment
-    sql = f"SELECT {columns} FROM samples WHERE split = ? {condition} {rest}"
+    sql = f"SELECT {columns} FROM {view} WHERE split = ? {condition} {rest}"
     try:
         return connection.sql(_reading(connection, sql), params=[split]).to_arrow_table()
     except duckdb.Error as error:

@@ -1,0 +1,282 @@
+"""GRPO on what is cached: its prompts, its verifiers, its verified reasoning. trl.GRPOTrainer underneath; no teacher is loaded.
+
+    kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --max-steps 100
+
+Prompts reach the student as the cache's own token ids. By default those are chosen that the teacher's own answers got right
+sometimes, and not always. With ``guide`` a share of each group's answers begins with the first part of a verified answer from
+the cache; what was given is not trained on, and the share falls as the answers that had no guide come right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOConfig, import_utils
+
+from kdcache import query, verifiers, writer
+from kdcache.errors import KDError, UsageError, first_line
+from kdcache.format import FORMAT_VERSION, differing_fields
+from kdcache.sandbox import Sandbox
+from trainer import adapters, rewards
+from trainer.batches import open_caches
+from trainer.run import RUN_FILE
+from trainer.student import check_tokenizer, load_student, stop_ids
+
+SOMETIMES = "success > 0 AND success < 1"
+GUIDES = ("prefix",)
+
+Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """What ``kd grpo`` was asked for; ``arguments`` are trl.GRPOConfig's by their own names."""
+
+    from_cache: tuple[Path, ...]
+    student: str
+    output_dir: Path
+    where: str | None = None
+    guide: str | None = None
+    guards: bool = True
+    guard_window: int = 20
+    dtype: str = "float32"
+    lora_r: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float = 0.0
+    lora_target_modules: str = "all-linear"
+    load_in_4bit: bool = False
+    unsafe_exec: bool = False
+    overwrite: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """What makes the result what it is."""
+        places = ("from_cache", "output_dir", "overwrite", "unsafe_exec")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in places}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    ids: list[int]
+    verifier: str | None
+    reference: str | None
+    reasoned: bool  # reasoning was asked for in it
+    traces: list[list[int]] = field(repr=False)  # ids of answers that are right, their end of turn left out
+
+
+@dataclass(frozen=True)
+class GrpoRun:
+    """A run resolved: what it learns from, before the first step."""
+
+    config: GrpoConfig
+    prompts: list[Prompt]
+    where: str | None
+    end_of_turn: int
+    record: dict[str, Any]
+    checkpoint: str | None
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "output_dir": str(self.config.output_dir),
+            "prompts": len(self.prompts),
+            "where": self.where,
+            "prompts_with_a_trace": sum(bool(prompt.traces) for prompt in self.prompts),
+            "guide": self.config.guide,
+            "continues_at": None if self.checkpoint is None else Path(self.checkpoint).name,
+        }
+
+
+def prepare(config: GrpoConfig) -> GrpoRun:
+    """Choose the prompts and check everything that can be checked without weights."""
+    if config.guide is not None and config.guide not in GUIDES:
+        raise UsageError(f"--guide {config.guide}: expected {' or '.join(GUIDES)}")
+    if config.guide is not None and config.arguments.get("use_vllm"):
+        raise UsageError(
+            "--guide needs each answer of a group to begin differently, which --use-vllm cannot; use one of them"
+        )
+    if config.guide is not None and config.guards is False and config.guard_window < 1:
+        raise UsageError(f"--guard-window {config.guard_window}: expected at least 1")
+    caches = open_caches(config.from_cache)
+    check_tokenizer(config.student, caches[0])
+    where = config.where if config.where is not None else _default_where(config)
+    prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
+    if not prompts:
+        raise KDError(
+            f"no prompt of the train split has a verifier and fulfils {where!r}; rewards come with kd cache-teacher --mode "
+            "sample, or kd verify-answers"
+        )
+    if config.guide is not None and not any(prompt.traces for prompt in prompts):
+        raise KDError(
+            "--guide prefix needs answers in the cache that are right (reward = 1) to the prompts chosen; none is"
+        )
+    record = {
+        "format_version": FORMAT_VERSION,
+        "method": "grpo",
+        "config": config.as_json(),
+        "prompts": len(prompts),
+        "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
+        "finished": False,
+    }
+    return GrpoRun(config, prompts, where, caches[0].plan["end_of_turn"], record, _resume_point(config, record))
+
+
+def _default_where(config: GrpoConfig) -> str | None:
+    """Prompts that the teacher gets right sometimes, where its own answers were judged."""
+    judged = any(
+        query.select(path, "sum(judged) AS n", None, "train", view="prompts")["n"][0].as_py()
+        for path in config.from_cache
+    )
+    return SOMETIMES if judged else None
+
+
+def _choose(cache: Path, plan: dict[str, Any], where: str | None) -> list[Prompt]:
+    columns = "prompt, prompt_ids, verifier, reference, traces"
+    rest = "AND verifier IS NOT NULL ORDER BY prompt_id"
+    found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()
+    reasoned = plan["fields"].get("reasoning") is not None
+    return [
+        Prompt(
+            row["prompt"],
+            row["prompt_ids"],
+            row["verifier"],
+            row["reference"],
+            reasoned,
+            [trace[:-1] if trace[-1] == plan["end_of_turn"] else trace for trace in row["traces"]],
+        )
+        for row in found
+    ]
+
+
+def _resume_point(config: GrpoConfig, record: dict[str, Any]) -> str | None:
+    folder = config.output_dir
+    if config.overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not (folder / RUN_FILE).is_file():
+        raise KDError(f"--output-dir {folder} is not empty and holds no run of kd grpo; use another, or --overwrite")
+    old = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    if old.get("finished"):
+        raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
+    same = ("config", "prompts", "method")
+    if differing := differing_fields({name: old.get(name) for name in same}, {name: record[name] for name in same}):
+        raise KDError(
+            f"--output-dir {folder} holds another run (old -> new):\n  "
+            + "\n  ".join(differing)
+            + "\nUse another, or --overwrite."
+        )
+    return get_last_checkpoint(str(folder))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class _Watch(TrainerCallback):
+    """Hands what was logged to the guards and to the caller."""
+
+    def __init__(self, guards: rewards.Guards | None, report: Report):
+        self.guards, self.report = guards, report
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if not logs or "reward" not in logs:
+            return
+        if state.is_world_process_zero:
+            self.report(state.global_step, state.max_steps, logs)
+        if self.guards is not None:
+            self.guards(
+                rewards.Step(
+                    correctness=float(logs["rewards/correctness/mean"]),
+                    format=float(logs["rewards/form/mean"]),
+                    length_tokens=float(logs["completions/mean_length"]),
+                    entropy_nats=float(logs.get("entropy", 0.0)),
+                    varied=1.0 - float(logs.get("frac_reward_zero_std", 0.0)),
+                )
+            )
+
+
+def train(run: GrpoRun, report: Report) -> dict[str, Any]:
+    """Train, and save the student as a Hugging Face folder. ``rewards.Collapsed`` if a guard stops it."""
+    import datasets
+
+    with _vllm_imported(bool(run.config.arguments.get("use_vllm"))):
+        from trainer.policy import CachedGRPO
+
+    config = run.config
+    sandbox = None
+    if any(verifiers.runs_code(prompt.verifier) for prompt in run.prompts):
+        sandbox = Sandbox(config.unsafe_exec)
+        sandbox.check()
+    arguments = _arguments(run)
+    student, tokenizer = load_student(config.student, config.dtype, config.load_in_4bit)
+    stops = stop_ids(student, run.end_of_turn)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
+    student.generation_config.eos_token_id = stops
+    if arguments.process_index == 0:
+        if config.overwrite and config.output_dir.is_dir():
+            shutil.rmtree(config.output_dir)
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        writer.write_json(config.output_dir / RUN_FILE, run.record)
+    trainer = CachedGRPO(
+        run,
+        sandbox,
+        stops,
+        model=adapters.add(student, config),
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([{"prompt": prompt.text} for prompt in run.prompts]),
+        processing_class=tokenizer,
+        callbacks=[_Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
+    )
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    if config.lora_r is not None:
+        trainer.save_model(str(config.output_dir / adapters.FOLDER))
+        if arguments.process_index == 0:
+            adapters.merge(config, config.output_dir / adapters.FOLDER, config.output_dir)
+    else:
+        trainer.save_model(str(config.output_dir))
+    if arguments.process_index == 0:
+        trainer.save_state()
+        writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
+    return {"output_dir": str(config.output_dir), "steps": trainer.state.global_step, "success": trainer.success}
+
+
+@contextlib.contextmanager
+def _vllm_imported(wanted: bool) -> Iterator[None]:
+    """TRL imports vLLM wherever it is installed, with warnings if it is another version's: only where it will generate."""
+    asked = import_utils.is_vllm_available
+    if not wanted:
+        import_utils.is_vllm_available = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        import_utils.is_vllm_available = asked
+
+
+def argument_names() -> list[str]:
+    return [f.name for f in dataclasses.fields(GRPOConfig)]
+
+
+def _arguments(run: GrpoRun) -> GRPOConfig:
+    given: dict[str, Any] = {
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "reward_weights": [1.0, rewards.FORMAT_WEIGHT],
+        "disable_tqdm": True,
+        **run.config.arguments,
+        "output_dir": str(run.config.output_dir),
+    }
+    try:
+        return GRPOConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"trl.GRPOConfig: {first_line(error)}") from None

@@ -1,0 +1,92 @@
+"""trl.GRPOTrainer with the cache's prompts, verifiers and reasoning in the place of text, reward models and nothing.
+
+Prompts are the cache's own token ids. Some answers of a group may be guided: they begin with the first part of a verified one,
+on which nothing is trained; the share of them falls as answers without a guide come right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers.trainer_callback import PrinterCallback
+from trl import GRPOTrainer
+
+from kdcache.sandbox import Sandbox
+from trainer import rewards
+from trainer.grpo import GrpoRun
+
+GUIDED_SHARE, GUIDED_PART = 0.5, 0.5  # of a group at first; of a trace
+SUCCESS_MEMORY = 0.9  # of the running mean of unguided answers that are right
+
+
+class CachedGRPO(GRPOTrainer):
+    """GRPOTrainer whose prompts are the cache's ids, whose rewards are verifiers', and whose answers may be guided."""
+
+    def __init__(self, run: GrpoRun, sandbox: Sandbox | None, stops: Sequence[int], **kwargs: Any):
+        self.prompts_by_text = {prompt.text: prompt for prompt in run.prompts}
+        self.run_config, self.sandbox, self.stops = run.config, sandbox, set(stops)
+        self.success = 0.0  # running mean of unguided answers that are right
+        self._guided: list[list[int]] = []  # the prefix of each answer of the last generation
+        self._judged: list[rewards.Judged] = []
+        functions: list[Any] = [self.correctness, self.form]
+        super().__init__(reward_funcs=functions, **kwargs)
+        self.remove_callback(PrinterCallback)
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [list(self.prompts_by_text[text].ids) for text in prompts], None, {}
+
+    def _is_training(self) -> bool:
+        return self.model is not None and self.model.training
+
+    # --- guiding
+
+    def guided_share(self) -> float:
+        """Of a group's answers: falls to none as half of the unguided ones come right."""
+        return 0.0 if self.run_config.guide is None else GUIDED_SHARE * max(0.0, 1.0 - 2.0 * self.success)
+
+    def _prefixes(self, texts: Sequence[str]) -> list[list[int]]:
+        """For each answer to be generated, the first part of a verified one, or nothing; a group is a run of equal prompts."""
+        share, found, position = self.guided_share(), list[list[int]](), 0
+        answers: Any = self.num_generations
+        for number, text in enumerate(texts):
+            position = position + 1 if number and texts[number - 1] == text else 0
+            traces = self.prompts_by_text[text].traces
+            guided = traces and position % answers < round(share * answers)
+            trace = traces[(self.state.global_step + position) % len(traces)] if guided else []
+            found.append(trace[: int(len(trace) * GUIDED_PART)])
+        return found
+
+    def _generate(self, prompts: list[str]) -> Any:
+        training = self._is_training()
+        self._guided = self._prefixes(prompts) if training else [[] for _ in prompts]
+        found = list(super()._generate(prompts))
+        if any(self._guided):  # 0 for what was given: no loss, no gradient
+            found[2] = [[0] * len(p) + [1] * (len(ids) - len(p)) for p, ids in zip(self._guided, found[1])]
+        return tuple(found)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        begun = [[*ids, *prefix] for ids, prefix in zip(prompt_ids, self._guided)]
+        completions, logprobs = super()._generate_single_turn(begun, *args, **kwargs)
+        return [[*prefix, *ids] for prefix, ids in zip(self._guided, completions)], logprobs
+
+    # --- rewards, each logged by its name
+
+    def correctness(
+        self, prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any
+    ) -> list[float]:
+        """1 for an answer that is right. Judges the batch; ``form`` is asked after it."""
+        asked = [self.prompts_by_text[text] for text in prompts]
+        self._judged = rewards.judge(
+            completions,
+            [(prompt.verifier, prompt.reference, prompt.reasoned) for prompt in asked],
+            [bool(ids) and ids[-1] in self.stops for ids in completion_ids],
+            self.sandbox,
+        )
+        alone = [j.correctness for j, prefix in zip(self._judged, self._guided) if not prefix]
+        if alone and self._is_training():
+            self.success = SUCCESS_MEMORY * self.success + (1 - SUCCESS_MEMORY) * sum(alone) / len(alone)
+        return [judged.correctness for judged in self._judged]
+
+    def form(self, **_: Any) -> list[float]:
+        return [judged.format for judged in self._judged]

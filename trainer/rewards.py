@@ -1,0 +1,135 @@
+"""Rewards for GRPO, made of verifiers; and the guards that stop a run which learns to please them instead of the task.
+
+    reward = correctness + FORMAT_WEIGHT * format,        0 for an answer that is empty or cut off
+
+Correctness is 1 or 0 (``kdcache.verifiers``: tests are run, numbers and texts compared). Format is 1 for an answer in the form
+that was asked for, else 0, and its weight is such that no answer gains more by form than by being right.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kdcache import verifiers
+from kdcache.errors import KDError
+from kdcache.sandbox import Sandbox
+
+FORMAT_WEIGHT = 0.1
+#: What an answer under --reasoning looks like, and nothing besides.
+REASONED = re.compile(r"\s*<think>.*?\S.*?</think>\s*<answer>.*?\S.*?</answer>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer's reward and what it is made of."""
+
+    reward: float
+    correctness: float
+    format: float
+    reason: str
+
+
+def judge(
+    completions: Sequence[str],
+    asked: Sequence[tuple[str | None, str | None, bool]],
+    finished: Sequence[bool],
+    sandbox: Sandbox | None,
+) -> list[Judged]:
+    """The rewards of answers. ``asked``: verifier, reference and whether reasoning was asked for; ``finished``: not cut off."""
+    items = [(verifier, text, reference) for text, (verifier, reference, _) in zip(completions, asked)]
+    verdicts = verifiers.verify_many(items, sandbox)
+    return [
+        compose(verdict, has_form(text, verifier, reasoned), done)
+        for text, (verifier, _, reasoned), verdict, done in zip(completions, asked, verdicts, finished)
+    ]
+
+
+def compose(verdict: verifiers.Verdict, form: bool, finished: bool) -> Judged:
+    """One answer's reward. What cannot be judged is not right."""
+    correctness = float((verdict.reward or 0.0) >= 1)
+    if not finished:
+        return Judged(0.0, 0.0, 0.0, "cut off")
+    return Judged(correctness + FORMAT_WEIGHT * form, correctness, float(form), verdict.reason)
+
+
+def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
+    """Whether an answer has the form asked for: reasoning and answer in their tags, or simply an answer that can be found."""
+    try:
+        known = verifiers.parse(verifier)
+    except KDError:
+        known = None
+    if reasoned and REASONED.fullmatch(text) is None:
+        return False
+    return bool(text.strip() if known is None else (verifiers.extract(text, known) or "").strip())
+
+
+# --- guards -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """Means over what one step generated. ``varied``: share of groups whose rewards differ."""
+
+    correctness: float
+    format: float
+    length_tokens: float
+    entropy_nats: float
+    varied: float
+
+
+class Collapsed(KDError):
+    """A run that goes on without learning the task: what happened, and what to try."""
+
+
+TRY = (
+    "Try prompts that the student sometimes gets right (--where), --guide prefix, a warm-up (kd train --where 'reward = 1'), a "
+    "higher --beta or a lower --learning-rate; --no-guards goes on regardless"
+)
+FELL_TO = 0.3  # of what length and entropy were at first
+
+
+@dataclass
+class Guards:
+    """Looks at the last ``window`` steps, and raises ``Collapsed`` for what no run recovers from."""
+
+    window: int = 20
+    first: list[Step] = field(default_factory=list)  # the steps that later ones are compared with
+    last: deque[Step] = field(default_factory=deque)
+
+    def __call__(self, step: Step) -> None:
+        if len(self.first) < max(self.window // 4, 1):
+            self.first.append(step)
+        self.last.append(step)
+        if len(self.last) > self.window:
+            self.last.popleft()
+        if len(self.last) < self.window:
+            return
+
+        def mean(name: str, steps: Sequence[Step]) -> float:
+            return float(np.mean([getattr(s, name) for s in steps]))
+
+        steps = list(self.last)
+        late = steps[len(steps) // 2 :]
+        over = f"over {self.window} steps"
+        right = mean("correctness", steps)
+        if right == 0 and mean("varied", steps) == 0:
+            raise Collapsed(f"no answer was right {over}, and all answers to a prompt were rewarded alike. {TRY}")
+        early_form, late_form = mean("format", steps[: len(steps) // 2]), mean("format", late)
+        if right == 0 and late_form > 0 and late_form >= early_form:
+            raise Collapsed(
+                f"format is rewarded ({early_form:.2f}, then {late_form:.2f}) while no answer was right {over}. {TRY}"
+            )
+        gained = mean("correctness", late) > mean("correctness", self.first)
+        for name, what in (("length_tokens", "answers shrank"), ("entropy_nats", "entropy fell")):
+            before, now = mean(name, self.first), mean(name, late)
+            if before > 0 and now < FELL_TO * before and not gained:
+                raise Collapsed(f"{what} from {before:.3g} to {now:.3g}, and no more of them are right. {TRY}")
+        if mean("varied", steps) == 0 and right < 1:
+            raise Collapsed(
+                f"all answers to a prompt were rewarded alike {over}: there is nothing to learn from. {TRY}"
+            )
