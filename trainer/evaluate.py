@@ -114,8 +114,10 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     def judged(asked: Sequence[Ask], texts: Sequence[str], is_teacher: bool = False) -> pa.Table:
         return _judge(prompts, asked, texts, is_teacher, sandbox)
 
+    unstored = _entropies_unstored(units, config)
+
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
-        forced = _forced(model, units, groups, config, lambda *at: progress(f"{label}: held-out KL", *at))
+        forced = _forced(model, units, groups, unstored, config, lambda *at: progress(f"{label}: held-out KL", *at))
         texts = generate.answers(
             model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
         )
@@ -214,7 +216,7 @@ def _baseline(prompt: Prompt) -> str | None:
 
 # --- teacher-forced ---------------------------------------------------------------------------------------------------
 
-MEASURES_VERSION = 1
+MEASURES_VERSION = 2
 FORCED = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("sample_id", "group_id")),
@@ -229,10 +231,11 @@ def _forced(
     model: str,
     units: Units,
     groups: dict[str, str],
+    unstored: dict[str, np.ndarray],
     config: EvaluateConfig,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
-    """One row a sample, summed over its supervised positions."""
+    """One row a sample, summed over its supervised positions. KL is to the distribution as it was captured."""
     student, _ = load_student(model, config.dtype)
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     head = head_of(student)
@@ -254,11 +257,33 @@ def _forced(
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
         for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
             mine = {name: array[low:high] for name, array in arrays.items()}
+            mine["kl"] = mine["kl"] - unstored[sample.sample_id]
             rows.append(_summed(sample.sample_id, groups, **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
     gc.collect()
     return pa.Table.from_pylist(rows, FORCED)
+
+
+def _entropies_unstored(units: Units, config: EvaluateConfig) -> dict[str, np.ndarray]:
+    """By sample and supervised position: the entropy captured, less that of the candidates stored; nats.
+
+    A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
+    and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
+    About 0 on a topk cache.
+    """
+    captured = dict(_rows(config, "sample_id, entropies"))
+    found = {}
+    for first in range(0, len(units), 256):
+        for sample in units.load(np.arange(first, min(first + 256, len(units)))):
+            position = np.repeat(np.arange(len(sample.counts)), sample.counts)
+            p = np.exp(sample.candidate_logprobs.astype(np.float64))
+            tail = np.exp(sample.tail_logprobs.astype(np.float64))
+            tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
+            stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
+            of_captured = np.array(captured[sample.sample_id], dtype=np.float64)
+            found[sample.sample_id] = (of_captured - stored)[sample.supervised]
+    return found
 
 
 def _forced_teacher(units: Units, groups: dict[str, str], config: EvaluateConfig) -> pa.Table:

@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import capture_plan
 
+from kdcache import capture
 from kdcache.errors import KDError
 from trainer import compare, metrics
 from trainer.student import parse_layers
@@ -41,6 +43,19 @@ def test_the_teachers_own_weights_have_no_kl_and_agree(kd, tiny_cache, tiny_mode
     for name in ("ce", "ece"):
         assert found["same", name]["value"] == pytest.approx(found["teacher (cache)", name]["value"], abs=2e-2)
     assert found["same", "rougeL"]["answers"] == found["teacher (cache)", "rougeL"]["answers"] > 0
+
+
+def test_a_threshold_caches_kl_is_near_that_of_the_topk_cache_of_the_same_teacher(
+    kd, tiny_model, half, rows_file, tmp_path
+):
+    found = {}
+    for spec, k in (("topk:64", None), ("threshold:0.02", 64)):
+        capture.run(capture_plan(tiny_model, rows_file, tmp_path / spec, sparsify=spec, capture_k=k, mode="score"))
+        command = ("evaluate", f"same={tiny_model}", f"half={half}", "--from-cache", tmp_path / spec, "--generate", 0)
+        found[spec] = rows_of(kd(*command, "--out", tmp_path / f"e-{spec}", "--json"))
+    whole, sampled = ({m: f[m, "kl"]["value"] for m in ("same", "half")} for f in found.values())
+    assert whole["same"] == pytest.approx(0, abs=0.01) and sampled["same"] == pytest.approx(0, abs=0.15)
+    assert sampled["half"] - sampled["same"] == pytest.approx(whole["half"] - whole["same"], rel=0.15)
 
 
 def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, tiny_model, half, tmp_path):
