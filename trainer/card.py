@@ -42,7 +42,7 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
 _NAMES = {
-    "eval_kl": "KL to the teacher, nats a token",
+    "eval_kl": "KL to what was stored of the teacher, nats a token (on a threshold cache too high by a constant, see kd evaluate)",
     "eval_ce": "cross-entropy of the completions, nats a token",
     "eval_agreement": "agreement with the teacher's best token",
 }
