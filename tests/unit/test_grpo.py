@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, capture_plan
 
 from kdcache import capture, query, verifiers
+from kdcache.errors import KDError
 from kdcache.sandbox import Sandbox
 from trainer import rewards
 
@@ -188,8 +189,16 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
 
 
 def test_wrong_use_is_a_clear_sentence(kd, sums, tiny_model, tiny_cache, tmp_path):
-    base = ("grpo", "--student", tiny_model, "--output-dir", tmp_path / "r")
-    assert "no prompt of the train split" in kd(*base, "--from-cache", tiny_cache, code=1).stderr
-    assert "use-vllm" in kd(*base, "--from-cache", sums, "--guide", "prefix", "--use-vllm", code=2).stderr
-    assert "did you mean --num-generations" in kd(*base, "--from-cache", sums, "--num-generation", 2, code=2).stderr
-    assert "--where" in kd(*base, "--from-cache", sums, "--where", "succes > 0", code=2).stderr
+    from trainer import grpo
+
+    def refusal(cache=sums, **changes):
+        with pytest.raises(KDError) as refused:
+            grpo.prepare(grpo.GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
+        return str(refused.value)
+
+    assert "no prompt of the train split" in refusal(tiny_cache)
+    assert "use-vllm" in refusal(guide="prefix", arguments={"use_vllm": True})
+    assert "--where 'succes > 0'" in refusal(where="succes > 0")
+    assert "expected prefix" in refusal(guide="suffix")
+    base = ("grpo", "--student", tiny_model, "--output-dir", tmp_path / "r", "--from-cache", sums)
+    assert "did you mean --num-generations" in kd(*base, "--num-generation", 2, code=2).stderr
