@@ -68,7 +68,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     default="builtin",
     show_default=True,
     help="`builtin`; `dolly`, `dolly-es`, `bugnet-python`, `bugnet-cpp`, `pytorrent`, `codeforces-cots`, "
-    "`codeforces-cots-cpp`, `codeforces`, `self-instruct`; a .jsonl/.parquet file; or a Hub data set id.",
+    "`codeforces-cots-cpp`, `codeforces`, `self-instruct`, `arithmetic`; a .jsonl/.parquet file; or a Hub data set id.",
 )
 @click.option(
     "--data-path",

@@ -51,9 +51,18 @@ class Columns:
 
 def data_sets() -> dict[str, Any]:
     """The data sets by the name that --examples takes."""
-    from kdcache.examples import bugnet, codeforces, codeforces_cots, dolly, dolly_es, pytorrent, self_instruct
+    from kdcache.examples import (
+        arithmetic,
+        bugnet,
+        codeforces,
+        codeforces_cots,
+        dolly,
+        dolly_es,
+        pytorrent,
+        self_instruct,
+    )
 
-    modules = (dolly, dolly_es, bugnet, pytorrent, codeforces_cots, codeforces, self_instruct)
+    modules = (dolly, dolly_es, bugnet, pytorrent, codeforces_cots, codeforces, self_instruct, arithmetic)
     return {name: data_set for module in modules for name, data_set in module.DATA_SETS.items()}
 
 

@@ -135,7 +135,7 @@ def test_every_recipe_is_whole_and_each_of_its_commands_is_understood(name, tmp_
     done = CliRunner().invoke(command, ["run", name, "--data-path", str(tmp_path / "rows.jsonl"), "--dry-run"])
     assert done.exit_code == 0, done.output + str(done.exception)
     assert done.output.count("\nkd ") == len(recipe.steps(recipe.load(name), tmp_path)) and "{" not in done.output
-    if name != "demo":
+    if name not in ("demo", "arithmetic-cpu"):
         commands = [line.split()[1] for line in done.output.splitlines() if line.startswith("kd ")]
         assert {"cache-teacher", "train", "evaluate", "compare"} <= set(commands)
         assert done.output.count("--method kd") == done.output.count("--method sft") > 1  # seeds of each
@@ -161,5 +161,5 @@ def test_a_recipe_that_is_none_is_refused(tmp_path, text, says):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(KDError, match=says):
         recipe.load(str(tmp_path / "r.yaml"))
-    with pytest.raises(KDError, match="there are: bugnet"):
+    with pytest.raises(KDError, match="there are: .*bugnet"):
         recipe.load("nothing")
