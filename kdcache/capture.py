@@ -89,6 +89,7 @@ def run(
         claim_folder(plan)
         if teacher is not None:
             manifest.forget(plan.config.out, [shard.name for shard in todo])
+            judging.forget(plan.config.out)
             state.started = time.monotonic()
             fill(plan, todo, teacher, state, progress, stop, sandbox)
         with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):

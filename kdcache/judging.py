@@ -72,6 +72,18 @@ def prepare(cache: Path) -> None:
         _write(cache, {})
 
 
+def forget(cache: Path) -> None:
+    """Strike the rewards of samples that are no longer in any shard: their shard is to be written anew."""
+    rows = _read(cache)
+    if rows:
+        there = {
+            sample_id
+            for path in (cache / "data").glob("*.parquet")
+            for sample_id in pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist()
+        }
+        _write(cache, {row["sample_id"]: row for row in rows if row["sample_id"] in there})
+
+
 def _read(cache: Path) -> list[dict[str, Any]]:
     path = cache / REWARDS_FILE
     return pq.read_table(path, page_checksum_verification=True).to_pylist() if path.is_file() else []

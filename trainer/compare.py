@@ -25,6 +25,8 @@ from kdcache import writer
 from kdcache.errors import KDError
 from trainer import metrics
 
+#: Settings that must be the same for two evaluations to stand in one table.
+COMPARED = ("caches", "split", "where", "max_length", "prompts_hash", "top_p", "max_new_tokens")
 TEACHER, COPY = "teacher (cache)", "copy the input"  # labels of rows that no model is behind
 EVALUATION_FILE = "evaluation.json"  # names the parts of an evaluation's folder
 
@@ -165,11 +167,18 @@ def _value(part: Part) -> dict[str, float]:
 def _parts(folders: Sequence[Path]) -> list[Part]:
     """What the folders hold, a part a label and temperature; all on the same samples and prompts, else KDError."""
     entries: list[tuple[str, pa.Table, pa.Table]] = []
+    settings: list[dict[str, Any]] = []
     for folder in folders:
         try:
             evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise KDError(f"{folder} holds no evaluation (no {EVALUATION_FILE}); make one with: kd evaluate") from None
+        settings.append(evaluation["settings"])
+        if differing := [name for name in COMPARED if settings[0].get(name) != settings[-1].get(name)]:
+            raise KDError(
+                f"{folder} was measured otherwise than {folders[0]} ({', '.join(differing)} differ), so they cannot be compared: "
+                "evaluate all models on one cache and split, with one set of prompts"
+            )
         for entry in evaluation["entries"]:
             if entry["label"] == TEACHER and any(label == TEACHER for label, *_ in entries):
                 # One teacher serves all; that of a second folder must have answered the same.
@@ -187,7 +196,8 @@ def _parts(folders: Sequence[Path]) -> list[Part]:
         temperatures = sorted({t for _, answers in runs for t in answers["temperature"].to_pylist()}) or [None]
         for temperature in temperatures:
             sums = [_sums(forced, _at(answers, temperature), index) for forced, answers in runs]
-            if not any(sums[0]):
+            common = [name for name in sums[0] if all(name in other for other in sums)]
+            if not common:
                 continue
             parts.append(
                 Part(
@@ -195,7 +205,7 @@ def _parts(folders: Sequence[Path]) -> list[Part]:
                     temperature,
                     len(runs),
                     sum(len(_at(answers, temperature)) for _, answers in runs),
-                    {name: np.stack([s[name] for s in sums]) for name in sums[0]},
+                    {name: np.stack([s[name] for s in sums]) for name in common},
                 )
             )
     return parts

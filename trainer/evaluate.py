@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     prompts = _prompts(config)
     sandbox = _sandbox(config, prompts)
     engine = generate.resolve(config.engine) if prompts else None
-    groups = dict(_rows(config, "sample_id, group_id"))
+    groups = _groups(config, caches)
     settings = {
         "caches": [cache.fingerprint for cache in caches],
         "split": config.split,
@@ -163,9 +163,11 @@ def _kept(
 # --- what the cache knows ---------------------------------------------------------------------------------------------
 
 
-def _rows(config: EvaluateConfig, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
-    """``columns`` of the chosen samples, of all caches together."""
-    rest = f"AND prompt_tokens + completion_tokens <= {config.max_length:d} {rest}"
+def _rows(
+    config: EvaluateConfig, columns: str, rest: str = "", length: str = "prompt_tokens + completion_tokens"
+) -> list[tuple[Any, ...]]:
+    """``columns`` of the chosen samples whose ``length`` is not above --max-length, of all caches together."""
+    rest = f"AND {length} <= {config.max_length:d} {rest}"
     tables = [query.select(path, columns, config.where, config.split, rest) for path in config.from_cache]
     return [tuple(row.values()) for table in tables for row in table.to_pylist()]
 
@@ -179,11 +181,24 @@ def _prompts(config: EvaluateConfig) -> list[Prompt]:
         "prompt_id, any_value(group_id), any_value(prompt_ids), any_value(reference), any_value(verifier), "
         "list(completion ORDER BY sample_index) FILTER (origin = 'sampled')",
         "GROUP BY prompt_id ORDER BY prompt_id",
+        length="prompt_tokens",  # however long the teacher's answers are
     )
     prompts = [Prompt(name, group, ids, ref, verifier, own or []) for name, group, ids, ref, verifier, own in rows]
     if any(prompt.teacher for prompt in prompts):
         prompts = [prompt for prompt in prompts if prompt.teacher]
     return prompts[: config.generate]
+
+
+def _groups(config: EvaluateConfig, caches: Sequence[Cache]) -> dict[str, str]:
+    """The problem of each sample. KDError for caches that cannot stand in one table."""
+    rows = _rows(config, "sample_id, group_id")
+    groups = dict(rows)
+    if len(groups) < len(rows):
+        raise KDError("the caches share samples, which would count twice; evaluate on each by itself")
+    for name in ("sampling", "sparsify", "samples"):
+        if len({str(cache.plan["fields"][name]) for cache in caches}) > 1:
+            raise KDError(f"the caches differ in {name}; evaluate on each by itself")
+    return groups
 
 
 def _sampled_at(cache: Cache) -> float:
@@ -270,10 +285,11 @@ def _entropies_unstored(units: Units, config: EvaluateConfig) -> dict[str, np.nd
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
     and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
-    About 0 on a topk cache.
+    0 on a topk cache, whose candidates are all stored.
     """
     captured = dict(_rows(config, "sample_id, entropies"))
     found = {}
+    thresholded = str(units.caches[0].plan["fields"]["sparsify"]).startswith("threshold")
     for first in range(0, len(units), 256):
         for sample in units.load(np.arange(first, min(first + 256, len(units)))):
             position = np.repeat(np.arange(len(sample.counts)), sample.counts)
@@ -282,7 +298,7 @@ def _entropies_unstored(units: Units, config: EvaluateConfig) -> dict[str, np.nd
             tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
             stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
             of_captured = np.array(captured[sample.sample_id], dtype=np.float64)
-            found[sample.sample_id] = (of_captured - stored)[sample.supervised]
+            found[sample.sample_id] = (of_captured - stored)[sample.supervised] * thresholded
     return found
 
 

@@ -61,7 +61,7 @@ class GrpoConfig:
 
     def as_json(self) -> dict[str, Any]:
         """What makes the result what it is."""
-        places = ("from_cache", "output_dir", "overwrite", "unsafe_exec")
+        places = ("from_cache", "output_dir", "overwrite", "unsafe_exec", "guards", "guard_window")
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in places}
 
 
@@ -105,8 +105,8 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         raise UsageError(
             "--guide needs each answer of a group to begin differently, which --use-vllm cannot; use one of them"
         )
-    if config.guide is not None and config.guards is False and config.guard_window < 1:
-        raise UsageError(f"--guard-window {config.guard_window}: expected at least 1")
+    if config.load_in_4bit and config.lora_r is None:
+        raise UsageError("--load-in-4bit needs --lora-r: weights in 4 bits cannot be trained")
     caches = open_caches(config.from_cache)
     check_tokenizer(config.student, caches[0])
     where = config.where if config.where is not None else _default_where(config)
@@ -167,7 +167,9 @@ def _resume_point(config: GrpoConfig, record: dict[str, Any]) -> str | None:
     old = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     if old.get("finished"):
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    same = ("config", "prompts", "method")
+    same = ("config", "prompts", "method", "caches")
+    old["caches"], record = [c["fingerprint"] for c in old.get("caches", [])], dict(record)
+    record["caches"] = [c["fingerprint"] for c in record["caches"]]
     if differing := differing_fields({name: old.get(name) for name in same}, {name: record[name] for name in same}):
         raise KDError(
             f"--output-dir {folder} holds another run (old -> new):\n  "
@@ -216,8 +218,15 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         sandbox = Sandbox(config.unsafe_exec)
         sandbox.check()
     arguments = _arguments(run)
+    answers = arguments.per_device_train_batch_size * (arguments.steps_per_generation or 1)
+    if config.guide is not None and answers % (arguments.num_generations or 1):
+        raise UsageError(
+            f"--guide needs whole groups on a process: {answers} answers a generation are no multiple of --num-generations "
+            f"{arguments.num_generations}"
+        )
     student, tokenizer = load_student(config.student, config.dtype, config.load_in_4bit)
     stops = stop_ids(student, run.end_of_turn)
+    own_eos = tokenizer.eos_token
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
     student.generation_config.eos_token_id = stops
     if arguments.process_index == 0:
@@ -235,7 +244,12 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         processing_class=tokenizer,
         callbacks=[_Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
     )
-    trainer.train(resume_from_checkpoint=run.checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=run.checkpoint)
+    except rewards.Collapsed:
+        trainer._save_checkpoint(trainer.model, trial=None)  # --no-guards goes on from here
+        raise
+    tokenizer.eos_token = own_eos
     if config.lora_r is not None:
         trainer.save_model(str(config.output_dir / adapters.FOLDER))
         if arguments.process_index == 0:
@@ -267,6 +281,8 @@ def argument_names() -> list[str]:
 def _arguments(run: GrpoRun) -> GRPOConfig:
     given: dict[str, Any] = {
         "logging_steps": 1,
+        "save_steps": 20,
+        "save_total_limit": 2,
         "report_to": "none",
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,

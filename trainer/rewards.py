@@ -90,6 +90,7 @@ TRY = (
     "Try prompts that the student sometimes gets right (--where), --guide prefix, a warm-up (kd train --where 'reward = 1'), a "
     "higher --beta or a lower --learning-rate; --no-guards goes on regardless"
 )
+SOLVED = 0.9  # of answers right
 FELL_TO = 0.3  # of what length and entropy were at first
 
 
@@ -124,6 +125,8 @@ class Guards:
             raise Collapsed(
                 f"format is rewarded ({early_form:.2f}, then {late_form:.2f}) while no answer was right {over}. {TRY}"
             )
+        if mean("correctness", late) >= SOLVED:  # shorter, surer answers that agree are then what was wanted
+            return
         gained = mean("correctness", late) > mean("correctness", self.first)
         for name, what in (("length_tokens", "answers shrank"), ("entropy_nats", "entropy fell")):
             before, now = mean(name, self.first), mean(name, late)

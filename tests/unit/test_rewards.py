@@ -161,5 +161,5 @@ def test_a_recipe_that_is_none_is_refused(tmp_path, text, says):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(KDError, match=says):
         recipe.load(str(tmp_path / "r.yaml"))
-    with pytest.raises(KDError, match="there are: .*bugnet"):
+    with pytest.raises(KDError, match=r"there are: .*bugnet"):
         recipe.load("nothing")
