@@ -238,16 +238,13 @@ def fill(
 
 def sandbox_for(plan: Plan) -> Sandbox | None:
     """Where answers that are programs are run; None if there are none. KDError if there is no such place."""
-    config = plan.config
-    verified = (example.verifier for example in plan.examples if not isinstance(example, BadRow))
-    if not config.verify or not any(map(verifiers.runs_code, verified)):
+    if not plan.config.verify:
         return None
-    sandbox = Sandbox(config.unsafe_exec)
+    asked = (example.verifier for example in plan.examples if not isinstance(example, BadRow))
     try:
-        sandbox.check()
+        return verifiers.sandbox_for(asked, plan.config.unsafe_exec)
     except KDError as error:
         raise KDError(f"{error}; or --no-verify, and kd verify-answers later") from None
-    return sandbox
 
 
 def reject(plan: Plan, opened: OpenShard, row: BadRow) -> None:

@@ -21,6 +21,7 @@ import pyarrow as pa
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 PRECISIONS = ("q8", "f32")
+REWARDS_FILE = "rewards.parquet"  # beside the shards: what was found out about samples afterwards
 
 #: vLLM's log-probabilities are float32: a tail below this mass cannot be told from rounding, and is stored as none.
 MIN_TAIL_MASS = 1e-6

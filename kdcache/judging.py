@@ -17,9 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache import lock, query, verifiers, writer
-from kdcache.sandbox import Sandbox
+from kdcache.format import REWARDS_FILE
 
-REWARDS_FILE = "rewards.parquet"
 REWARDS = pa.schema(
     [pa.field("sample_id", pa.string()), pa.field("reward", pa.float32()), pa.field("reason", pa.string())]
 )
@@ -46,9 +45,7 @@ def verify_answers(
                 "AND verifier IS NOT NULL" + ("" if renew else " AND reward IS NULL"),
             ).to_pylist()
         ]
-        sandbox = Sandbox(unsafe) if any(verifiers.runs_code(sample["verifier"]) for sample in todo) else None
-        if sandbox is not None:
-            sandbox.check()
+        sandbox = verifiers.sandbox_for((sample["verifier"] for sample in todo), unsafe)
         known = {row["sample_id"]: row for row in _read(cache)}
         saved, counts = time.monotonic(), {"right": 0, "wrong": 0, "not_judged": 0}
         for first in range(0, len(todo), AT_ONCE):

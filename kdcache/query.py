@@ -59,14 +59,11 @@ def connect(cache: Path, memory_limit: str | None = None, views: Sequence[str] =
     connection.execute("SET lock_configuration = true")
     try:
         for name in views:
-            connection.execute(NO_REWARDS if name == "rewards" and not _has_rewards(cache) else source(name))
+            unjudged = name == "rewards" and not (cache / format.REWARDS_FILE).is_file()
+            connection.execute(NO_REWARDS if unjudged else source(name))
     except duckdb.Error as error:
         raise KDError(f"{cache}: its shards could not be opened: {first_line(error)}", 3) from None
     return connection
-
-
-def _has_rewards(cache: Path) -> bool:
-    return (cache / "rewards.parquet").is_file()
 
 
 def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -31,7 +31,7 @@ import math
 import re
 import secrets
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +140,15 @@ def extract(completion: str, verifier: dict[str, Any]) -> str | None:
     return answer if answer.strip() else None
 
 
+def answer_in(completion: str, verifier: str | None) -> str:
+    """The same for a cache's column: "" where there is no answer, all of it where no verifier says where to look."""
+    try:
+        known = parse(verifier)
+    except KDError:
+        known = None
+    return completion if known is None else extract(completion, known) or ""
+
+
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 
@@ -184,6 +193,15 @@ def verify_many(
             raise KDError("some of the answers are programs, which need a sandbox")
         sandbox.check()
     return side_by_side(lambda item: verify(*item, sandbox, max_tests), items, workers, progress)
+
+
+def sandbox_for(verifiers: Iterable[str | None], unsafe: bool = False) -> Sandbox | None:
+    """Where answers are run, if any of these run one. KDError if they cannot be: before anything else is done."""
+    if not any(map(runs_code, verifiers)):
+        return None
+    sandbox = Sandbox(unsafe)
+    sandbox.check()
+    return sandbox
 
 
 def runs_code(verifier: dict[str, Any] | str | None) -> bool:

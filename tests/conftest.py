@@ -14,6 +14,7 @@ import pytest
 
 from kdcache import capture, embedded
 from kdcache.plan import CaptureConfig, Plan
+from kdcache.sandbox import Sandbox
 from kdcache.teachers import Sampling
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -115,6 +116,14 @@ def tiny_cache(tiny_model: str, rows_file: Path, tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("caches") / "tiny"
     capture.run(capture_plan(tiny_model, rows_file, out))
     return out
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    """Without bubblewrap each test that asks for it fails, and says why."""
+    made = Sandbox()
+    made.check()
+    return made
 
 
 Kd = Callable[..., subprocess.CompletedProcess]

@@ -59,7 +59,7 @@ def rows(folders: Sequence[Path], against: str | None = None) -> list[dict[str, 
     values = [_value(part) for part in parts]
 
     def other(label: str, temperature: float | None) -> int | None:
-        """The part of a label at a temperature; the teacher that generated nothing stands for any."""
+        """The part of a label at a temperature."""
         same = [i for i, part in enumerate(parts) if part.label == label]
         return next((i for i in same if parts[i].temperature == temperature), None)
 
@@ -195,7 +195,8 @@ def _parts(folders: Sequence[Path]) -> list[Part]:
         runs = [(forced, answers) for name, forced, answers in entries if name == label]
         temperatures = sorted({t for _, answers in runs for t in answers["temperature"].to_pylist()}) or [None]
         for temperature in temperatures:
-            sums = [_sums(forced, _at(answers, temperature), index) for forced, answers in runs]
+            answered = [_at(answers, temperature) for _, answers in runs]
+            sums = [_sums(forced, answers, index) for (forced, _), answers in zip(runs, answered)]
             common = [name for name in sums[0] if all(name in other for other in sums)]
             if not common:
                 continue
@@ -204,7 +205,7 @@ def _parts(folders: Sequence[Path]) -> list[Part]:
                     label,
                     temperature,
                     len(runs),
-                    sum(len(_at(answers, temperature)) for _, answers in runs),
+                    sum(map(len, answered)),
                     {name: np.stack([s[name] for s in sums]) for name in common},
                 )
             )

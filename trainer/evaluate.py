@@ -9,6 +9,7 @@ agreement, cross-entropy, calibration, of the cache's completions) and ``answers
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import re
@@ -87,7 +88,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
         raise KDError(f"the {config.split} split has no sample to evaluate on (--where, --max-length, --split-ratios?)")
     decoding, temperatures, seeds = _decoding(config, caches[0])
     prompts = _prompts(config)
-    sandbox = _sandbox(config, prompts)
+    sandbox = verifiers.sandbox_for((prompt.verifier for prompt in prompts), config.unsafe_exec)
     engine = generate.resolve(config.engine) if prompts else None
     groups = _groups(config, caches)
     settings = {
@@ -114,10 +115,12 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     def judged(asked: Sequence[Ask], texts: Sequence[str], is_teacher: bool = False) -> pa.Table:
         return _judge(prompts, asked, texts, is_teacher, sandbox)
 
-    unstored = _entropies_unstored(units, config)
+    @functools.cache  # for all models, and not at all where each is measured already
+    def captured() -> dict[str, list[float]]:
+        return _captured_entropies(config, caches[0])
 
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
-        forced = _forced(model, units, groups, unstored, config, lambda *at: progress(f"{label}: held-out KL", *at))
+        forced = _forced(model, units, groups, captured(), config, lambda *at: progress(f"{label}: held-out KL", *at))
         texts = generate.answers(
             model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
         )
@@ -136,7 +139,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     if any(_baseline(prompt) is not None for prompt in prompts):
         todo.append((COPY, "baseline", of_copying))
     for label, model in config.models:
-        todo.append((label, model, lambda label=label, model=model: of_model(label, model)))  # type: ignore[misc]
+        todo.append((label, model, functools.partial(of_model, label, model)))
     entries = []
     for label, model, measure in todo:
         weights = None if label in (TEACHER, COPY) else hashes.weights(hashes.model_folder(model))
@@ -216,13 +219,6 @@ def _decoding(config: EvaluateConfig, cache: Cache) -> tuple[Decoding, tuple[flo
     return Decoding(top_p, longest, cache.plan["end_of_turn"], config.batch_size, config.dtype), temperatures, seeds
 
 
-def _sandbox(config: EvaluateConfig, prompts: list[Prompt]) -> Sandbox | None:
-    """Where programs are run, if any are to be: found missing before anything is measured."""
-    if not any(verifiers.runs_code(prompt.verifier) for prompt in prompts):
-        return None
-    return Sandbox(unsafe=config.unsafe_exec)
-
-
 def _baseline(prompt: Prompt) -> str | None:
     """What a student would answer that only copies the problem, where the data set says what that is."""
     found = json.loads(prompt.verifier) if prompt.verifier else {}
@@ -246,7 +242,7 @@ def _forced(
     model: str,
     units: Units,
     groups: dict[str, str],
-    unstored: dict[str, np.ndarray],
+    captured: dict[str, list[float]],
     config: EvaluateConfig,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
@@ -272,7 +268,8 @@ def _forced(
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
         for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
             mine = {name: array[low:high] for name, array in arrays.items()}
-            mine["kl"] = mine["kl"] - unstored[sample.sample_id]
+            if captured:
+                mine["kl"] = mine["kl"] - _entropy_unstored(sample, captured[sample.sample_id])
             rows.append(_summed(sample.sample_id, groups, **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
@@ -280,26 +277,25 @@ def _forced(
     return pa.Table.from_pylist(rows, FORCED)
 
 
-def _entropies_unstored(units: Units, config: EvaluateConfig) -> dict[str, np.ndarray]:
-    """By sample and supervised position: the entropy captured, less that of the candidates stored; nats.
+def _captured_entropies(config: EvaluateConfig, cache: Cache) -> dict[str, list[float]]:
+    """Of each position of each sample, nats. None are needed on a topk cache, whose candidates are all stored."""
+    if not cache.plan["fields"]["sparsify"].startswith("threshold"):
+        return {}
+    return dict(_rows(config, "sample_id, entropies"))
+
+
+def _entropy_unstored(sample: Sample, captured: Sequence[float]) -> np.ndarray:
+    """By supervised position: the entropy captured, less that of the candidates stored; nats.
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
     and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
-    0 on a topk cache, whose candidates are all stored.
     """
-    captured = dict(_rows(config, "sample_id, entropies"))
-    found = {}
-    thresholded = str(units.caches[0].plan["fields"]["sparsify"]).startswith("threshold")
-    for first in range(0, len(units), 256):
-        for sample in units.load(np.arange(first, min(first + 256, len(units)))):
-            position = np.repeat(np.arange(len(sample.counts)), sample.counts)
-            p = np.exp(sample.candidate_logprobs.astype(np.float64))
-            tail = np.exp(sample.tail_logprobs.astype(np.float64))
-            tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
-            stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
-            of_captured = np.array(captured[sample.sample_id], dtype=np.float64)
-            found[sample.sample_id] = (of_captured - stored)[sample.supervised] * thresholded
-    return found
+    position = np.repeat(np.arange(len(sample.counts)), sample.counts)
+    p = np.exp(sample.candidate_logprobs.astype(np.float64))
+    tail = np.exp(sample.tail_logprobs.astype(np.float64))
+    tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
+    stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
+    return (np.array(captured, dtype=np.float64) - stored)[sample.supervised]
 
 
 def _forced_teacher(units: Units, groups: dict[str, str], config: EvaluateConfig) -> pa.Table:
@@ -389,21 +385,11 @@ def _judge(
                 "reason": verdict.reason,
             }
             if prompt.reference is not None:
-                bare = _answer(text, prompt.verifier)
                 row["rougeL"] = metrics.rouge_l(text, prompt.reference)
                 row["rougeL_paper"] = metrics.rouge_l_of_the_paper(text, prompt.reference)
-                row["exact"] = metrics.exact(bare, prompt.reference)
+                row["exact"] = metrics.exact(verifiers.answer_in(text, prompt.verifier), prompt.reference)
             if prompt.teacher and not is_teacher:
                 row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
             yield row
 
     return pa.Table.from_pylist(list(rows()), ANSWERS)
-
-
-def _answer(text: str, verifier: str | None) -> str:
-    """What of a text is the answer: a verifier says where to look for it."""
-    try:
-        known = verifiers.parse(verifier)
-    except KDError:
-        known = None
-    return text if known is None else verifiers.extract(text, known) or ""

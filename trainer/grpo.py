@@ -26,7 +26,6 @@ from trl import GRPOConfig, import_utils
 from kdcache import query, verifiers, writer
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION, differing_fields
-from kdcache.sandbox import Sandbox
 from trainer import adapters, rewards
 from trainer.batches import open_caches
 from trainer.run import RUN_FILE
@@ -213,10 +212,7 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         from trainer.policy import CachedGRPO
 
     config = run.config
-    sandbox = None
-    if any(verifiers.runs_code(prompt.verifier) for prompt in run.prompts):
-        sandbox = Sandbox(config.unsafe_exec)
-        sandbox.check()
+    sandbox = verifiers.sandbox_for((prompt.verifier for prompt in run.prompts), config.unsafe_exec)
     arguments = _arguments(run)
     answers = arguments.per_device_train_batch_size * (arguments.steps_per_generation or 1)
     if config.guide is not None and answers % (arguments.num_generations or 1):

@@ -59,13 +59,9 @@ def compose(verdict: verifiers.Verdict, form: bool, finished: bool) -> Judged:
 
 def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
     """Whether an answer has the form asked for: reasoning and answer in their tags, or simply an answer that can be found."""
-    try:
-        known = verifiers.parse(verifier)
-    except KDError:
-        known = None
     if reasoned and REASONED.fullmatch(text) is None:
         return False
-    return bool(text.strip() if known is None else (verifiers.extract(text, known) or "").strip())
+    return bool(verifiers.answer_in(text, verifier).strip())
 
 
 # --- guards -----------------------------------------------------------------------------------------------------------

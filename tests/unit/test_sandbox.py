@@ -21,14 +21,6 @@ SMALL = Limits(wall_seconds=3.0, cpu_seconds=1, memory_mb=128, processes=8, outp
 CPP = "#include <bits/stdc++.h>\nusing namespace std;\nint main() { %s }\n"
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    """Without bubblewrap each test that asks for it fails, and says why."""
-    made = Sandbox()
-    made.check()
-    return made
-
-
 def said_by(outcome):
     assert outcome.status == "ok", outcome
     return json.loads(outcome.stdout)

@@ -18,13 +18,6 @@ DOUBLE = {"kind": "asserts", "language": "python", "tests": ["assert double(2) =
 ADD = "print(sum(map(int, input().split())))"
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    made = Sandbox()
-    made.check()
-    return made
-
-
 def fenced(code, language="python"):
     return f"Here it is:\n```{language}\n{code}\n```\nDone."
 
