@@ -622,14 +622,7 @@ def train(context: click.Context, **options: Any) -> None:
     _quiet_libraries()
     from trainer import run
 
-    own = [p.name for p in context.command.params if p.name]
-    extra = _check_extra(
-        context.meta.get("kd.config", {}) | _extra_options(context),
-        run.training_argument_names(),
-        "TrainingArguments",
-        own,
-        run.RENAMED,
-    )
+    extra = _train_extra(context)
     config = run.TrainConfig(
         arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
     )
@@ -712,12 +705,7 @@ def grpo(context: click.Context, **options: Any) -> None:
     from trainer import grpo as reinforcement
 
     _warn_of_unsafe(options["unsafe_exec"])
-    extra = _check_extra(
-        context.meta.get("kd.config", {}) | _extra_options(context),
-        reinforcement.argument_names(),
-        "trl.GRPOConfig",
-        [p.name for p in context.command.params if p.name],
-    )
+    extra = _grpo_extra(context)
     config = reinforcement.GrpoConfig(
         arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
     )
@@ -960,10 +948,9 @@ def _check_command(arguments: list[str]) -> None:
         if command is cache_teacher:
             _engine_extra(context, context.params["engine"])
         elif command is train:
-            from trainer import run
-
-            own = [p.name for p in command.params if p.name]
-            _check_extra(_extra_options(context), run.training_argument_names(), "TrainingArguments", own, run.RENAMED)
+            _train_extra(context)
+        elif command is grpo:
+            _grpo_extra(context)
 
 
 # --- how things are printed -------------------------------------------------------------------------------------------
@@ -1212,6 +1199,26 @@ def _engine_extra(context: click.Context, engine: str) -> dict[str, Any]:
 
         _check_extra(extra, engine_options(), "vLLM")
     return extra
+
+
+def _train_extra(context: click.Context) -> dict[str, Any]:
+    from trainer import run
+
+    return _library_extra(context, run.training_argument_names(), "TrainingArguments", run.RENAMED)
+
+
+def _grpo_extra(context: click.Context) -> dict[str, Any]:
+    from trainer import grpo
+
+    return _library_extra(context, grpo.argument_names(), "trl.GRPOConfig")
+
+
+def _library_extra(
+    context: click.Context, known: Iterable[str], whose: str, renamed: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What --config and the command line hold that is the library's, flags winning."""
+    own = [p.name for p in context.command.params if p.name]
+    return _check_extra(context.meta.get("kd.config", {}) | _extra_options(context), known, whose, own, renamed)
 
 
 def main() -> None:

@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from kdcache.errors import UsageError, first_line
+from trainer.run import StudentConfig
 from trainer.student import load_student
 
 FOLDER = "adapter"  # of a run: the low-rank matrices by themselves
 
 
-class Adapted(Protocol):
-    """What a run's configuration says about LoRA."""
-
-    @property
-    def student(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
-    @property
-    def lora_r(self) -> int | None: ...
-    @property
-    def lora_alpha(self) -> int | None: ...
-    @property
-    def lora_dropout(self) -> float: ...
-    @property
-    def lora_target_modules(self) -> str: ...
-    @property
-    def load_in_4bit(self) -> bool: ...
-
-
-def add(student: Any, config: Adapted) -> Any:
+def add(student: Any, config: StudentConfig) -> Any:
     """The student as peft wraps it, with its head left as it is; the student itself without ``lora_r``."""
     if config.lora_r is None:
         return student
@@ -52,7 +34,7 @@ def add(student: Any, config: Adapted) -> Any:
         raise UsageError(f"--lora-target-modules {targets}: {first_line(error)}") from None
 
 
-def merge(config: Adapted, adapter: Path, out: Path) -> None:
+def merge(config: StudentConfig, adapter: Path, out: Path) -> None:
     """Save the whole student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it."""
     import peft
 

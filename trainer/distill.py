@@ -10,7 +10,6 @@ of the global batch, whatever number of ranks and accumulation steps it is cut i
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import MethodType
@@ -20,14 +19,13 @@ import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from kdcache import writer
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache.errors import UsageError, first_line
 from trainer import adapters, card
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
-from trainer.run import CONFIG_FILE, RUN_FILE, Run
+from trainer.run import RUN_FILE, Run, begin
 from trainer.student import load_student
 
 Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
@@ -214,11 +212,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     if run.compile is not None:  # the layers alone: the loss is three matrix products already
         student.base_model.compile(dynamic=True, **run.compile)
     if arguments.process_index == 0:
-        if config.overwrite and config.output_dir.is_dir():
-            _clear(config.output_dir)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        writer.write_json(config.output_dir / RUN_FILE, run.record)
-        (config.output_dir / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
+        begin(config, run.record)
 
     step = 0
     if run.checkpoint:
@@ -322,10 +316,3 @@ def _training_arguments(run: Run) -> TrainingArguments:
     if made.n_gpu > 1:  # DataParallel would cut packed rows; torchrun gives each GPU a process
         made._n_gpu = 1
     return made
-
-
-def _clear(folder: Path) -> None:
-    """Delete what a run left; refuse a folder that holds no run."""
-    if not (folder / RUN_FILE).is_file() and get_last_checkpoint(str(folder)) is None and any(folder.iterdir()):
-        raise KDError(f"--overwrite: {folder} holds no run of kd train; delete it yourself if that is meant")
-    shutil.rmtree(folder)

@@ -9,27 +9,21 @@ the cache; what was given is not trained on, and the share falls as the answers 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
-from trl import GRPOConfig, import_utils
 
 from kdcache import query, verifiers, writer
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.format import FORMAT_VERSION, differing_fields
+from kdcache.format import FORMAT_VERSION
 from trainer import adapters, rewards
-from trainer.batches import open_caches
-from trainer.run import RUN_FILE
-from trainer.student import check_tokenizer, load_student, stop_ids
+from trainer.run import RUN_FILE, StudentConfig, begin, open_for, resume_point
+from trainer.student import load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
 GUIDES = ("prefix",)
@@ -38,30 +32,15 @@ Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
 
 
 @dataclass(frozen=True)
-class GrpoConfig:
-    """What ``kd grpo`` was asked for; ``arguments`` are trl.GRPOConfig's by their own names."""
+class GrpoConfig(StudentConfig):
+    """What ``kd grpo`` was asked for; ``arguments`` are trl.GRPOConfig's."""
 
-    from_cache: tuple[Path, ...]
-    student: str
-    output_dir: Path
-    where: str | None = None
     guide: str | None = None
     guards: bool = True
     guard_window: int = 20
-    dtype: str = "float32"
-    lora_r: int | None = None
-    lora_alpha: int | None = None
-    lora_dropout: float = 0.0
-    lora_target_modules: str = "all-linear"
-    load_in_4bit: bool = False
     unsafe_exec: bool = False
-    overwrite: bool = False
-    arguments: dict[str, Any] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """What makes the result what it is."""
-        places = ("from_cache", "output_dir", "overwrite", "unsafe_exec", "guards", "guard_window")
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in places}
+    places: ClassVar[tuple[str, ...]] = (*StudentConfig.places, "guards", "guard_window", "unsafe_exec")
 
 
 @dataclass(frozen=True)
@@ -104,10 +83,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         raise UsageError(
             "--guide needs each answer of a group to begin differently, which --use-vllm cannot; use one of them"
         )
-    if config.load_in_4bit and config.lora_r is None:
-        raise UsageError("--load-in-4bit needs --lora-r: weights in 4 bits cannot be trained")
-    caches = open_caches(config.from_cache)
-    check_tokenizer(config.student, caches[0])
+    caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
     prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
     if not prompts:
@@ -127,7 +103,14 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
         "finished": False,
     }
-    return GrpoRun(config, prompts, where, caches[0].plan["end_of_turn"], record, _resume_point(config, record))
+    return GrpoRun(
+        config,
+        prompts,
+        where,
+        caches[0].plan["end_of_turn"],
+        record,
+        resume_point(config, record, _settings, "kd grpo"),
+    )
 
 
 def _default_where(config: GrpoConfig) -> str | None:
@@ -157,25 +140,10 @@ def _choose(cache: Path, plan: dict[str, Any], where: str | None) -> list[Prompt
     ]
 
 
-def _resume_point(config: GrpoConfig, record: dict[str, Any]) -> str | None:
-    folder = config.output_dir
-    if config.overwrite or not folder.is_dir() or not any(folder.iterdir()):
-        return None
-    if not (folder / RUN_FILE).is_file():
-        raise KDError(f"--output-dir {folder} is not empty and holds no run of kd grpo; use another, or --overwrite")
-    old = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-    if old.get("finished"):
-        raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    same = ("config", "prompts", "method", "caches")
-    old["caches"], record = [c["fingerprint"] for c in old.get("caches", [])], dict(record)
-    record["caches"] = [c["fingerprint"] for c in record["caches"]]
-    if differing := differing_fields({name: old.get(name) for name in same}, {name: record[name] for name in same}):
-        raise KDError(
-            f"--output-dir {folder} holds another run (old -> new):\n  "
-            + "\n  ".join(differing)
-            + "\nUse another, or --overwrite."
-        )
-    return get_last_checkpoint(str(folder))
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same for a run to be continued."""
+    same = {name: record.get(name) for name in ("method", "config", "prompts")}
+    return same | {"caches": [cache["fingerprint"] for cache in record["caches"]]}
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -208,9 +176,6 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     """Train, and save the student as a Hugging Face folder. ``rewards.Collapsed`` if a guard stops it."""
     import datasets
 
-    with _vllm_imported(bool(run.config.arguments.get("use_vllm"))):
-        from trainer.policy import CachedGRPO
-
     config = run.config
     sandbox = verifiers.sandbox_for((prompt.verifier for prompt in run.prompts), config.unsafe_exec)
     arguments = _arguments(run)
@@ -226,11 +191,8 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
     student.generation_config.eos_token_id = stops
     if arguments.process_index == 0:
-        if config.overwrite and config.output_dir.is_dir():
-            shutil.rmtree(config.output_dir)
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        writer.write_json(config.output_dir / RUN_FILE, run.record)
-    trainer = CachedGRPO(
+        begin(config, run.record)
+    trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
         run,
         sandbox,
         stops,
@@ -258,23 +220,31 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     return {"output_dir": str(config.output_dir), "steps": trainer.state.global_step, "success": trainer.success}
 
 
-@contextlib.contextmanager
-def _vllm_imported(wanted: bool) -> Iterator[None]:
-    """TRL imports vLLM wherever it is installed, with warnings if it is another version's: only where it will generate."""
+def trainer_class(use_vllm: bool) -> Any:
+    """TRL's trainer on the cache. TRL imports vLLM wherever it is installed: here only where it will generate."""
+    from trl import import_utils
+
+    from trainer.policy import FromCache
+
     asked = import_utils.is_vllm_available
-    if not wanted:
+    if not use_vllm:
         import_utils.is_vllm_available = lambda *_, **__: False
     try:
-        yield
+        from trl import GRPOTrainer
     finally:
         import_utils.is_vllm_available = asked
+    return type("CachedGRPO", (FromCache, GRPOTrainer), {})
 
 
 def argument_names() -> list[str]:
+    from trl import GRPOConfig
+
     return [f.name for f in dataclasses.fields(GRPOConfig)]
 
 
-def _arguments(run: GrpoRun) -> GRPOConfig:
+def _arguments(run: GrpoRun) -> Any:
+    from trl import GRPOConfig
+
     given: dict[str, Any] = {
         "logging_steps": 1,
         "save_steps": 20,

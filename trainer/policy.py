@@ -7,21 +7,25 @@ on which nothing is trained; the share of them falls as answers without a guide 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.trainer_callback import PrinterCallback
-from trl import GRPOTrainer
 
 from kdcache.sandbox import Sandbox
 from trainer import rewards
 from trainer.grpo import GrpoRun
 
+if TYPE_CHECKING:
+    from trl import GRPOTrainer as Base
+else:
+    Base = object  # TRL imports vLLM where it is installed: ``grpo.trainer_class`` says when it may
+
 GUIDED_SHARE, GUIDED_PART = 0.5, 0.5  # of a group at first; of a trace
 SUCCESS_MEMORY = 0.9  # of the running mean of unguided answers that are right
 
 
-class CachedGRPO(GRPOTrainer):
-    """GRPOTrainer whose prompts are the cache's ids, whose rewards are verifiers', and whose answers may be guided."""
+class FromCache(Base):
+    """What stands before GRPOTrainer in a class of both: its prompts are the cache's ids, its rewards verifiers', and its answers may be guided."""
 
     def __init__(self, run: GrpoRun, sandbox: Sandbox | None, stops: Sequence[int], **kwargs: Any):
         self.prompts_by_text = {prompt.text: prompt for prompt in run.prompts}

@@ -9,17 +9,20 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from kdcache import writer
 from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
+from kdcache.reader import Cache
 from trainer import losses
 from trainer.batches import Units, open_caches, select
 from trainer.student import check_tokenizer
@@ -31,39 +34,47 @@ SAMPLES_PER_DEVICE = 8
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What ``kd train`` was asked for; ``arguments`` are TrainingArguments by their own names."""
+class StudentConfig:
+    """What every training of a student is asked for; ``arguments`` are its library's, by their own names."""
 
     from_cache: tuple[Path, ...]
     student: str
     output_dir: Path
-    method: str = "kd"
-    alpha: float = 0.5
-    divergence: str = "forward_kl"
     where: str | None = None
-    max_length: int = 2048
-    too_long: str = "drop"
     dtype: str = "float32"
     lora_r: int | None = None
     lora_alpha: int | None = None
     lora_dropout: float = 0.0
     lora_target_modules: str = "all-linear"
     load_in_4bit: bool = False
-    evals_per_epoch: int = 4
-    early_stopping_patience: int | None = None
     overwrite: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
 
+    #: Where things are, and what does not change the result.
+    places: ClassVar[tuple[str, ...]] = ("from_cache", "output_dir", "overwrite")
+
     def as_json(self) -> dict[str, Any]:
         """What makes the result what it is."""
-        places = ("from_cache", "output_dir", "overwrite")
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in places}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.places}
 
     def as_yaml(self) -> str:
-        """For ``kd train --config``."""
+        """For ``--config``."""
         options = {**self.as_json(), "from_cache": [str(path) for path in self.from_cache]}
         options |= options.pop("arguments")
         return yaml.safe_dump({k: v for k, v in options.items() if v is not None}, sort_keys=False)
+
+
+@dataclass(frozen=True)
+class TrainConfig(StudentConfig):
+    """What ``kd train`` was asked for; ``arguments`` are TrainingArguments."""
+
+    method: str = "kd"
+    alpha: float = 0.5
+    divergence: str = "forward_kl"
+    max_length: int = 2048
+    too_long: str = "drop"
+    evals_per_epoch: int = 4
+    early_stopping_patience: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,27 +114,33 @@ class Run:
         }
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Check caches, tokenizer and folder, and work out the steps. Nothing is written, no weights are loaded."""
-    if config.method not in METHODS:
-        raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
-    if not 0.0 <= config.alpha <= 1.0:
-        raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
+def open_for(config: StudentConfig) -> list[Cache]:
+    """The caches, once it is clear that the student can be trained on them, and will not be deleted first."""
     if config.load_in_4bit and config.lora_r is None:
         raise UsageError(
             "--load-in-4bit needs --lora-r: weights of 4 bits cannot be trained, what LoRA adds to them can"
         )
     caches = open_caches(config.from_cache)
-    alpha = config.alpha if config.method == "kd" else 0.0
-    for cache in caches:
-        if alpha:
-            losses.check(config.divergence, cache.plan["fields"]["sparsify"])
     check_tokenizer(config.student, caches[0])
     student = Path(config.student).resolve()
     if config.overwrite and config.output_dir.resolve() in (student, *student.parents):
         raise UsageError(
             f"--overwrite would delete the student {student}: it is inside --output-dir {config.output_dir}"
         )
+    return caches
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Check caches, tokenizer and folder, and work out the steps. Nothing is written, no weights are loaded."""
+    if config.method not in METHODS:
+        raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
+    if not 0.0 <= config.alpha <= 1.0:
+        raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
+    caches = open_for(config)
+    alpha = config.alpha if config.method == "kd" else 0.0
+    for cache in caches:
+        if alpha:
+            losses.check(config.divergence, cache.plan["fields"]["sparsify"])
     cut = config.too_long == "cut"
     train = select(caches, "train", config.where, config.max_length, cut)
     if not len(train):
@@ -161,8 +178,25 @@ def prepare(config: TrainConfig) -> Run:
         compile=_take_compile(arguments),
         arguments=arguments,
         record=record,
-        checkpoint=_resume_point(config, record),
+        checkpoint=resume_point(config, record, _settings, "kd train"),
     )
+
+
+def begin(config: StudentConfig, record: dict[str, Any]) -> None:
+    """Make the folder of a run: empty under --overwrite, with what was asked for and what it was resolved to."""
+    folder = config.output_dir
+    if config.overwrite and folder.is_dir():
+        _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    writer.write_json(folder / RUN_FILE, record)
+    (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
+
+
+def _clear(folder: Path) -> None:
+    """Delete what a run left; refuse a folder that holds no run."""
+    if not (folder / RUN_FILE).is_file() and get_last_checkpoint(str(folder)) is None and any(folder.iterdir()):
+        raise KDError(f"--overwrite: {folder} holds no run; delete it yourself if that is meant")
+    shutil.rmtree(folder)
 
 
 def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -201,8 +235,10 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {arguments[name]}: expected more than 0")
 
 
-def _resume_point(config: TrainConfig, record: dict[str, Any]) -> str | None:
-    """The checkpoint to go on from. KDError if the folder holds something else."""
+def resume_point(
+    config: StudentConfig, record: dict[str, Any], settings: Callable[[dict[str, Any]], dict[str, Any]], command: str
+) -> str | None:
+    """The checkpoint to go on from. KDError if the folder holds something else: ``settings`` of a record must be the same."""
     folder = config.output_dir
     if config.overwrite or not folder.exists():
         return None
@@ -215,13 +251,13 @@ def _resume_point(config: TrainConfig, record: dict[str, Any]) -> str | None:
     if found is None:
         if any(folder.iterdir()):
             raise KDError(
-                f"--output-dir {folder} is not empty and holds no run of kd train; use another, or --overwrite"
+                f"--output-dir {folder} is not empty and holds no run of {command}; use another, or --overwrite"
             )
         return None
     old = json.loads(found.read_text(encoding="utf-8"))
     if old.get("finished"):
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    differing = differing_fields(_settings(old), _settings(record))
+    differing = differing_fields(settings(old), settings(record))
     if differing:
         raise KDError(
             f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
@@ -237,7 +273,7 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
     cuts = ("per_device_train_batch_size", "gradient_accumulation_steps")  # of the same step into parts
     config["arguments"] = {name: value for name, value in config["arguments"].items() if name not in cuts}
     fingerprints = [cache["fingerprint"] for cache in record["caches"]]
-    return {**config, "samples_per_step": record["samples_per_step"], "caches": fingerprints}
+    return {**config, "samples_per_step": record.get("samples_per_step"), "caches": fingerprints}
 
 
 #: What options were called before transformers 5, or are called elsewhere.

@@ -153,7 +153,7 @@ def test_grpo_trains_from_the_cache_alone_and_goes_on_after_an_interruption(kd, 
 
 
 def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums, tiny_model, tmp_path, monkeypatch):
-    from trainer import grpo
+    from trainer import grpo, policy
 
     config = grpo.GrpoConfig(
         (sums,),
@@ -165,16 +165,14 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
         arguments={"num_generations": 2, "per_device_train_batch_size": 4, "max_completion_length": 8, "max_steps": 2},
     )
     seen = []
-    with grpo._vllm_imported(False):
-        from trainer.policy import CachedGRPO
-    inner = CachedGRPO._generate
+    inner = policy.FromCache._generate
 
     def watched(self, prompts):
         found = inner(self, prompts)
         seen.append((prompts, self._guided, found))
         return found
 
-    monkeypatch.setattr(CachedGRPO, "_generate", watched)
+    monkeypatch.setattr(policy.FromCache, "_generate", watched)
     run = grpo.prepare(config)
     grpo.train(run, lambda *_: None)
     by_text = {prompt.text: prompt for prompt in run.prompts}
