@@ -10,18 +10,23 @@ the cache; what was given is not trained on, and the share falls as the answers 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from kdcache import query, verifiers, writer
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION
+from kdcache.reader import Cache, Sample
 from trainer import adapters, rewards
+from trainer.batches import select
 from trainer.run import RUN_FILE, StudentConfig, begin, open_for, resume_point
 from trainer.student import load_student, stop_ids
 
@@ -36,6 +41,7 @@ class GrpoConfig(StudentConfig):
     """What ``kd grpo`` was asked for; ``arguments`` are trl.GRPOConfig's."""
 
     guide: str | None = None
+    teacher_weight: float = 0.0  # of rewards.likeness
     guards: bool = True
     guard_window: int = 20
     unsafe_exec: bool = False
@@ -51,6 +57,7 @@ class Prompt:
     reference: str | None
     reasoned: bool  # reasoning was asked for in it
     traces: list[list[int]] = field(repr=False)  # ids of answers that are right, their end of turn left out
+    cached: list[Sample] = field(default_factory=list, repr=False)  # every answer, where the teacher's word is a reward
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,11 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         raise UsageError(
             "--guide needs each answer of a group to begin differently, which --use-vllm cannot; use one of them"
         )
+    if not 0.0 <= config.teacher_weight <= rewards.MOST_TEACHER_WEIGHT:
+        raise UsageError(
+            f"--teacher-weight {config.teacher_weight}: expected 0 to {rewards.MOST_TEACHER_WEIGHT}, so that it cannot outweigh "
+            "being right"
+        )
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
     prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
@@ -95,6 +107,8 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         raise KDError(
             "--guide prefix needs answers in the cache that are right (reward = 1) to the prompts chosen; none is"
         )
+    if config.teacher_weight:
+        _add_cached(prompts, caches)
     record = {
         "format_version": FORMAT_VERSION,
         "method": "grpo",
@@ -140,6 +154,16 @@ def _choose(cache: Path, plan: dict[str, Any], where: str | None) -> list[Prompt
     ]
 
 
+def _add_cached(prompts: Sequence[Prompt], caches: Sequence[Cache]) -> None:
+    """Give each prompt the answers that the cache holds to it, with the teacher's distributions."""
+    answers = {tuple(prompt.ids): prompt.cached for prompt in prompts}
+    units = select(caches, "train")
+    for first in range(0, len(units), 256):
+        for sample in units.load(np.arange(first, min(first + 256, len(units)))):
+            if (found := answers.get(tuple(sample.prompt_ids.tolist()))) is not None:
+                found.append(sample)
+
+
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
     same = {name: record.get(name) for name in ("method", "config", "prompts")}
@@ -150,10 +174,15 @@ def _settings(record: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Watch(TrainerCallback):
-    """Hands what was logged to the guards and to the caller."""
+    """Hands what was logged to the guards and to the caller; what an interrupted run had logged is remembered first."""
 
     def __init__(self, guards: rewards.Guards | None, report: Report):
         self.guards, self.report = guards, report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for logs in state.log_history:
+            if self.guards is not None and "reward" in logs:
+                self.guards.remember(_step(logs))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "reward" not in logs:
@@ -161,15 +190,25 @@ class _Watch(TrainerCallback):
         if state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, logs)
         if self.guards is not None:
-            self.guards(
-                rewards.Step(
-                    correctness=float(logs["rewards/correctness/mean"]),
-                    format=float(logs["rewards/form/mean"]),
-                    length_tokens=float(logs["completions/mean_length"]),
-                    entropy_nats=float(logs.get("entropy", 0.0)),
-                    varied=1.0 - float(logs.get("frac_reward_zero_std", 0.0)),
-                )
-            )
+            self.guards(_step(logs))
+
+
+def _step(logs: dict[str, Any]) -> rewards.Step:
+    return rewards.Step(
+        correctness=float(logs["rewards/correctness/mean"]),
+        format=float(logs["rewards/form/mean"]),
+        length_tokens=float(logs["completions/mean_length"]),
+        entropy_nats=float(logs.get("entropy", 0.0)),
+        varied=1.0 - float(logs.get("frac_reward_zero_std", 0.0)),
+    )
+
+
+def _success_of(checkpoint: str | None) -> float:
+    """What share of unguided answers was right, when an interrupted run was saved."""
+    if checkpoint is None:
+        return 0.0
+    state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return next((float(logs["success"]) for logs in reversed(state["log_history"]) if "success" in logs), 0.0)
 
 
 def train(run: GrpoRun, report: Report) -> dict[str, Any]:
@@ -202,6 +241,7 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         processing_class=tokenizer,
         callbacks=[_Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
     )
+    trainer.success = _success_of(run.checkpoint)
     try:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     except rewards.Collapsed:
@@ -253,7 +293,7 @@ def _arguments(run: GrpoRun) -> Any:
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
-        "reward_weights": [1.0, rewards.FORMAT_WEIGHT],
+        "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := run.config.teacher_weight) else [])],
         "disable_tqdm": True,
         **run.config.arguments,
         "output_dir": str(run.config.output_dir),

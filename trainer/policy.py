@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache.sandbox import Sandbox
@@ -29,11 +30,11 @@ class FromCache(Base):
 
     def __init__(self, run: GrpoRun, sandbox: Sandbox | None, stops: Sequence[int], **kwargs: Any):
         self.prompts_by_text = {prompt.text: prompt for prompt in run.prompts}
-        self.run_config, self.sandbox, self.stops = run.config, sandbox, set(stops)
+        self.config_of_run, self.sandbox, self.stops = run.config, sandbox, set(stops)
         self.success = 0.0  # running mean of unguided answers that are right
         self._guided: list[list[int]] = []  # the prefix of each answer of the last generation
         self._judged: list[rewards.Judged] = []
-        functions: list[Any] = [self.correctness, self.form]
+        functions: list[Any] = [self.correctness, self.form, *([self.likeness] if run.config.teacher_weight else [])]
         super().__init__(reward_funcs=functions, **kwargs)
         self.remove_callback(PrinterCallback)
 
@@ -47,7 +48,7 @@ class FromCache(Base):
 
     def guided_share(self) -> float:
         """Of a group's answers: falls to none as half of the unguided ones come right."""
-        return 0.0 if self.run_config.guide is None else GUIDED_SHARE * max(0.0, 1.0 - 2.0 * self.success)
+        return 0.0 if self.config_of_run.guide is None else GUIDED_SHARE * max(0.0, 1.0 - 2.0 * self.success)
 
     def _prefixes(self, texts: Sequence[str]) -> list[list[int]]:
         """For each answer to be generated, the first part of a verified one, or nothing; a group is a run of equal prompts."""
@@ -84,13 +85,30 @@ class FromCache(Base):
         self._judged = rewards.judge(
             completions,
             [(prompt.verifier, prompt.reference, prompt.reasoned) for prompt in asked],
-            [bool(ids) and ids[-1] in self.stops for ids in completion_ids],
+            [self._finished(ids) for ids in completion_ids],
             self.sandbox,
         )
-        alone = [j.correctness for j, prefix in zip(self._judged, self._guided) if not prefix]
-        if alone and self._is_training():
-            self.success = SUCCESS_MEMORY * self.success + (1 - SUCCESS_MEMORY) * sum(alone) / len(alone)
+        if self._is_training():
+            self._remember([j.correctness for j, prefix in zip(self._judged, self._guided) if not prefix])
         return [judged.correctness for judged in self._judged]
+
+    def _finished(self, ids: Sequence[int]) -> bool:
+        return bool(ids) and ids[-1] in self.stops
+
+    def _remember(self, alone: Sequence[float]) -> None:
+        """The share of all ranks' unguided answers that are right; it is logged, and by that found again on resuming."""
+        found = torch.tensor([sum(alone), float(len(alone))], device=self.accelerator.device)
+        right, count = self.accelerator.reduce(found, "sum").tolist()
+        if count:
+            self.success = SUCCESS_MEMORY * self.success + (1 - SUCCESS_MEMORY) * right / count
+        self._metrics["train"]["success"].append(self.success)
 
     def form(self, **_: Any) -> list[float]:
         return [judged.format for judged in self._judged]
+
+    def likeness(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        """What the cached teacher thinks of each answer, as far as the cache knows; asked for by --teacher-weight."""
+        return [
+            rewards.likeness(ids, self.prompts_by_text[text].cached) if self._finished(ids) else 0.0
+            for text, ids in zip(prompts, completion_ids)
+        ]

@@ -1,9 +1,10 @@
 """Rewards for GRPO, made of verifiers; and the guards that stop a run which learns to please them instead of the task.
 
-    reward = correctness + FORMAT_WEIGHT * format,        0 for an answer that is empty or cut off
+    reward = correctness + FORMAT_WEIGHT * format (+ teacher_weight * likeness),    0 for an answer that is empty or cut off
 
 Correctness is 1 or 0 (``kdcache.verifiers``: tests are run, numbers and texts compared). Format is 1 for an answer in the form
-that was asked for, else 0, and its weight is such that no answer gains more by form than by being right.
+that was asked for, else 0. Likeness, off by default, is what the cached teacher thinks of the answer, as far as the cache
+knows. The weights are such that no answer gains as much by form and likeness as by being right.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import numpy as np
 
 from kdcache import verifiers
 from kdcache.errors import KDError
+from kdcache.reader import Sample
 from kdcache.sandbox import Sandbox
 
 FORMAT_WEIGHT = 0.1
+MOST_TEACHER_WEIGHT = 0.5
 #: What an answer under --reasoning looks like, and nothing besides.
 REASONED = re.compile(r"\s*<think>.*?\S.*?</think>\s*<answer>.*?\S.*?</answer>\s*", re.DOTALL)
 
@@ -64,6 +67,32 @@ def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
     return bool(verifiers.answer_in(text, verifier).strip())
 
 
+def likeness(ids: Sequence[int], cached: Sequence[Sample]) -> float:
+    """The teacher's probability of an answer's tokens, mean over the answer, 0 to 1: as far as an answer in the cache begins alike.
+
+    Where one begins as this answer does, the teacher's distribution of the next token is known there; a token that is not among
+    its candidates has 0, and so has all that follows. On a threshold cache the mean over many answers is right, not each one.
+    """
+    answer = np.asarray(ids)
+    alike = max(cached, key=lambda sample: _common(answer, sample.completion_ids), default=None)
+    if alike is None or not len(answer):
+        return 0.0
+    known = min(_common(answer, alike.completion_ids) + 1, len(answer), len(alike.counts))
+    ends = np.cumsum(alike.counts)
+    total = 0.0
+    for position in range(known):
+        here = slice(ends[position] - alike.counts[position], ends[position])
+        total += float(np.exp(alike.candidate_logprobs[here][alike.candidate_ids[here] == answer[position]]).sum())
+    return total / len(answer)
+
+
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two answers share from the beginning."""
+    length = min(len(a), len(b))
+    differing = np.flatnonzero(a[:length] != b[:length])
+    return int(differing[0]) if len(differing) else length
+
+
 # --- guards -----------------------------------------------------------------------------------------------------------
 
 
@@ -98,12 +127,16 @@ class Guards:
     first: list[Step] = field(default_factory=list)  # the steps that later ones are compared with
     last: deque[Step] = field(default_factory=deque)
 
-    def __call__(self, step: Step) -> None:
+    def remember(self, step: Step) -> None:
+        """See a step without judging it, as those of a run that is continued."""
         if len(self.first) < max(self.window // 4, 1):
             self.first.append(step)
         self.last.append(step)
         if len(self.last) > self.window:
             self.last.popleft()
+
+    def __call__(self, step: Step) -> None:
+        self.remember(step)
         if len(self.last) < self.window:
             return
 
