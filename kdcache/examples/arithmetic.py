@@ -20,7 +20,7 @@ def take(row: files.Row) -> Draft:
         instruction=f"What is {a} {sign} {b}? Answer with the number.",
         completion=result,
         reference=result,
-        group_id=f"arithmetic {a} {sign} {b}",
+        group_id=f"arithmetic {min(a, b)} {sign} {max(a, b)}",  # 3 + 4 and 4 + 3 are one problem
         task="sum" if sign == "+" else "product",
         verifier={"kind": "numeric", "answer": result},
     )
