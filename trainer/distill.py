@@ -10,6 +10,7 @@ of the global batch, whatever number of ranks and accumulation steps it is cut i
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import MethodType
@@ -123,11 +124,19 @@ class DistillTrainer(Trainer):
     """Trainer with our stream of batches and our held-out metrics; everything else is its own."""
 
     def __init__(
-        self, stream: Stream, held_out: Callable[[], Iterable[Batch]] | None, record: dict[str, Any], **kwargs: Any
+        self,
+        stream: Stream,
+        held_out: Callable[[], Iterable[Batch]] | None,
+        record: dict[str, Any],
+        logged: list[dict[str, float]],
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.stream, self.held_out, self.record = stream, held_out, record
         self._sums: dict[str, Tensor] = {}
+        # What a run had trained on and taken when it was interrupted: nothing is logged after a checkpoint but with it.
+        before = next((entry for entry in reversed(logged) if "tokens" in entry), {"tokens": 0.0, "seconds": 0.0})
+        self._tokens, self._begun = before["tokens"], time.monotonic() - before["seconds"]
         self.add_callback(_Steps(stream.steps_per_epoch))
         self.remove_callback(PrinterCallback)
 
@@ -150,7 +159,9 @@ class DistillTrainer(Trainer):
             sums = over_ranks(self._sums, self.args.device)
             tokens = sums.pop("tokens")
             logs |= {name: round(value / max(tokens, 1.0), 4) for name, value in sums.items()}
+            self._tokens += tokens
             self._sums = {}
+        logs |= {"tokens": self._tokens, "seconds": round(time.monotonic() - self._begun, 2)}  # since the first step
         super().log(logs, *args, **kwargs)
 
     def evaluate(
@@ -214,10 +225,10 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     if arguments.process_index == 0:
         begin(config, run.record)
 
-    step = 0
+    step, logged = 0, []
     if run.checkpoint:
         state = json.loads((Path(run.checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-        step = state["global_step"]
+        step, logged = state["global_step"], state["log_history"]
     rank, ranks = arguments.process_index, arguments.world_size
     stream = Stream(
         run.train,
@@ -241,6 +252,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         stream,
         held_out,
         run.record,
+        logged,
         model=model,
         args=arguments,
         eval_dataset=run.validation if held_out else None,  # Trainer asks that there is one; ``evaluate`` is ours

@@ -26,7 +26,7 @@ import torch
 from kdcache import hashes, query, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.format import SPLITS
-from kdcache.reader import Cache, Sample
+from kdcache.reader import Cache, Sample, entropy_unstored
 from kdcache.sandbox import Sandbox
 from trainer import generate, metrics
 from trainer.batches import IGNORE, Units, open_caches, pack, select
@@ -116,11 +116,15 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
         return _judge(prompts, asked, texts, is_teacher, sandbox)
 
     @functools.cache  # for all models, and not at all where each is measured already
-    def captured() -> dict[str, list[float]]:
-        return _captured_entropies(config, caches[0])
+    def entropies() -> dict[str, list[float]]:
+        return dict(_rows(config, "sample_id, entropies"))
+
+    # A topk cache stores all that was captured: its KL needs no entropy beside it.
+    sampled = caches[0].plan["fields"]["sparsify"].startswith("threshold")
 
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
-        forced = _forced(model, units, groups, captured(), config, lambda *at: progress(f"{label}: held-out KL", *at))
+        at = lambda *numbers: progress(f"{label}: held-out KL", *numbers)  # noqa: E731
+        forced = _forced(model, units, groups, entropies(), sampled, config, at)
         texts = generate.answers(
             model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
         )
@@ -129,7 +133,9 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     def of_teacher() -> tuple[pa.Table, pa.Table]:
         temperature = _sampled_at(caches[0])
         own = [(Ask(p.prompt_id, [], temperature, i), text) for p in prompts for i, text in enumerate(p.teacher)]
-        return _forced_teacher(units, groups, config), judged([a for a, _ in own], [t for _, t in own], is_teacher=True)
+        return _forced_teacher(units, groups, entropies(), config), judged(
+            [a for a, _ in own], [t for _, t in own], is_teacher=True
+        )
 
     def of_copying() -> tuple[pa.Table, pa.Table]:
         copied = {p.prompt_id: _baseline(p) or "" for p in prompts}
@@ -227,13 +233,16 @@ def _baseline(prompt: Prompt) -> str | None:
 
 # --- teacher-forced ---------------------------------------------------------------------------------------------------
 
-MEASURES_VERSION = 2
+MEASURES_VERSION = 3
+ENTROPIES = len(metrics.ENTROPY_EDGES_NATS) + 1  # buckets of them
 FORCED = pa.schema(
     [
         *(pa.field(name, pa.string()) for name in ("sample_id", "group_id")),
         *(pa.field(name, pa.float64()) for name in ("tokens", "kl", "agreement", "ce")),  # summed over its positions
         pa.field("confident", pa.list_(pa.float64(), metrics.BINS)),  # of the best token, by bin of its probability
         pa.field("right", pa.list_(pa.float64(), metrics.BINS)),
+        # The same by the bucket of the teacher's entropy.
+        *(pa.field(f"{name}_by_entropy", pa.list_(pa.float64(), ENTROPIES)) for name in ("tokens", "kl", "agreement")),
     ]
 )
 
@@ -242,7 +251,8 @@ def _forced(
     model: str,
     units: Units,
     groups: dict[str, str],
-    captured: dict[str, list[float]],
+    entropies: dict[str, list[float]],
+    sampled: bool,
     config: EvaluateConfig,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
@@ -268,37 +278,19 @@ def _forced(
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
         for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
             mine = {name: array[low:high] for name, array in arrays.items()}
-            if captured:
-                mine["kl"] = mine["kl"] - _entropy_unstored(sample, captured[sample.sample_id])
-            rows.append(_summed(sample.sample_id, groups, **mine))
+            entropy = np.array(entropies[sample.sample_id], dtype=np.float64)
+            if sampled:
+                mine["kl"] = mine["kl"] - entropy_unstored(sample, entropy)
+            rows.append(_summed(sample.sample_id, groups, entropy=entropy[sample.supervised], **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
     gc.collect()
     return pa.Table.from_pylist(rows, FORCED)
 
 
-def _captured_entropies(config: EvaluateConfig, cache: Cache) -> dict[str, list[float]]:
-    """Of each position of each sample, nats. None are needed on a topk cache, whose candidates are all stored."""
-    if not cache.plan["fields"]["sparsify"].startswith("threshold"):
-        return {}
-    return dict(_rows(config, "sample_id, entropies"))
-
-
-def _entropy_unstored(sample: Sample, captured: Sequence[float]) -> np.ndarray:
-    """By supervised position: the entropy captured, less that of the candidates stored; nats.
-
-    A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
-    and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
-    """
-    position = np.repeat(np.arange(len(sample.counts)), sample.counts)
-    p = np.exp(sample.candidate_logprobs.astype(np.float64))
-    tail = np.exp(sample.tail_logprobs.astype(np.float64))
-    tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
-    stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
-    return (np.array(captured, dtype=np.float64) - stored)[sample.supervised]
-
-
-def _forced_teacher(units: Units, groups: dict[str, str], config: EvaluateConfig) -> pa.Table:
+def _forced_teacher(
+    units: Units, groups: dict[str, str], entropies: dict[str, list[float]], config: EvaluateConfig
+) -> pa.Table:
     """The teacher's own row a sample, from its cached log-probabilities."""
     own = dict(_rows(config, "sample_id, token_logprobs"))
     rows = []
@@ -310,6 +302,7 @@ def _forced_teacher(units: Units, groups: dict[str, str], config: EvaluateConfig
                 _summed(
                     sample.sample_id,
                     groups,
+                    entropy=np.array(entropies[sample.sample_id], dtype=np.float64)[picked],
                     kl=np.zeros(picked.sum()),
                     agreement=np.ones(picked.sum()),
                     ce=-np.array(own[sample.sample_id], dtype=np.float64)[picked],
@@ -332,6 +325,7 @@ def _first_candidates(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
 def _summed(
     sample_id: str,
     groups: dict[str, str],
+    entropy: np.ndarray,
     kl: np.ndarray,
     agreement: np.ndarray,
     ce: np.ndarray,
@@ -339,6 +333,7 @@ def _summed(
     right: np.ndarray,
 ) -> dict[str, Any]:
     bins = metrics.bin_of(confidence)
+    buckets = np.searchsorted(metrics.ENTROPY_EDGES_NATS, entropy, side="right")
     return {
         "sample_id": sample_id,
         "group_id": groups[sample_id],
@@ -348,6 +343,9 @@ def _summed(
         "ce": ce.sum(),
         "confident": np.bincount(bins, confidence, metrics.BINS).tolist(),
         "right": np.bincount(bins, right, metrics.BINS).tolist(),
+        "tokens_by_entropy": np.bincount(buckets, minlength=ENTROPIES).astype(np.float64).tolist(),
+        "kl_by_entropy": np.bincount(buckets, kl, ENTROPIES).tolist(),
+        "agreement_by_entropy": np.bincount(buckets, agreement, ENTROPIES).tolist(),
     }
 
 

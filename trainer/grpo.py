@@ -27,7 +27,7 @@ from kdcache.format import FORMAT_VERSION
 from kdcache.reader import Cache, Sample
 from trainer import adapters, rewards
 from trainer.batches import select
-from trainer.run import RUN_FILE, StudentConfig, begin, open_for, resume_point
+from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
 from trainer.student import load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
@@ -115,6 +115,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         "config": config.as_json(),
         "prompts": len(prompts),
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
+        "made_with": made_with(),
         "finished": False,
     }
     return GrpoRun(

@@ -17,6 +17,7 @@ import numpy as np
 
 RESAMPLINGS = 2000
 BINS = 15  # of the confidence, for ECE
+ENTROPY_EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # between the buckets of the teacher's entropy
 
 Sums = Mapping[str, np.ndarray]
 

@@ -5,16 +5,20 @@ Nothing here loads weights or writes; ``distill.py`` does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -163,6 +167,7 @@ def prepare(config: TrainConfig) -> Run:
         "config": config.as_json(),
         "samples_per_step": samples_per_step,
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
+        "made_with": made_with(),
         "finished": False,
     }
     return Run(
@@ -180,6 +185,19 @@ def prepare(config: TrainConfig) -> Run:
         record=record,
         checkpoint=resume_point(config, record, _settings, "kd train"),
     )
+
+
+PACKAGES = ("kdcache", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pyarrow", "duckdb")
+
+
+def made_with() -> dict[str, str]:
+    """What a run was made on: the device, Python, and the packages that decide its numbers."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    found = {"device": device, "python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def begin(config: StudentConfig, record: dict[str, Any]) -> None:

@@ -82,6 +82,12 @@ def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, ti
     assert "not measured" in kd("compare", tmp_path / "e", "--metric", "bleu", code=2).stderr
     assert "no evaluation" in kd("compare", tmp_path, code=1).stderr
 
+    tables = [pq.read_table(path).to_pylist() for path in (tmp_path / "e").glob("*/forced.parquet")]
+    assert len(tables) == 4
+    for row in (row for table in tables for row in table):  # the buckets of the teacher's entropy hold every position
+        for name in ("tokens", "kl", "agreement"):
+            assert sum(row[f"{name}_by_entropy"]) == pytest.approx(row[name], abs=1e-9)
+
 
 def test_temperatures_and_seeds_are_answered_apart(kd, tiny_cache, tiny_model, tmp_path):
     kd(

@@ -77,6 +77,9 @@ def test_killed_and_resumed_gives_the_losses_and_weights_of_an_uninterrupted_run
     done = train(tmp_path / "cut", *more)
     assert "checkpoint-6" in done.stderr
     assert history(tmp_path / "cut", "step", "loss") == history(tmp_path / "whole", "step", "loss")
+    assert history(tmp_path / "cut", "step", "tokens") == history(tmp_path / "whole", "step", "tokens")
+    seconds = [taken for (taken,) in history(tmp_path / "cut", "seconds")]
+    assert seconds == sorted(seconds) and seconds[-1] > 0, "an interruption does not set the clock back"
     assert history(tmp_path / "cut", "step", "eval_kl") == history(tmp_path / "whole", "step", "eval_kl")
     assert history(tmp_path / "cut", "step", "epoch")[-1] == history(tmp_path / "whole", "step", "epoch")[-1]
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
