@@ -857,6 +857,8 @@ def compare(
         there = ", ".join(dict.fromkeys(row["metric"] for row in found))
         raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {there}")
     written = comparison.write(found, out or evaluations[0])
+    if all(row["interval"] is None for row in found):
+        _note("no intervals: the split holds fewer than five problems, and resampling so few says little of others")
     if metrics:
         found = [row for row in found if row["metric"] in metrics]
     if as_json:

@@ -26,7 +26,7 @@ from kdcache.errors import KDError, first_line
 VIEWS = (
     *("vocab", "rewards", "samples", "positions", "candidates", "shards"),
     *("sources", "lengths", "duplicates"),
-    *("captured_mass", "captured_mass_curve", "near_deterministic_share", "calibration"),
+    *("captured_mass", "captured_mass_curve", "near_deterministic_share", "entropy_histogram", "calibration"),
     *("prompts", "token_ranks", "uncertain_tokens", "disagreements", "hardest_samples", "sample"),
 )
 

@@ -4,7 +4,7 @@
 
 Retention is student / teacher of a metric where more is better, on the very same prompts and at the same temperature:
 anything else is refused. Intervals are the middle 95% of resampled problems (and runs, where a label has several),
-paired between models.
+paired between models; of fewer than five problems there are none.
 """
 
 from __future__ import annotations

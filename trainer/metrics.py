@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLINGS = 2000
+LEAST_GROUPS = 5  # problems that an interval needs: resampling fewer says little of others
 BINS = 15  # of the confidence, for ECE
 ENTROPY_EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # between the buckets of the teacher's entropy
 
@@ -107,9 +108,12 @@ def bootstrap(sums: Sums, seed: int = 0) -> dict[str, np.ndarray]:
     """Metric -> its value in each of B resamplings of the groups and, where there are several, of the runs.
 
     ``sums``: name -> (R, G, ...). The resamplings depend on G and R alone: those of two models on the same groups are
-    paired. Groups are drawn with replacement (Efron 1979); a group counts with everything that was asked of it.
+    paired. Groups are drawn with replacement (Efron 1979); a group counts with everything that was asked of it. NaN of fewer
+    than LEAST_GROUPS groups, which have no interval.
     """
     runs, groups = next(iter(sums.values())).shape[:2]
+    if groups < LEAST_GROUPS:
+        return {name: np.array([np.nan]) for name in values({name: s[0, 0] for name, s in sums.items()})}
     drawn = np.random.default_rng([seed, groups]).multinomial(groups, np.full(groups, 1 / groups), RESAMPLINGS)
     of_runs = np.random.default_rng([seed, runs, 1]).multinomial(runs, np.full(runs, 1 / runs), RESAMPLINGS)
     return values({name: np.einsum("br,bg,rg...->b...", of_runs, drawn, s, optimize=True) for name, s in sums.items()})

@@ -169,6 +169,13 @@ def test_an_interval_narrows_with_more_problems_and_holds_the_mean():
     assert widths[1] < widths[0] / 5 and metrics.interval(np.array([np.nan])) is None
 
 
+def test_a_handful_of_problems_has_no_interval():
+    sums = {"rougeL": np.random.default_rng(0).random((2, 4)), "referenced": np.ones((2, 4))}
+    assert metrics.interval(metrics.bootstrap(sums)["rougeL"]) is None
+    more = {name: np.concatenate([values, values], axis=1) for name, values in sums.items()}
+    assert metrics.interval(metrics.bootstrap(more)["rougeL"]) is not None
+
+
 def test_intervals_are_paired_so_that_equal_models_differ_by_nothing():
     hits = np.random.default_rng(1).random((1, 50))
     sums = {"rougeL": hits, "referenced": np.ones((1, 50))}
