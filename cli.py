@@ -868,6 +868,45 @@ def compare(
         _note(f"written: {', '.join(map(str, written))}")
 
 
+@kd.command("report", context_settings=CONTEXT)
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="The cache they come from [default: the one among the folders]."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("data/report"),
+    show_default=True,
+    help="Folder of report.html, report.json and plots/*.csv.",
+)
+@json_option
+def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bool) -> None:
+    """One page on what was trained, what it kept of the teacher and what it cost. It opens anywhere, without a network.
+
+    FOLDER is a run, an evaluation or a quantized student, or a folder that holds some, as kd run and kd demo leave it.
+
+    \b
+    kd report data/demo --out data/demo/report
+    kd report data/kd data/sft data/grpo data/evaluation --cache data/qwen
+    """
+    _quiet_libraries()
+    from trainer import report as reporting
+
+    found = reporting.find(folders, cache)
+    page = reporting.write(found, out, _note)
+    _print_facts(
+        {
+            "report": str(page),
+            "runs": len(found.runs),
+            "evaluations": len(found.evaluations),
+            "quantized": len(found.quantized),
+            "cache": str(found.cache) if found.cache else None,
+        },
+        as_json,
+    )
+
+
 @kd.command("chat", context_settings=CONTEXT)
 @click.argument("student")
 @click.option("--system", help="System prompt.")
