@@ -62,6 +62,8 @@ def curves(
             label=None if curve.label in seen else curve.label,
         )
         seen.add(curve.label)
+    if not log_x and all(float(x).is_integer() for curve in drawn for x, _ in curve.points):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if len(seen) > 1:
         _legend(figure, axes, len(seen))
     rows = tuple((curve.label, x, y) for curve in drawn for x, y in curve.points)
@@ -93,7 +95,7 @@ def bars(
             color=_STAND_IN[colours[number % len(colours)]],
             label=label,
         )
-    every = -(-len(names) // 10)
+    every = -(-sum(map(len, names)) // 40)  # as many names as fit
     axes.set_xticks(range(0, len(names), every), names[::every])
     if len(groups) > 1:
         _legend(figure, axes, len(groups))
@@ -143,7 +145,12 @@ def _axes(x_label: str, y_label: str, height: float = HEIGHT_INCHES) -> tuple[An
 
 def _legend(figure: Any, axes: Any, entries: int) -> None:
     figure.legend(
-        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=min(entries, 3), frameon=False, fontsize=8.5
+        *axes.get_legend_handles_labels(),
+        loc="outside upper left",
+        ncols=min(entries, 3),
+        frameon=False,
+        fontsize=8.5,
+        labelcolor=_STAND_IN[INK],
     )
 
 

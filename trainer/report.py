@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -93,7 +93,7 @@ def gather(found: Found, progress: Progress = lambda _: None) -> dict[str, Any]:
         "kdcache": __version__,
         "folders": [str(path) for path in (*found.runs, *found.evaluations, *found.quantized)],
         "against": against,
-        "findings": _findings(compared, against),
+        "findings": _findings([row for row in compared if row["label"] in methods], against),
         "comparison": compared,
         "measured_on": [_json(folder / compare.EVALUATION_FILE)["settings"] for folder in found.evaluations],
         "runs": runs,
@@ -155,7 +155,7 @@ def _findings(compared: Sequence[dict[str, Any]], against: str | None) -> list[s
     }
     sentences = []
     for row in compared:
-        if row["metric"] not in said or "difference" not in row or row["label"] in (compare.TEACHER, compare.COPY):
+        if row["metric"] not in said or "difference" not in row:
             continue
         within = row["difference_interval"]
         sure = within is not None and (within[0] > 0 or within[1] < 0)
@@ -255,7 +255,11 @@ def _cache(cache: Path) -> dict[str, Any]:
         asked[name] = [dict(zip(columns, row)) for row in rows]
     rejected = cache / "rejected.jsonl"
     lines = rejected.read_text(encoding="utf-8").splitlines() if rejected.is_file() else []
-    asked["rejected"] = dict(Counter(json.loads(line)["reason"] for line in lines).most_common(10))
+    reasons: dict[str, list[str]] = {}  # alike but for the numbers in them
+    for line in lines:
+        reason = json.loads(line)["reason"]
+        reasons.setdefault(re.sub(r"\d+", "N", reason), []).append(reason)
+    asked["rejected"] = [{"rows": len(alike), "first": alike[0]} for alike in reasons.values()]
     return asked
 
 
@@ -309,13 +313,19 @@ def _render(data: dict[str, Any], figures: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["short"] = _short
-    environment.filters["number"] = lambda value: (
-        "–" if value is None else f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-    )
+    environment.filters["number"] = _number
     styles = "\n".join((pages / name).read_text(encoding="utf-8") for name in ("base.css", "report.css"))
     return environment.get_template("report.html").render(
         data=data, figures=figures, styles=styles, table=_table(data["comparison"]), teacher=compare.TEACHER
     )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _short(text: str | None) -> str:
