@@ -269,7 +269,7 @@ def _forced(
         for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
             mine = {name: array[low:high] for name, array in arrays.items()}
             if captured:
-                mine["kl"] = mine["kl"] - _entropy_unstored(sample, captured[sample.sample_id])
+                mine["kl"] = mine["kl"] - entropy_unstored(sample, captured[sample.sample_id])
             rows.append(_summed(sample.sample_id, groups, **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
@@ -284,7 +284,7 @@ def _captured_entropies(config: EvaluateConfig, cache: Cache) -> dict[str, list[
     return dict(_rows(config, "sample_id, entropies"))
 
 
-def _entropy_unstored(sample: Sample, captured: Sequence[float]) -> np.ndarray:
+def entropy_unstored(sample: Sample, captured: Sequence[float]) -> np.ndarray:
     """By supervised position: the entropy captured, less that of the candidates stored; nats.
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
