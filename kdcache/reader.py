@@ -154,3 +154,17 @@ def normalise(logprobs: np.ndarray, counts: np.ndarray, tails: np.ndarray) -> np
     with np.errstate(divide="ignore"):
         shift = np.log1p(-np.exp(tails[nonempty])) - np.log(totals)
     return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again
+
+
+def entropy_unstored(sample: Sample, captured: Sequence[float]) -> np.ndarray:
+    """By supervised position: the entropy captured, less that of the candidates stored; nats.
+
+    A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
+    and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
+    """
+    position = np.repeat(np.arange(len(sample.counts)), sample.counts)
+    p = np.exp(sample.candidate_logprobs.astype(np.float64))
+    tail = np.exp(sample.tail_logprobs.astype(np.float64))
+    tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
+    stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
+    return (np.array(captured, dtype=np.float64) - stored)[sample.supervised]

@@ -26,7 +26,7 @@ import torch
 from kdcache import hashes, query, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.format import SPLITS
-from kdcache.reader import Cache, Sample
+from kdcache.reader import Cache, Sample, entropy_unstored
 from kdcache.sandbox import Sandbox
 from trainer import generate, metrics
 from trainer.batches import IGNORE, Units, open_caches, pack, select
@@ -282,20 +282,6 @@ def _captured_entropies(config: EvaluateConfig, cache: Cache) -> dict[str, list[
     if not cache.plan["fields"]["sparsify"].startswith("threshold"):
         return {}
     return dict(_rows(config, "sample_id, entropies"))
-
-
-def entropy_unstored(sample: Sample, captured: Sequence[float]) -> np.ndarray:
-    """By supervised position: the entropy captured, less that of the candidates stored; nats.
-
-    A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
-    and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
-    """
-    position = np.repeat(np.arange(len(sample.counts)), sample.counts)
-    p = np.exp(sample.candidate_logprobs.astype(np.float64))
-    tail = np.exp(sample.tail_logprobs.astype(np.float64))
-    tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
-    stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
-    return (np.array(captured, dtype=np.float64) - stored)[sample.supervised]
 
 
 def _forced_teacher(units: Units, groups: dict[str, str], config: EvaluateConfig) -> pa.Table:

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 
 from kdcache.errors import KDError
-from kdcache.reader import Cache, Sample
+from kdcache.reader import Cache, Sample, entropy_unstored
 from trainer.batches import IGNORE, pack
-from trainer.evaluate import entropy_unstored
 from trainer.fused import Head, head_of
 from trainer.losses import cells
 from trainer.student import load_student

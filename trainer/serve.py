@@ -69,6 +69,8 @@ class Server(ThreadingHTTPServer):
 
     def about(self, _: Question) -> dict[str, Any]:
         student = self.student.name if self.student else None
+        if student and Path(student).is_dir():
+            student = Path(student).resolve().name
         return {**self.view.about(), "student": student, "sample": self.first_sample}
 
     def samples(self, asked: Question) -> dict[str, Any]:

@@ -255,8 +255,9 @@ class View:
         texts, escaped = pieces(self.bytes_of(sample.completion_ids))
         before, after = self._template()
         return {
-            **{name: row[name] for name in ("source", "split", "task", "language", "origin", "reference")},
+            **{name: row[name] for name in ("source", "split", "task", "language", "origin")},
             "id": sample_id,
+            "reference": row["reference"] if row["reference"] != row["completion"] else None,
             "reward": number(self.index.reward[shown.number]),
             "prompt": _without(row["prompt"], before, after),
             "prompt_tokens": len(sample.prompt_ids),

@@ -5,7 +5,7 @@
 const CHUNK = 256; // positions whose candidates are asked for at once
 const TOKENS = 1500; // shown at first, and more at each press of a button
 const TEXT = [2000, 1000]; // characters shown of a long text's beginning and end
-const CANDIDATES = 12; // shown at first
+const CANDIDATES = 10; // shown at first
 // The lowest value of each shade, nats; below the first there is none.
 const EDGES = { entropy: [0.25, 0.75, 1.5, 2.5, 3.5, 5], kl: [0.05, 0.15, 0.4, 0.8, 1.5, 3] };
 
@@ -274,7 +274,7 @@ function grow(more) {
   const from = tokens.childElementCount;
   const to = Math.min(from + more, open.texts.length);
   const made = document.createDocumentFragment();
-  for (let i = from; i < to; i++) made.append(token(i));
+  for (let i = from; i < to; i++) made.append(...token(i));
   tokens.append(made);
   shade(from);
   const left = open.texts.length - to;
@@ -285,16 +285,18 @@ function grow(more) {
 
 function token(i) {
   const part = i in open.escaped;
-  const made = element("span", { role: "option", class: "token", tabindex: "-1", "aria-selected": "false" }, visible(open.texts[i]));
-  if (part && !open.texts[i]) {
+  const text = open.texts[i];
+  const gap = / *(?=[^ ])/y.exec(text)?.[0] ?? ""; // outside, not shaded: at the end of a line it would hang there
+  const made = element("span", { role: "option", class: "token", tabindex: "-1", "aria-selected": "false" }, visible(text.slice(gap.length)));
+  if (part && !text) {
     made.classList.add("continued");
     made.setAttribute("aria-label", "part of the character before");
-  } else if (!open.texts[i].trim()) {
-    made.setAttribute("aria-label", open.texts[i].includes("\n") ? "line break" : "space");
+  } else if (!text.trim()) {
+    made.setAttribute("aria-label", text.includes("\n") ? "line break" : "space");
   }
   if (!open.supervised[i]) made.classList.add("unsupervised");
   made.dataset.i = i;
-  return made;
+  return [gap, made];
 }
 
 function facts() {
@@ -302,8 +304,8 @@ function facts() {
   const ce = mean(logprobs);
   $("about").replaceChildren(
     visible([split, source, task, origin].filter(Boolean).join(" · ")),
-    ` · ${count(prompt)} + ${count(texts.length)} tokens · entropy ${nats(mean(entropies))}, cross-entropy ${nats(ce && -ce)}`,
-    opinion?.kl ? `, student's KL ${nats(mean(opinion.kl))}` : "",
+    ` · ${count(prompt)} + ${count(texts.length)} tokens · entropy ${nats(mean(entropies))} · cross-entropy ${nats(ce && -ce)}`,
+    opinion?.kl ? ` · student's KL ${nats(mean(opinion.kl))}` : "",
     " nats a token ",
     reward(open.reward) ?? "",
   );
@@ -315,7 +317,7 @@ function facts() {
     };
     return element("button", { type: "button", "aria-pressed": String(open.shade === name), onclick: choose }, label);
   };
-  const swatch = (step, i) => element("li", { class: open.shade, "data-shade": i }, i ? String(step) : "0");
+  const swatch = (step, i) => element("li", { class: open.shade, "data-shade": i }, i === EDGES[open.shade].length ? `${step}+` : String(step));
   let note = null;
   if (about.student && !opinion) note = "The student is reading this sample…";
   if (opinion?.error) note = opinion.error;
@@ -359,6 +361,7 @@ function pin(found) {
   found.setAttribute("aria-selected", "true");
   open.pinned = Number(found.dataset.i);
   found.focus({ preventScroll: true });
+  found.scrollIntoView({ block: "nearest" }); // from under the sheet, on a phone
   point(open.pinned);
 }
 
@@ -373,7 +376,6 @@ function tokenKeys(event) {
   if (to >= tokens.length && tokens.length < open.texts.length) grow(TOKENS);
   if (!tokens[to]) return;
   pin(tokens[to]);
-  tokens[to].scrollIntoView({ block: "nearest" });
 }
 
 // The token above or below: on the nearest line that way, the nearest one.
@@ -425,21 +427,28 @@ async function point(i) {
 function panel(i, told) {
   const { texts, escaped, entropies, logprobs, ranks, supervised, opinion } = open;
   const text = escaped[i] ?? texts[i];
+  const choice = (label) => element("span", { class: "label" }, visible(label, true));
+  const student = opinion?.kl ? opinion : null;
   const figures = [
-    ["Teacher's entropy", `${nats(entropies[i])} nats`],
-    ["Teacher's log-probability", `${nats(logprobs[i])} nats`],
-    ["Teacher's rank", count(ranks[i])],
+    ["Log-probability, nats", nats(logprobs[i]), student && nats(student.logprobs[i])],
+    ["Rank", count(ranks[i]), student && count(student.ranks[i])],
+    ["First choice", choice(told.texts[0] ?? ""), student && choice(student.best[i])],
+    ["Entropy, nats", nats(entropies[i]), student && ""],
+    student && ["KL to the teacher, nats", "", nats(student.kl[i])],
   ];
-  if (opinion?.kl) {
-    figures.push(["Student's KL to the teacher", `${nats(opinion.kl[i])} nats`]);
-    figures.push(["Student's log-probability", `${nats(opinion.logprobs[i])} nats`], ["Student's rank", count(opinion.ranks[i])]);
-    figures.push(["Student's choice", element("span", { class: "label" }, visible(opinion.best[i], true))]);
-  }
+  const cells = (name, values, tag = "td") =>
+    element("tr", {}, element("th", { scope: "row" }, name), ...values.filter((v) => v !== null).map((v) => element(tag, { class: "number" }, v)));
+  const head = (whose) => element("span", { class: "key" }, element("i", { class: whose }), whose);
   $("panel").replaceChildren(
     element("button", { type: "button", class: "close", "aria-label": "Close", onclick: unpin }, "×"),
     element("h2", { class: "label" }, visible(text, true)),
     element("p", { class: "muted" }, `Token ${count(i + 1)} of ${count(texts.length)}${supervised[i] ? "" : ", not supervised"}`),
-    element("dl", {}, ...figures.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+    element(
+      "table",
+      {},
+      student ? element("thead", {}, cells("", [head("teacher"), head("student")], "th")) : null,
+      element("tbody", {}, ...figures.filter(Boolean).map(([name, ...values]) => cells(name, values))),
+    ),
     bars(i, told, CANDIDATES),
   );
   $("said").textContent = `Token ${i + 1}: entropy ${nats(entropies[i])} nats, rank ${ranks[i]}, probability ${percent(Math.exp(logprobs[i]))}`;
@@ -479,9 +488,8 @@ function bars(i, told, most) {
     const more = element("li", {}, element("button", { type: "button", class: "more", onclick: all }, `Show ${count(hidden.length)} more`));
     made.append(more);
   }
-  made.append(line("all other tokens", told.tail, told.student_tail, "tail"));
+  made.append(line("all others", told.tail, told.student_tail, "tail"));
   const notes = [];
-  if (both) notes.push(element("span", { class: "key" }, element("i", { class: "teacher" }), "teacher ", element("i", { class: "student" }), "student"));
   if (!told.given.includes(true)) notes.push("The token itself is not among the candidates stored: its probability is part of all others'.");
   if (told.drawn.includes(true)) {
     notes.push("Hollow bars: drawn candidates. Each stands for many unlikely tokens, at the threshold's probability, so that the sum is right and the token's own is lower.");
