@@ -860,8 +860,12 @@ def compare(
 @kd.command("view", context_settings=CONTEXT)
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--sample", help="Open this sample_id first.")
-@click.option("--student", help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken].")
+@click.option(
+    "--student", help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
+)
 @click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
 def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
     """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
@@ -877,17 +881,17 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
     _quiet_libraries()
     from trainer.view import View
 
-    viewed = View(cache)
-    beside = None
-    if student is not None:
-        from trainer.forced import Student
-        from trainer.student import check_tokenizer
+    with contextlib.closing(View(cache)) as viewed:
+        beside = None
+        if student is not None:
+            from trainer.forced import Student
+            from trainer.student import check_tokenizer
 
-        check_tokenizer(student, viewed.cache)
-        beside = Student(student, viewed.cache)
-    if sample is not None:
-        viewed.shown(sample)
-    _serve(viewed, beside, port, sample, not no_browser)
+            check_tokenizer(student, viewed.cache)
+            beside = Student(student, viewed.cache)
+        if sample is not None:
+            viewed.shown(sample)
+        _serve(viewed, beside, port, sample, not no_browser)
 
 
 def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open_browser: bool) -> None:
@@ -903,7 +907,7 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
             webbrowser.open(server.url)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-    viewed.close()
+            viewed.indexing.result()  # why it ended, if not by Ctrl-C
 
 
 @kd.command("chat", context_settings=CONTEXT)

@@ -47,7 +47,7 @@ Question = dict[str, str]
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from the start; ``serve_forever`` answers."""
+    """Listens from the start. ``serve_forever`` answers until it is interrupted, or the cache cannot be indexed."""
 
     daemon_threads = True
 
@@ -62,6 +62,7 @@ class Server(ThreadingHTTPServer):
             if port is not None:
                 raise KDError(f"--port {port}: {error.strerror}; use another, or leave it out for a free one") from None
             super().__init__((ADDRESS, 0), Handler)
+        view.indexing.add_done_callback(lambda index: self.shutdown() if index.exception() else None)
 
     @property
     def url(self) -> str:
@@ -138,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
-        if self.headers.get("Host") not in (f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")):
+        if self.headers.get("Host") not in [f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")]:
             self._error(421, f"this server is {self.server.url} and answers to no other name")
         elif url.path in FILES:
             name, kind = FILES[url.path]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import codecs
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -70,19 +69,19 @@ class Shown:
 
 
 class View:
-    """A cache that is being looked at; ``close`` ends what is under way."""
+    """A cache that is being looked at. ``indexing`` goes on from the start, and most else waits for it; ``close`` ends it."""
 
     def __init__(self, path: Path):
         self.cache = Cache(path)
         self._connection = query.connect(path, memory_limit="512MB", views=("rewards", "samples"))
         self._asking = threading.Lock()
-        self.index = self._read_index()
         self._starts: dict[str, np.ndarray] = {}
         self._vocabulary: pa.ChunkedArray | None = None
         self._frame: tuple[str, str] | None = None
         self._found: OrderedDict[str, np.ndarray] = OrderedDict()
         self._shown: OrderedDict[str, Shown] = OrderedDict()
-        self._measurer = ThreadPoolExecutor(1, thread_name_prefix="kd-view")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kd-view")
+        self.indexing = self._pool.submit(self._read_index)
         self._beginning = threading.Lock()
         self._measures: Future[dict[str, np.ndarray]] | None = None
         self._measured = 0  # files
@@ -91,9 +90,13 @@ class View:
     def close(self) -> None:
         self._closed = True
         self._connection.interrupt()
-        self._measurer.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
         with self._asking:
             self._connection.close()
+
+    @property
+    def index(self) -> Index:
+        return self.indexing.result()
 
     def about(self) -> dict[str, Any]:
         """What stands above the list: the cache's name, teacher and sizes."""
@@ -153,7 +156,7 @@ class View:
     def _texts(self, numbers: Iterable[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """``columns`` of the samples, in that order; each row group they are in is read once."""
         places = {n: self._place(int(n)) for n in numbers}
-        found = {}
+        found: dict[int, dict[str, Any]] = {}
         for file, group in sorted({place[:2] for place in places.values()}):
             table = self.cache.table(file, group, columns)
             found |= {n: table.slice(p[2], 1).to_pylist()[0] for n, p in places.items() if p[:2] == (file, group)}
@@ -219,13 +222,15 @@ class View:
                 return self._connection.sql(sql, params=parameters).to_arrow_table()
             except duckdb.Error as error:
                 path = self.cache.path
-                raise KDError(f"{path}: its shards could not be read: {first_line(error)}; run: kd cache verify {path}") from None
+                raise KDError(
+                    f"{path}: its shards could not be read: {first_line(error)}; run: kd cache verify {path}"
+                ) from None
 
     def _measures_of_all(self, begin: bool) -> dict[str, np.ndarray] | None:
         """Mean entropy and mean -log-probability of every sample, by the sort they serve; None until they are there."""
         with self._beginning:
             if self._measures is None and begin:
-                self._measures = self._measurer.submit(self._measure)
+                self._measures = self._pool.submit(self._measure)
             measures = self._measures
         return measures.result() if measures is not None and measures.done() else None
 
@@ -303,7 +308,9 @@ class View:
     def _no_such(self, sample_id: str) -> str:
         like = pc.filter(self.index.sample_ids, pc.match_substring(self.index.sample_ids, sample_id))[:3].to_pylist()
         hint = f"there is {', '.join(like)}" if like else f"the first one is {self.index.sample_ids[0].as_py()}"
-        return f"{self.cache.path} has no sample {sample_id}; {hint}" if len(self.index) else f"{self.cache.path} is empty"
+        return (
+            f"{self.cache.path} has no sample {sample_id}; {hint}" if len(self.index) else f"{self.cache.path} is empty"
+        )
 
     def _read(self, n: int) -> Shown:
         file, group, row = self._place(n)
@@ -343,7 +350,7 @@ def pieces(tokens: Sequence[bytes]) -> tuple[list[str], dict[int, str]]:
     What is no UTF-8 becomes U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    texts, escaped = [""] * len(tokens), {}
+    texts, escaped = [""] * len(tokens), dict[int, str]()
     first = 0
     for i, token in enumerate(tokens):
         last = i == len(tokens) - 1
@@ -365,14 +372,18 @@ def escape(token: bytes) -> str:
 
 def common_frame(texts: Sequence[str]) -> tuple[str, str]:
     """What texts that differ all begin and end with, cut where a tag or a line ends (begins)."""
-    texts = sorted(set(texts))
-    if len(texts) < 2:
+    if len(set(texts)) < 2:
         return "", ""
-    before = os.path.commonprefix(texts)
+    before = _common_start(texts)
     before = before[: max(before.rfind("\n"), before.rfind(">")) + 1]
-    after = os.path.commonprefix([text[len(before) :][::-1] for text in texts])[::-1]
+    after = _common_start([text[len(before) :][::-1] for text in texts])[::-1]
     starts = [at for at in (after.find("\n"), after.find("<")) if at >= 0]
     return before, after[min(starts) :] if starts else ""
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # in their order these two differ first
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), min(len(first), len(last)))]
 
 
 def _without(text: str | None, before: str, after: str) -> tuple[str, str, str]:

@@ -172,7 +172,10 @@ def test_pointing_at_a_token_shows_its_candidates_and_the_tail(visit, address, t
         tiny_cache,
         "SELECT probability FROM candidates WHERE sample_id = 'rows:r7:g' AND position = 3 ORDER BY candidate",
     )
-    shares = [float(bar.evaluate("bar => bar.style.getPropertyValue('--share')")) for bar in page.locator(".candidate:not(.outside) .bar.teacher").all()]
+    shares = [
+        float(bar.evaluate("bar => bar.style.getPropertyValue('--share')"))
+        for bar in page.locator(".candidate:not(.outside) .bar.teacher").all()
+    ]
     assert len(shares) == 9 and sum(shares) == pytest.approx(1, abs=1e-3)
     assert shares[:8] == pytest.approx([p for (p,) in rows], rel=0.03)
     page.locator("#reader h2").hover()
@@ -205,7 +208,9 @@ def test_the_student_stands_beside_the_teacher(visit, address):
     page = visit(f"{address}#rows:r7:g").page
     tokens = opened(page, "rows:r7:g")
     expect(page.locator("#about")).to_contain_text("student's KL")
-    assert set(page.locator("#tokens .token").evaluate_all("all => all.map(t => t.dataset.shade)")) == {"0"}  # its own teacher
+    assert set(page.locator("#tokens .token").evaluate_all("all => all.map(t => t.dataset.shade)")) == {
+        "0"
+    }  # its own teacher
     tokens.nth(1).click()
     expect(page.locator(".candidate .bar.student")).to_have_count(page.locator(".candidate .bar.teacher").count())
     pairs = page.locator(".candidate").evaluate_all(
