@@ -907,7 +907,6 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
             webbrowser.open(server.url)
         with contextlib.suppress(KeyboardInterrupt):
             server.serve_forever()
-            viewed.indexing.result()  # why it ended, if not by Ctrl-C
 
 
 @kd.command("chat", context_settings=CONTEXT)

@@ -47,7 +47,7 @@ Question = dict[str, str]
 
 
 class Server(ThreadingHTTPServer):
-    """Listens from the start. ``serve_forever`` answers until it is interrupted, or the cache cannot be indexed."""
+    """Listens from the start. ``serve_forever`` answers, and raises KDError if the cache cannot be indexed."""
 
     daemon_threads = True
 
@@ -62,7 +62,11 @@ class Server(ThreadingHTTPServer):
             if port is not None:
                 raise KDError(f"--port {port}: {error.strerror}; use another, or leave it out for a free one") from None
             super().__init__((ADDRESS, 0), Handler)
-        view.indexing.add_done_callback(lambda index: self.shutdown() if index.exception() else None)
+
+    def service_actions(self) -> None:
+        """Called by ``serve_forever`` all the while: what the indexing raises ends it."""
+        if self.view.indexing.done():
+            self.view.indexing.result()
 
     @property
     def url(self) -> str:

@@ -223,7 +223,7 @@ class View:
             except duckdb.Error as error:
                 path = self.cache.path
                 raise KDError(
-                    f"{path}: its shards could not be read: {first_line(error)}; run: kd cache verify {path}"
+                    f"{path}: its shards could not be read: {first_line(error)}; run: kd cache verify {path}", 3
                 ) from None
 
     def _measures_of_all(self, begin: bool) -> dict[str, np.ndarray] | None:
