@@ -31,6 +31,7 @@ HOSTILE = {
     "long": (f"Repeat {LONG}", LONG[:4000]),
     "line": ("Two lines,\n\tand a tab", "one\n\n\ttwo \r three 🙂🙂 año \x00 שלום ‌x"),
     "<b>'\"&#/?%": ("An id", "that is hostile"),
+    "thousands": ("Count", "one two three four five " * 1000),
 }
 
 
@@ -307,6 +308,21 @@ def test_a_line_of_100_kb_is_cut_until_it_is_asked_for(visit, hostile):
     assert page.locator("#prompt").inner_text() == f"Repeat {LONG}"
     assert page.locator("#prompt").evaluate("node => node.scrollWidth <= node.clientWidth")
     assert max(len(text) for text in page.locator("#rows .prompt").all_inner_texts()) <= 170
+
+
+def test_a_completion_of_thousands_of_tokens_grows_as_it_is_asked_for(visit, hostile):
+    page = visit(f"{hostile}#thousands").page
+    tokens = opened(page, "thousands")
+    expect(tokens).to_have_count(1500)
+    page.locator("#tokens .token[tabindex='0']").focus()
+    page.keyboard.press("End")
+    expect(page.locator("#panel")).to_contain_text("Token 1,500 of 5,001")
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("#panel")).to_contain_text("Token 1,501 of 5,001")
+    page.keyboard.press("ArrowUp")
+    expect(page.locator("#panel")).not_to_contain_text("Token 1,501 of")
+    page.get_by_role("button", name="Show all 5,001").click()
+    expect(tokens).to_have_count(5001)
 
 
 def test_a_sample_that_is_not_there_is_said_so(visit, hostile):

@@ -7,7 +7,7 @@ const TOKENS = 1500; // shown at first, and more at each press of a button
 const TEXT = [2000, 1000]; // characters shown of a long text's beginning and end
 const CANDIDATES = 10; // shown at first
 // The lowest value of each shade, nats; below the first there is none.
-const EDGES = { entropy: [0.25, 0.75, 1.5, 2.5, 3.5, 5], kl: [0.05, 0.15, 0.4, 0.8, 1.5, 3] };
+const EDGES = { entropy: [0.25, 0.75, 1.5, 2.5, 3.5, 5], kl: [0.1, 0.25, 0.6, 1.2, 2.5, 5] };
 
 const $ = (id) => document.getElementById(id);
 const list = { search: "", sort: "cache", split: "", offset: 0, asked: null };
@@ -490,8 +490,9 @@ function bars(i, told, most) {
   }
   made.append(line("all others", told.tail, told.student_tail, "tail"));
   const notes = [];
-  if (!told.given.includes(true)) notes.push("The token itself is not among the candidates stored: its probability is part of all others'.");
-  if (told.drawn.includes(true)) {
+  const drawn = told.drawn.includes(true);
+  if (!told.given.includes(true)) notes.push(`The token itself is not among the candidates stored: ${drawn ? "those drawn, or " : ""}all others stand for it.`);
+  if (drawn) {
     notes.push("Hollow bars: drawn candidates. Each stands for many unlikely tokens, at the threshold's probability, so that the sum is right and the token's own is lower.");
     if (both) notes.push("A position's KL is an estimate here, and may be below 0; the mean over positions is right.");
   }
