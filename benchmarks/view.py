@@ -5,13 +5,15 @@
 
 The cache is made up (16 candidates, about 40 tokens a completion, vocabulary of 49,152, half of it with a reward) and written
 by the real writer; every sample has its own text and numbers. What is timed is the real command in a process of its own,
-asked over HTTP as the page asks, each question on a fresh connection. Its memory is VmHWM, by the operating system.
+asked over HTTP as the page asks, each question on a fresh connection. Its memory is VmHWM, by the operating system. What
+else the machine was busy with shows in the load average (the benchmark's own is about 1).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import signal
 import statistics
@@ -188,7 +190,7 @@ def main() -> None:
         print(f"{name:28} {value:8.3f} s")
     print(f"peak resident memory {found['peak_resident_bytes'] / 1e6:,.0f} MB, cache {size / 1e6:,.0f} MB on disk")
     facts = {"date": str(date.today()), "machine": machine(), "versions": versions("duckdb", "pyarrow", "numpy")}
-    facts |= {"samples": options.samples, "cache_bytes": size}
+    facts |= {"load_average": round(os.getloadavg()[0], 1), "samples": options.samples, "cache_bytes": size}
     options.results.mkdir(exist_ok=True)
     writer.write_json(options.results / f"view-{hardware()}-{date.today()}.json", facts | found)
 

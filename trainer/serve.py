@@ -10,12 +10,13 @@ questions, and nothing by path; and forbids the page to load or run anything tha
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from kdcache.errors import KDError, UsageError, first_line
 from trainer.view import View, escape, number, numbers
@@ -67,6 +68,10 @@ class Server(ThreadingHTTPServer):
         """Called by ``serve_forever`` all the while: what the indexing raises ends it."""
         if self.view.indexing.done():
             self.view.indexing.result()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a page that was left is no news
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -142,18 +147,18 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
+        path, _, asked = self.path.partition("?")
         if self.headers.get("Host") not in [f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")]:
             self._error(421, f"this server is {self.server.url} and answers to no other name")
-        elif url.path in FILES:
-            name, kind = FILES[url.path]
+        elif path in FILES:
+            name, kind = FILES[path]
             self._send(200, kind, (PAGES / name).read_bytes())
-        elif url.path not in QUESTIONS:
+        elif path not in QUESTIONS:
             self._error(404, "there is nothing here")
         elif self.headers.get("Sec-Fetch-Site", "same-origin") not in ("same-origin", "none"):
             self._error(403, "only this server's own page may ask")
         else:
-            self._answer(QUESTIONS[url.path], {name: values[-1] for name, values in parse_qs(url.query).items()})
+            self._answer(QUESTIONS[path], {name: values[-1] for name, values in parse_qs(asked).items()})
 
     def _answer(self, question: Callable[[Server, Question], dict[str, Any]], asked: Question) -> None:
         try:

@@ -249,7 +249,7 @@ def test_another_sites_page_may_open_it_and_ask_nothing(server):
 
 
 @pytest.mark.parametrize(
-    "path", ["/../serve.py", "/%2e%2e/serve.py", "//etc/passwd", "/view.js/..", "/plan.json", "/api/"]
+    "path", ["/../serve.py", "/%2e%2e/serve.py", "//etc/passwd", "//[", "/view.js/..", "/plan.json", "/api/"]
 )
 def test_there_are_no_files_but_its_own(server, path):
     assert get(server, path)[0] == 404

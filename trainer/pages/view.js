@@ -493,7 +493,7 @@ function bars(i, told, most) {
   const drawn = told.drawn.includes(true);
   if (!told.given.includes(true)) notes.push(`The token itself is not among the candidates stored: ${drawn ? "those drawn, or " : ""}all others stand for it.`);
   if (drawn) {
-    notes.push("Hollow bars: drawn candidates. Each stands for many unlikely tokens, at the threshold's probability, so that the sum is right and the token's own is lower.");
+    notes.push("Pale bars: drawn candidates. Each stands for many unlikely tokens, at the threshold's probability, so that the sum is right and the token's own is lower.");
     if (both) notes.push("A position's KL is an estimate here, and may be below 0; the mean over positions is right.");
   }
   return element("div", {}, made, ...notes.map((note) => element("p", { class: "muted" }, note)));
