@@ -35,7 +35,7 @@ def kd() -> None:
 
     \b
     kd cache-teacher   phase one: a teacher's log-probabilities and samples -> a Parquet cache
-    kd sql             ask SQL of the cache
+    kd sql             ask SQL of the cache, and kd view: look at it in the browser
     kd train           phase two: a student from the cache alone
     kd grpo            reinforcement learning on the cache's prompts and verifiers
     kd evaluate        what the students kept, and kd compare: of the teacher, with intervals
@@ -937,6 +937,58 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
     if not dry_run:
         facts["url"] = publish.push(asked)
     _print_facts(facts | ({"names": list(asked.files)} if as_json else {}), as_json)
+
+
+@kd.command("view", context_settings=CONTEXT)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--sample", help="Open this sample_id first.")
+@click.option(
+    "--student", help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
+)
+@click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
+def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
+    """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
+
+    Search, and sort by uncertainty, surprise, length or reward. With --student, shade by the student's KL to the teacher
+    instead, and see both side by side. The page comes from this process, on 127.0.0.1; nothing leaves the machine, and
+    the teacher is not loaded. Ctrl-C ends it.
+
+    \b
+    kd view data/demo/cache
+    kd view data/demo/cache --student data/demo/kd --sample builtin:en-001:g
+    """
+    _quiet_libraries()
+    from trainer.view import View
+
+    with contextlib.closing(View(cache)) as viewed:
+        beside = None
+        if student is not None:
+            from trainer.forced import Student
+            from trainer.student import check_tokenizer
+
+            check_tokenizer(student, viewed.cache)
+            beside = Student(student, viewed.cache)
+        if sample is not None:
+            viewed.shown(sample)
+        _serve(viewed, beside, port, sample, not no_browser)
+
+
+def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open_browser: bool) -> None:
+    from trainer.serve import Server
+
+    with Server(viewed, student, port, sample) as server:
+        click.echo(server.url)
+        _note("Ctrl-C ends it")
+        sys.stdout.flush()
+        if open_browser and (sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
+            import webbrowser  # without a display it would start a text browser in this very terminal
+
+            webbrowser.open(server.url)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 @kd.command("chat", context_settings=CONTEXT)

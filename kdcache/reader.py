@@ -79,12 +79,15 @@ class Cache:
 
     def read(self, file: str, row_group: int, rows: Sequence[int]) -> list[Sample]:
         """The samples at ``rows`` of a row group, in that order."""
+        return _samples(self.table(file, row_group, TENSOR_COLUMNS), rows)
+
+    def table(self, file: str, row_group: int, columns: Sequence[str]) -> pa.Table:
+        """``columns`` of a row group as they are stored; a column that the shard lacks is left out."""
         try:
             with self._open(file) as shard:
-                table = shard.read_row_group(row_group, columns=list(TENSOR_COLUMNS), use_threads=False)
+                return shard.read_row_group(row_group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise KDError(f"{self.path / 'data' / file} is damaged ({error}); {manifest.WAY_OUT}", 3) from None
-        return _samples(table, rows)
 
     def _open(self, file: str) -> pq.ParquetFile:
         path = self.path / "data" / file

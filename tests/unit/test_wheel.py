@@ -1,4 +1,4 @@
-"""The wheel carries sql/ and recipes/, and works from an empty place."""
+"""The wheel carries sql/, recipes/ and pages, and works from an empty place."""
 
 import os
 import subprocess
@@ -16,9 +16,9 @@ def test_the_wheel_installed_elsewhere_runs_kd_sql(tmp_path, tiny_cache):
     subprocess.run(wheel, check=True, capture_output=True)
     (built,) = (tmp_path / "dist").glob("kdcache-*.whl")
     names = zipfile.ZipFile(built).namelist()
-    assert {"cli.py", "kdcache/sql/samples.sql", "kdcache/recipes/demo.yaml", "kdcache/examples/builtin.jsonl"} <= set(
-        names
-    )
+    carried = {"cli.py", "kdcache/sql/samples.sql", "kdcache/recipes/demo.yaml", "kdcache/examples/builtin.jsonl"}
+    carried |= {f"trainer/pages/{page}" for page in ("base.css", "view.html", "view.css", "view.js")}
+    assert carried <= set(names)
     assert not any(name.startswith(("tests/", "data/", "sql/")) for name in names)
     install = [*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(built)]
     subprocess.run(install, check=True, capture_output=True)
