@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -129,19 +130,18 @@ def sandbox() -> Sandbox:
 Kd = Callable[..., subprocess.CompletedProcess]
 
 
+def run_kd(folder: Path, *arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
+    """Runs the real `kd` in a process of its own, in ``folder``."""
+    command = [sys.executable, "-m", "cli", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"} | options.pop("env", {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900, **options)
+    if code is not None:
+        assert done.returncode == code, f"kd {' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
 @pytest.fixture
 def kd(tmp_path: Path) -> Kd:
-    """Runs the real `kd` in a process of its own, in an empty folder."""
-
-    def run(*arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "cli", *map(str, arguments)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"} | options.pop("env", {})
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=900, **options
-        )
-        if code is not None:
-            assert done.returncode == code, f"kd {' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr, done.stderr
-        return done
-
-    return run
+    """``run_kd`` in an empty folder."""
+    return functools.partial(run_kd, tmp_path)
