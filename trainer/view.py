@@ -181,24 +181,25 @@ class View:
     # --- of all samples -----------------------------------------------------------------------------------------------
 
     def _read_index(self) -> Index:
-        columns = "sample_id, file, file_row_number, split, completion_tokens, reward"
-        table = self._ask(f"SELECT {columns} FROM samples ORDER BY file, file_row_number")
-        table = table.combine_chunks()
-        files = table["file"].combine_chunks().dictionary_encode()
-        names = files.dictionary.to_pylist()
-        planned = {Path(shard["name"]).name: i for i, shard in enumerate(self.cache.plan["shards"])}
-        file = np.asarray(files.indices, dtype=np.int32)
-        rank = np.array([planned.get(name, len(planned)) for name in names], dtype=np.int64)
-        order = np.argsort(rank[file] if len(file) else file, kind="stable")
-        split = pc.index_in(table["split"], pa.array(SPLITS)).fill_null(0)
+        split = f"list_position({list(SPLITS)}, split)"
+        columns = f"sample_id, file, file_row_number, {split} - 1 AS split, completion_tokens, coalesce(reward, 'nan') AS reward"
+        table = self._ask(f"SELECT {columns} FROM samples ORDER BY {split}, file, file_row_number").combine_chunks()
+        if not len(table):
+            raise KDError(f"{self.cache.path} holds no sample: all rows were rejected (rejected.jsonl says why)")
+        whole = {name: table[name].chunk(0) for name in table.column_names}
+        files = whole["file"].dictionary_encode()
+        # By DLPack, without pyarrow's own way to numpy, which imports pandas: half of the time until the first list.
+        values = {
+            name: np.from_dlpack(whole[name]) for name in ("file_row_number", "split", "completion_tokens", "reward")
+        }
         return Index(
-            files=names,
-            sample_ids=pc.take(table["sample_id"], pa.array(order)).combine_chunks(),
-            file=file[order],
-            row=np.asarray(table["file_row_number"], dtype=np.int32)[order],
-            split=np.asarray(split, dtype=np.int8)[order],
-            tokens=np.asarray(table["completion_tokens"], dtype=np.int32)[order],
-            reward=np.asarray(table["reward"], dtype=np.float32)[order],
+            files=files.dictionary.to_pylist(),
+            sample_ids=whole["sample_id"],
+            file=np.from_dlpack(files.indices),
+            row=values["file_row_number"].astype(np.int32),
+            split=values["split"].astype(np.int8),
+            tokens=values["completion_tokens"],
+            reward=values["reward"],
         )
 
     def _matching(self, search: str) -> np.ndarray:
