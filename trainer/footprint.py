@@ -30,7 +30,7 @@ from kdcache import hashes
 from kdcache.errors import KDError
 from trainer.student import load_student
 
-PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 64, 3
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 64, 2
 PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "auto-round")
 
 
