@@ -338,10 +338,11 @@ def _within(ratio: float | None, span: Sequence[float] | None) -> str:
 def verdict(rows: Sequence[dict[str, Any]], device: str) -> str:
     """What it saves and what it costs, in a sentence or two."""
     of = {row["metric"]: row for row in rows}
-    speed = {name: f"{of[name]['ratio']:.2f} times" for name in ("prefill", "decode")}
+    speed = {name: _within(of[name]["ratio"], of[name].get("ratio_range")) for name in ("prefill", "decode")}
     said = (
         f"{1 / of['disk']['ratio']:.2f} times smaller on disk, {1 / of['weights in memory']['ratio']:.2f} times in memory. "
-        f"On this machine ({device}) it reads a prompt at {speed['prefill']} and writes at {speed['decode']} the speed of before. "
+        f"On this machine ({device}), as multiples of the speed before (range over rounds): prompts are read at "
+        f"{speed['prefill']}, answers written at {speed['decode']}. "
     )
     if "kl" not in of:
         return said + "What it costs in quality was not measured: that needs --from-cache."

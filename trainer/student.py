@@ -114,6 +114,9 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
+    elif quantized_by(model) == "compressed-tensors":
+        # It expands its weights at the first call anyway, but of the whole model only, and ours calls parts.
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     try:
         student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:

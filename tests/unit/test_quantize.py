@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT
 
 from kdcache.errors import KDError
-from trainer import chat, footprint, generate, quantize, run
+from trainer import chat, compare, footprint, generate, quantize, run
+from trainer.evaluate import EvaluateConfig, evaluate
 from trainer.student import quantized_by
 
 
@@ -51,23 +52,25 @@ def assert_loads_and_speaks(folder):
     return model
 
 
-@pytest.mark.parametrize("format", ["fp4", "int8", "w4a16"])
-def test_a_quantized_student_loads_as_it_is_and_is_as_small_as_foretold(student, nf4, tiny_cache, tmp_path, format):
-    for name, out in (("nf4", nf4), (format, tmp_path / format)):
-        plan = quantize.prepare(
-            quantize.QuantizeConfig(student, out, name, (tiny_cache,), measure=False, overwrite=True)
-        )
-        if name == format:
-            quantize.quantize(plan)
-        size = (out / "model.safetensors").stat().st_size
-        assert (
-            size == pytest.approx(plan.sizes["weights_bytes_quantized"], rel=0.02)
-            and size < plan.sizes["weights_bytes"]
-        )
-        model = assert_loads_and_speaks(out)
-        assert model.get_input_embeddings().weight.dtype == torch.float32
-        card = (out / "README.md").read_text()
-        assert card.startswith("# A student's card") and quantize.FORMATS[name] in card
+def assert_evaluates(folder, cache, out):
+    """Teacher-forced and answering, as kd evaluate does."""
+    evaluate(EvaluateConfig((("m", str(folder)),), (cache,), out, generate=1, max_new_tokens=2))
+    found = {row["metric"]: row["value"] for row in compare.rows([out]) if row["label"] == "m"}
+    assert found["kl"] > 0 and "rougeL" in found
+
+
+@pytest.mark.parametrize("format", list(quantize.FORMATS))
+def test_a_quantized_student_loads_as_it_is_and_is_as_small_as_foretold(student, tiny_cache, tmp_path, format):
+    out = tmp_path / format
+    plan = quantize.prepare(quantize.QuantizeConfig(student, out, format, (tiny_cache,), measure=False))
+    quantize.quantize(plan)
+    size = (out / "model.safetensors").stat().st_size
+    assert size == pytest.approx(plan.sizes["weights_bytes_quantized"], rel=0.02)
+    assert size < 0.8 * plan.sizes["weights_bytes"]
+    assert_evaluates(out, tiny_cache, tmp_path / "evaluation")
+    assert assert_loads_and_speaks(out).get_input_embeddings().weight.dtype == torch.float32
+    card = (out / "README.md").read_text()
+    assert card.startswith("# A student's card") and quantize.FORMATS[format] in card
 
 
 def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny_cache):
@@ -99,7 +102,7 @@ def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny
 def test_without_a_cache_the_quality_is_said_not_to_be_measured():
     rows = [{"metric": name, "unit": "", "before": 2.0, "after": 1.0, "ratio": 0.5} for name in footprint.UNITS]
     said = quantize.verdict(rows, "a machine")
-    assert "2.00 times smaller on disk" in said and "at 0.50 the speed" in said and "needs --from-cache" in said
+    assert "2.00 times smaller on disk" in said and "written at 0.5." in said and "needs --from-cache" in said
     worse = {"metric": "kl", "unit": "", "before": 1.0, "after": 1.1, "difference": 0.1, "interval": (0.05, 0.2)}
     assert quantize.verdict([*rows, worse], "").endswith("a difference of 0.1 (0.05 to 0.2).")
     assert "cannot tell" in quantize.verdict([*rows, worse | {"interval": (-0.1, 0.2)}], "")
