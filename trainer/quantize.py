@@ -339,10 +339,11 @@ def verdict(rows: Sequence[dict[str, Any]], device: str) -> str:
     """What it saves and what it costs, in a sentence or two."""
     of = {row["metric"]: row for row in rows}
     speed = {name: _within(of[name]["ratio"], of[name].get("ratio_range")) for name in ("prefill", "decode")}
+    size = {name: f"{of[name]['before']:.0f} to {of[name]['after']:.0f} MB" for name in ("disk", "weights in memory")}
     said = (
-        f"{1 / of['disk']['ratio']:.2f} times smaller on disk, {1 / of['weights in memory']['ratio']:.2f} times in memory. "
-        f"On this machine ({device}), as multiples of the speed before (range over rounds): prompts are read at "
-        f"{speed['prefill']}, answers written at {speed['decode']}. "
+        f"Weights on disk {size['disk']} ({1 / of['disk']['ratio']:.2f} times smaller), in memory {size['weights in memory']}. "
+        f"On this machine ({device}), one sequence at a time, it reads prompts at {speed['prefill']} and writes answers at "
+        f"{speed['decode']} times the speed of before (range over rounds). "
     )
     if "kl" not in of:
         return said + "What it costs in quality was not measured: that needs --from-cache."

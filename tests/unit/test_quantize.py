@@ -91,7 +91,7 @@ def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny
     assert low <= difference <= high and rows["kl"]["difference"] == pytest.approx(difference)
     assert {"agreement", "ce", "rougeL"} <= set(rows)
     verdict = record["measured"]["verdict"]
-    assert "times smaller on disk" in verdict and "KL to the teacher goes from" in verdict
+    assert "times smaller)" in verdict and "KL to the teacher goes from" in verdict
     lines = list(csv.DictReader((nf4 / "quantization.csv").read_text().splitlines()))
     assert [line["metric"] for line in lines] == list(rows)
     assert json.loads((nf4 / "evaluation" / "evaluation.json").read_text())["settings"]["engine"] == "transformers"
@@ -103,7 +103,11 @@ def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny
 def test_without_a_cache_the_quality_is_said_not_to_be_measured():
     rows = [{"metric": name, "unit": "", "before": 2.0, "after": 1.0, "ratio": 0.5} for name in footprint.UNITS]
     said = quantize.verdict(rows, "a machine")
-    assert "2.00 times smaller on disk" in said and "written at 0.5." in said and "needs --from-cache" in said
+    assert (
+        "2 to 1 MB (2.00 times smaller)" in said
+        and "answers at 0.5 times the speed" in said
+        and "needs --from-cache" in said
+    )
     worse = {"metric": "kl", "unit": "", "before": 1.0, "after": 1.1, "difference": 0.1, "interval": (0.05, 0.2)}
     assert quantize.verdict([*rows, worse], "").endswith("a difference of 0.1 (0.05 to 0.2).")
     assert "cannot tell" in quantize.verdict([*rows, worse | {"interval": (-0.1, 0.2)}], "")
