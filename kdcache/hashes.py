@@ -53,12 +53,16 @@ def revision(folder: str) -> str | None:
     return name if Path(folder).parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name) else None
 
 
-def weights(folder: str) -> str:
-    """One hash over all weight files of a model folder."""
+def weight_files(folder: str) -> list[Path]:
     files = sorted(f for pattern in _WEIGHTS for f in Path(folder).glob(pattern))
     if not files:
         raise KDError(f"{folder}: no weights (*.safetensors) in it")
-    return of_json([[f.name, _sha256(f)] for f in files])
+    return files
+
+
+def weights(folder: str) -> str:
+    """One hash over all weight files of a model folder."""
+    return of_json([[f.name, _sha256(f)] for f in weight_files(folder)])
 
 
 def tokenizer(folder: str) -> str:

@@ -216,7 +216,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     config = run.config
     arguments = _training_arguments(run)  # starts the process group, where there are several
     set_seed(arguments.seed)  # of LoRA's matrices, before there is a Trainer
-    student, tokenizer = load_student(config.student, config.dtype, config.load_in_4bit)
+    student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     attach_loss(student, run.alpha, config.divergence)
     head_rows = student.get_output_embeddings().weight.shape[0]
     model = adapters.add(student, config)

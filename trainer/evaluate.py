@@ -89,7 +89,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     decoding, temperatures, seeds = _decoding(config, caches[0])
     prompts = _prompts(config)
     sandbox = verifiers.sandbox_for((prompt.verifier for prompt in prompts), config.unsafe_exec)
-    engine = generate.resolve(config.engine) if prompts else None
+    engine = generate.resolve(config.engine, [model for _, model in config.models], config.dtype) if prompts else None
     groups = _groups(config, caches)
     settings = {
         "caches": [cache.fingerprint for cache in caches],

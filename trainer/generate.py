@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from kdcache import format, hashes
-from kdcache.errors import KDError
-from trainer.student import load_student, stop_ids
+from kdcache.errors import KDError, UsageError
+from trainer.student import load_student, quantized_by, stop_ids
 
 ENGINES = ("auto", "vllm", "transformers")
 
@@ -40,12 +40,26 @@ class Decoding:
     dtype: str
 
 
-def resolve(engine: str) -> str:
-    """``auto`` is vLLM where it is installed."""
+def resolve(engine: str, models: Sequence[str] = (), dtype: str = "float32") -> str:
+    """The engine for all ``models`` of a table, so that like is set beside like: ``auto`` is vLLM where it is installed.
+
+    vLLM 0.32 reads no bitsandbytes weights, and computes with compressed-tensors' 4 bits in 16 bits only; so with a
+    quantized model among them ``auto`` is transformers.
+    """
     if engine not in ENGINES:
         raise KDError(f"--engine {engine}: expected one of {', '.join(ENGINES)}", 2)
+    quantized = {model: method for model in models if (method := quantized_by(model)) is not None}
     if engine == "auto":
-        return "vllm" if importlib.util.find_spec("vllm") is not None else "transformers"
+        return "vllm" if importlib.util.find_spec("vllm") is not None and not quantized else "transformers"
+    for model, method in quantized.items() if engine == "vllm" else ():
+        if method == "bitsandbytes":
+            raise UsageError(
+                f"--engine vllm: {model} is quantized by bitsandbytes, which vLLM does not read; use transformers"
+            )
+        if dtype == "float32":
+            raise UsageError(
+                f"--engine vllm: it computes with the 4 bits of {model} in 16; add --dtype bfloat16 or float16"
+            )
     return engine
 
 

@@ -225,7 +225,7 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
             f"--guide needs whole groups on a process: {answers} answers a generation are no multiple of --num-generations "
             f"{arguments.num_generations}"
         )
-    student, tokenizer = load_student(config.student, config.dtype, config.load_in_4bit)
+    student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     stops = stop_ids(student, run.end_of_turn)
     own_eos = tokenizer.eos_token
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)

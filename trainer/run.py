@@ -29,7 +29,7 @@ from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
 from trainer import losses
 from trainer.batches import Units, open_caches, select
-from trainer.student import check_tokenizer
+from trainer.student import check_tokenizer, quantized_by
 
 RUN_FILE = "kdcache.json"
 CONFIG_FILE = "run.yaml"
@@ -123,6 +123,11 @@ def open_for(config: StudentConfig) -> list[Cache]:
     if config.load_in_4bit and config.lora_r is None:
         raise UsageError(
             "--load-in-4bit needs --lora-r: weights of 4 bits cannot be trained, what LoRA adds to them can"
+        )
+    if quantized_by(config.student):
+        raise KDError(
+            f"{config.student} is quantized, and such weights cannot be trained: train the student that it was made from "
+            "(--load-in-4bit --lora-r 16 for QLoRA)"
         )
     caches = open_caches(config.from_cache)
     check_tokenizer(config.student, caches[0])

@@ -5,10 +5,12 @@ kd init-student --from embedded --keep-layers 20 --out data/student
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,9 @@ def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite
     if keep_layers is not None:
         kept = parse_layers(keep_layers, depth)
         _keep(model, kept)
-    _save_whole(model, tokenizer, out)
+    with whole_folder(out) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
     return {
         "student": str(out),
         "layers": f"{len(kept)} of {depth}",
@@ -38,13 +42,13 @@ def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite
     }
 
 
-def _save_whole(model: Any, tokenizer: Any, out: Path) -> None:
-    """Save beside the folder and rename: a folder under its final name holds all of the student."""
+@contextlib.contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` that takes its name when all is saved: under its final name a folder holds all of the student."""
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        yield scratch
         scratch.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
@@ -87,10 +91,11 @@ def _keep(model: Any, kept: Sequence[int]) -> None:
         config.layer_types = [config.layer_types[i] for i in kept]
 
 
-def load_student(model: str, dtype: str, in_4bit: bool = False) -> tuple[Any, Any]:
+def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a Hub id or ``embedded``; KDError in a sentence if it cannot be had.
 
-    ``in_4bit``: NF4 weights by bitsandbytes on this process's device, computing in ``dtype``; the head stays as it is.
+    ``weights``: nf4, fp4 or int8, quantized by bitsandbytes on this process's device, computing in ``dtype``; the head and
+    the embeddings stay as they are. None: as they are in the folder, which may be quantized ones.
     """
     import transformers
 
@@ -99,20 +104,30 @@ def load_student(model: str, dtype: str, in_4bit: bool = False) -> tuple[Any, An
     folder = hashes.model_folder(model)
     tokenizer = load_tokenizer(folder)
     options: dict[str, Any] = {}
-    if in_4bit:
+    if weights is not None:
         device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
         options["device_map"] = {"": device}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            load_in_4bit=weights != "int8",
+            load_in_8bit=weights == "int8",
+            bnb_4bit_quant_type="nf4" if weights == "int8" else weights,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
+    elif quantized_by(model) == "compressed-tensors":
+        # It expands its weights at the first call anyway, but of the whole model only, and ours calls parts.
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     try:
         student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     except Exception as error:
         raise KDError(f"{model}: the model could not be loaded: {first_line(error)}") from None
     return student, tokenizer
+
+
+def quantized_by(model: str) -> str | None:
+    """The library that quantized a student's weights, as in bitsandbytes or compressed-tensors; None if they are not."""
+    config = json.loads((Path(hashes.model_folder(model)) / "config.json").read_text(encoding="utf-8"))
+    return (config.get("quantization_config") or {}).get("quant_method")
 
 
 def stop_ids(student: Any, end_of_turn: int) -> list[int]:
