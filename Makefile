@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# Two processes, each with whole files of tests and one thread: most of the time goes into starting `kd`.
+SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: demo test test-all check lock install clean
 
@@ -13,10 +15,10 @@ demo: $(VENV)/ready
 	$(BIN)/kd demo
 
 test: $(VENV)/ready check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-all: $(VENV)/ready check
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 check: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -20,6 +20,8 @@ from kdcache.teachers import Sampling
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other waste a machine that is shared
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes side by side
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
