@@ -17,7 +17,10 @@ def test_the_wheel_installed_elsewhere_runs_kd_sql(tmp_path, tiny_cache):
     (built,) = (tmp_path / "dist").glob("kdcache-*.whl")
     names = zipfile.ZipFile(built).namelist()
     carried = {"cli.py", "kdcache/sql/samples.sql", "kdcache/recipes/demo.yaml", "kdcache/examples/builtin.jsonl"}
-    carried |= {f"trainer/pages/{page}" for page in ("base.css", "view.html", "view.css", "view.js")}
+    carried |= {
+        f"trainer/pages/{page}"
+        for page in ("base.css", "view.html", "view.css", "view.js", "report.html", "report.css")
+    }
     assert carried <= set(names)
     assert not any(name.startswith(("tests/", "data/", "sql/")) for name in names)
     install = [*pip, "install", "--no-deps", "--target", str(tmp_path / "site"), str(built)]
