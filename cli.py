@@ -638,13 +638,13 @@ def train(context: click.Context, **options: Any) -> None:
         _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
     from trainer import distill
 
-    started = time.monotonic()
-    first = _steps_done(resolved.checkpoint)
+    show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
-        seconds = (time.monotonic() - started) / max(step - first, 1) * (steps - step)
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k != "epoch")
-        _note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
+        hidden = ("epoch", "tokens", "seconds")
+        show(
+            step, steps, "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k not in hidden)
+        )
 
     try:
         found = distill.train(resolved, report)
@@ -723,6 +723,7 @@ def grpo(context: click.Context, **options: Any) -> None:
         return
     facts = resolved.facts().items()
     _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+    show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
         names = {
@@ -734,10 +735,7 @@ def grpo(context: click.Context, **options: Any) -> None:
             "entropy": "entropy",
             "kl": "kl",
         }
-        _note(
-            f"step {step}/{steps}  "
-            + "  ".join(f"{short} {float(logs[k]):.3g}" for k, short in names.items() if k in logs)
-        )
+        show(step, steps, "  ".join(f"{short} {float(logs[k]):.3g}" for k, short in names.items() if k in logs))
 
     try:
         found = reinforcement.train(resolved, report)
@@ -1278,8 +1276,16 @@ class _CtrlC:
         sys.stderr.write("\nfinishing the shards that are begun; Ctrl-C again stops at once\n")
 
 
-def _steps_done(checkpoint: str | None) -> int:
-    return int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
+class _StepLine:
+    """A line a logged step of a training, with the time that is left at the speed so far."""
+
+    def __init__(self, checkpoint: str | None):
+        self.first = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
+        self.begun = time.monotonic()
+
+    def __call__(self, step: int, steps: int, shown: str) -> None:
+        seconds = (time.monotonic() - self.begun) / max(step - self.first, 1) * (steps - step)
+        _note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
 
 
 def _quiet_libraries() -> None:
