@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other waste a machine that is shared
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes side by side
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it, and so would each `kd`
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -83,7 +83,7 @@ def test_an_evaluation_set_of_instances_is_taken_by_its_first(tmp_path):
 
 def test_arithmetic_is_made_with_its_answers():
     rows = examples.load("arithmetic", Columns())
-    assert len({r.row_id for r in rows}) == len({r.group_id for r in rows}) == 162
+    assert len({r.row_id for r in rows}) == 162 and len({r.group_id for r in rows}) == 90  # 3 + 4 is 4 + 3
     one = next(r for r in rows if r.row_id == "7×8")
     assert (prompt_of(one), one.completion) == ("What is 7 × 8? Answer with the number.", "56")
     assert json.loads(one.verifier) == {"kind": "numeric", "answer": "56"}
