@@ -191,11 +191,20 @@ def test_long_samples_are_cut_at_the_completions_end_if_asked_for(tiny_cache):
 
 
 def test_a_step_is_divided_evenly_by_tokens(units):
-    samples = units.load(np.arange(30))
-    parts = divide(samples, 4)
-    sizes = [sum(s.tokens for s in part) for part in parts]
-    assert max(sizes) - min(sizes) <= max(s.tokens for s in samples)
-    assert sorted(s.sample_id for part in parts for s in part) == sorted(s.sample_id for s in samples)
+    tokens = units.tokens[:30]
+    parts = divide(tokens, 4, np.ones((30, 2), bool))
+    sizes = [tokens[part].sum() for part in parts]
+    assert max(sizes) - min(sizes) <= tokens.max()
+    assert sorted(np.concatenate(parts)) == list(range(30))
+
+
+def test_a_sample_goes_to_a_rank_that_may_have_it(units):
+    tokens, allowed = units.tokens[:30], np.arange(30)[:, None] % 2 == np.arange(2)[None]
+    parts = divide(tokens, 4, allowed)
+    assert all((part_of % 2 == number % 2).all() for number, part_of in enumerate(parts))
+    for rank in (0, 1):
+        sizes = [tokens[part].sum() for part in parts[rank::2]]
+        assert max(sizes) - min(sizes) <= tokens.max()
 
 
 def test_reading_ahead_passes_errors_on_and_stops_when_no_more_is_wanted():
