@@ -68,7 +68,7 @@ def _sum(cache: Location) -> tuple[dict[str, Any], dict[str, Any], list[dict[str
     for planned in plan["shards"]:
         if planned["name"].removeprefix("data/") not in there:
             continue
-        path = cache / planned["name"]
+        path = there[planned["name"].removeprefix("data/")]
         shard, bad = _read_shard(path, planned["name"], plan["fingerprint"], known.get(planned["name"], {}))
         shards.append(shard)
         rejected.extend(bad)

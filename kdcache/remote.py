@@ -12,12 +12,11 @@ import errno
 import fnmatch
 import functools
 import hashlib
-import io
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,11 +40,12 @@ class WriteError(KDError):
 
 @dataclass(frozen=True)
 class RemotePath:
-    """``scheme://bucket/key``. One that comes from a listing knows its size and version (an ETag, or a time)."""
+    """``scheme://bucket/key``. One that comes from a listing knows size, version (an ETag, or a time) and time of change."""
 
     url: str
     size: int | None = field(default=None, compare=False)
     version: str = field(default="", compare=False)
+    mtime_ns: int = field(default=0, compare=False)
 
     def __str__(self) -> str:
         return self.url
@@ -81,7 +81,9 @@ class RemotePath:
             except FileNotFoundError:
                 return []
         names = {i["name"].rstrip("/").rpartition("/")[2]: i for i in found if i["type"] == "file"}
-        return [RemotePath(f"{self.url}/{n}", i["size"], _version(i)) for n, i in sorted(names.items()) if n]
+        return [
+            RemotePath(f"{self.url}/{n}", i["size"], _version(i), _mtime_ns(i)) for n, i in sorted(names.items()) if n
+        ]
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         return (path for path in self.listing() if fnmatch.fnmatchcase(path.name, pattern))
@@ -114,15 +116,15 @@ class RemotePath:
 
     def stat(self) -> Any:
         """``st_size`` and ``st_mtime_ns``, as far as the store tells them."""
-        info = self.info()
-        return SimpleNamespace(st_size=info["size"], st_mtime_ns=_mtime_ns(info))
+        known = self.with_info()
+        return SimpleNamespace(st_size=known.size, st_mtime_ns=known.mtime_ns)
 
     def with_info(self) -> RemotePath:
         """The same path, knowing its size and version."""
         if self.size is not None:
             return self
         info = self.info()
-        return RemotePath(self.url, info["size"], _version(info))
+        return RemotePath(self.url, info["size"], _version(info), _mtime_ns(info))
 
     # --- reading
 
@@ -139,10 +141,6 @@ class RemotePath:
         if len(found) != end - start:
             raise KDError(f"{self}: asked for {end - start} bytes at {start}, got {len(found)}; was it replaced?", 3)
         return found
-
-    def open(self) -> io.RawIOBase:
-        """A file whose every read is one request for just those bytes."""
-        return Ranges(self.with_info())
 
     # --- writing
 
@@ -313,77 +311,3 @@ def _mtime_ns(info: dict[str, Any]) -> int:
         if isinstance(value, int | float):
             return int(value * 1e9)
     return 0
-
-
-class Ranges(io.RawIOBase):
-    """An object as a file: reads are ranged requests, unless ``pieces`` {start: bytes} hold what is asked for."""
-
-    def __init__(self, path: RemotePath, pieces: dict[int, bytes] | None = None):
-        assert path.size is not None
-        self.path, self.size, self.at = path, path.size, 0
-        self.pieces = pieces or {}
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        end = self.size if size is None or size < 0 else min(self.at + size, self.size)
-        start, self.at = self.at, max(end, self.at)
-        if end <= start:
-            return b""
-        for first, piece in self.pieces.items():
-            if first <= start and end <= first + len(piece):
-                return piece[start - first : end - first]
-        return self.path.read_range(start, end)
-
-    def readinto(self, buffer: Any) -> int:
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
-
-
-def for_duckdb(cache: RemotePath, scheme: str) -> Any:
-    """A file system for DuckDB whose root is the cache: it can name nothing else, and opens nothing for writing."""
-    from fsspec import AbstractFileSystem
-
-    class CacheFiles(AbstractFileSystem):
-        protocol = scheme
-        cachable = False
-
-        def _path(self, path: str) -> RemotePath:
-            inside = self._strip_protocol(path).strip("/").removeprefix("cache").strip("/")
-            if ".." in inside.split("/"):
-                raise PermissionError(f"{path} is not in the cache")
-            return cache / inside if inside else cache
-
-        def glob(self, path: str, **_: Any) -> list[str]:
-            folder, _, pattern = self._strip_protocol(path).rpartition("/")
-            return [f"{folder}/{found.name}" for found in self._path(folder).glob(pattern)]
-
-        def info(self, path: str, **_: Any) -> dict[str, Any]:
-            info = self._path(path).info()
-            return {"name": self._strip_protocol(path), "size": info["size"], "type": info["type"]}
-
-        def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-            names = [f"{self._strip_protocol(path)}/{found.name}" for found in self._path(path).listing()]
-            return [self.info(name) for name in names] if detail else names
-
-        def modified(self, path: str) -> Any:
-            return datetime.fromtimestamp(self._path(path).stat().st_mtime_ns / 1e9, UTC)
-
-        def open(self, path: str, mode: str = "rb", **_: Any) -> io.RawIOBase:
-            if mode != "rb":
-                raise PermissionError("a cache is read, never written")
-            return self._path(path).open()
-
-    return CacheFiles()

@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import diskcache
+from kdcache import ranges
 from kdcache.errors import KDError
-from kdcache.remote import Ranges, RemotePath, WriteError, for_duckdb, parse
+from kdcache.remote import RemotePath, WriteError, parse
 
 __all__ = ["Location", "RemotePath", "WriteError"]
 
@@ -119,7 +118,7 @@ def free_bytes(folder: Location) -> int:
 
 def opened(path: Location) -> Any:
     """What pyarrow reads a file from; of a remote one, the bytes it asks for are fetched as it does."""
-    return pa.PythonFile(path.open(), mode="r") if isinstance(path, RemotePath) else path
+    return ranges.opened(path) if isinstance(path, RemotePath) else path
 
 
 def whole(path: Location) -> Path | io.BytesIO:
@@ -135,44 +134,16 @@ def sha256(source: Location | io.BytesIO) -> str:
 
 
 def parquet(path: Location, row_group: int | None = None) -> pq.ParquetFile:
-    """A shard, opened to read its footer or one row group; of a remote one, those alone are fetched, through the disk cache."""
-    if not isinstance(path, RemotePath):
-        return pq.ParquetFile(path, page_checksum_verification=True)
-    path = path.with_info()
-    metadata = _footer(path)
-    pieces = {}
-    if row_group is not None:
-        start, end = _span(metadata, row_group)
-        pieces[start] = _piece(path, start, end)
-    file = pa.PythonFile(Ranges(path, pieces), mode="r")
-    return pq.ParquetFile(file, metadata=metadata, page_checksum_verification=True)
+    """A shard, opened to read its footer or one row group; of a remote one, those alone are fetched."""
+    if isinstance(path, RemotePath):
+        return ranges.parquet(path, row_group)
+    return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 def prefetch(path: Location, row_group: int) -> None:
     """Begin to fetch a row group that will be read soon; nothing for a folder. An error waits for the reading."""
     if isinstance(path, RemotePath):
-        diskcache.soon(lambda: parquet(path, row_group).close())
-
-
-def _footer(path: RemotePath) -> pq.FileMetaData:
-    assert path.size is not None
-    ending = _piece(path, max(path.size - 8, 0), path.size)
-    length = int.from_bytes(ending[:4], "little") + 8
-    if ending[4:] != b"PAR1" or length > path.size:
-        raise pa.ArrowInvalid("it does not end as a Parquet file does")
-    return pq.read_metadata(pa.BufferReader(_piece(path, path.size - length, path.size)))
-
-
-def _span(metadata: pq.FileMetaData, row_group: int) -> tuple[int, int]:
-    """The bytes [start, end) of a row group: its column chunks stand one after the other."""
-    group = metadata.row_group(row_group)
-    chunks = [group.column(i) for i in range(group.num_columns)]
-    starts = [min(c.dictionary_page_offset or c.data_page_offset, c.data_page_offset) for c in chunks]
-    return min(starts), max(s + c.total_compressed_size for s, c in zip(starts, chunks))
-
-
-def _piece(path: RemotePath, start: int, end: int) -> bytes:
-    return diskcache.get(f"{path} {path.size} {path.version} {start} {end}", lambda: path.read_range(start, end))
+        ranges.prefetch(path, row_group)
 
 
 def raise_remote_error(error: Exception) -> None:
@@ -188,5 +159,5 @@ def duckdb_folder(connection: Any, cache: Location) -> str:
     """
     if not isinstance(cache, RemotePath):
         return str(cache.resolve())
-    connection.register_filesystem(for_duckdb(cache, DUCKDB_SCHEME))
+    connection.register_filesystem(ranges.for_duckdb(cache, DUCKDB_SCHEME))
     return f"{DUCKDB_SCHEME}://cache"
