@@ -17,6 +17,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from kdcache.errors import UsageError
+
 DIGEST_BYTES = 16
 DEFAULT_GB = 20.0
 READ_AHEAD_THREADS = 2
@@ -35,7 +37,15 @@ def folder() -> Path:
 
 def limit_bytes() -> int:
     """KDCACHE_DISK_CACHE_GB; 0 keeps nothing."""
-    return int(float(os.environ.get("KDCACHE_DISK_CACHE_GB") or DEFAULT_GB) * 1e9)
+    return int(number_from("KDCACHE_DISK_CACHE_GB", DEFAULT_GB) * 1e9)
+
+
+def number_from(name: str, default: float) -> float:
+    """A number that the environment holds."""
+    try:
+        return float(os.environ.get(name) or default)
+    except ValueError:
+        raise UsageError(f"{name}={os.environ[name]}: expected a number") from None
 
 
 def get(key: str, fetch: Callable[[], bytes]) -> bytes:

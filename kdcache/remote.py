@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from kdcache.diskcache import number_from
 from kdcache.errors import KDError, UsageError, first_line
 
 ATTEMPTS = 3
@@ -31,7 +32,7 @@ _written: dict[str, str] = {}
 
 def timeout_seconds() -> float:
     """How long one answer is waited for; KDCACHE_REMOTE_TIMEOUT, in seconds."""
-    return float(os.environ.get("KDCACHE_REMOTE_TIMEOUT") or 30)
+    return number_from("KDCACHE_REMOTE_TIMEOUT", 30.0)
 
 
 class WriteError(KDError):
@@ -130,17 +131,27 @@ class RemotePath:
 
     def read_bytes(self) -> bytes:
         with self._speaking("read"):
-            return _filesystem(self.url).cat_file(self.url)
+            return self._get()
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def read_range(self, start: int, end: int) -> bytes:
         with self._speaking("read"):
-            found = _filesystem(self.url).cat_file(self.url, start=start, end=end) if end > start else b""
+            found = self._get(start=start, end=end) if end > start else b""
         if len(found) != end - start:
             raise KDError(f"{self}: asked for {end - start} bytes at {start}, got {len(found)}; was it replaced?", 3)
         return found
+
+    def _get(self, **bounds: int) -> bytes:
+        """Its bytes. Stores' clients ask again for an answer that fails, not for one that breaks off in its middle: this does."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return _filesystem(self.url).cat_file(self.url, **bounds)
+            except Exception as error:
+                if attempt == ATTEMPTS or not _classes(error) & BROKEN_OFF:
+                    raise
+        raise AssertionError
 
     # --- writing
 
@@ -153,9 +164,17 @@ class RemotePath:
             with self._speaking("written"):
                 # S3 itself compares (If-None-Match); for other stores there is an instant in which two may both write.
                 conditional = create and self.url.startswith("s3://")
-                if create and not conditional and filesystem.exists(self.url):
-                    return False
-                filesystem.put_file(str(source), self.url, **({"mode": "create"} if conditional else {}))
+                try:
+                    if conditional:
+                        filesystem.put_file(str(source), self.url, mode="create")
+                except OSError as error:
+                    if error.errno != errno.ENOSYS:
+                        raise
+                    conditional = False  # a server that knows no such condition
+                if not conditional:
+                    if create and self.exists():
+                        return False
+                    filesystem.put_file(str(source), self.url)
         except FileExistsError:
             return False
         except FileNotFoundError:
@@ -234,6 +253,14 @@ def redacted(text: str) -> str:
     return text
 
 
+#: Classes of errors by name, as their packages need not be there.
+BROKEN_OFF = {"ClientPayloadError", "IncompleteRead", "ResponseStreamingError", "ConnectionClosedError"}
+
+
+def _classes(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 _CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, ~/.aws",
@@ -245,7 +272,7 @@ _CREDENTIALS = {
 def _why(error: BaseException, url: str) -> str:
     """What went wrong and what to try, from the error's class: libraries' messages may quote what must not be shown."""
     scheme = url.partition("://")[0]
-    names = {kind.__name__ for kind in type(error).__mro__}
+    names = _classes(error)
     if isinstance(error, PermissionError) or names & {
         "NoCredentialsError",
         "PartialCredentialsError",
@@ -258,7 +285,7 @@ def _why(error: BaseException, url: str) -> str:
             f"no answer within {timeout_seconds():g} s, {ATTEMPTS} times. Run the same command again later, "
             "or raise KDCACHE_REMOTE_TIMEOUT"
         )
-    if names & {"EndpointConnectionError", "ConnectionError", "HTTPClientError", "ClientConnectorError", "ClientError"}:
+    if names & (BROKEN_OFF | {"EndpointConnectionError", "ConnectionError", "HTTPClientError", "ClientConnectorError"}):
         return "the connection was refused or broke off. Check the network and the endpoint (AWS_ENDPOINT_URL)"
     if isinstance(error, OSError) and error.errno in (errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO), errno.EIO):
         return f"the server was too busy or failed, {ATTEMPTS} times. Run the same command again later"

@@ -33,8 +33,8 @@ def free_port() -> int:
 class Proxy(http.server.ThreadingHTTPServer):
     """Before the server at ``port``. ``fault(method, path)`` says what becomes of a request:
 
-    ``cut`` closes the connection in the middle of the body, ``hold`` answers nothing until ``release`` is set, a number is
-    answered as that status. ``sent`` counts the bytes of GET answers by the client's application id and by path.
+    ``cut`` closes the connection in the middle of the body, ``break off`` in the middle of the answer, ``hold`` answers
+    nothing until ``release`` is set, a number is answered as that status. ``sent`` counts the bytes of GET answers by the client's application id and by path.
     """
 
     daemon_threads = True
@@ -80,8 +80,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.release.wait(60)
             self.close_connection = True
             return
-        if fault is not None:
-            code = {"503": "SlowDown", "403": "SignatureDoesNotMatch"}[fault]
+        if fault is not None and fault != "break off":
+            code = {"503": "SlowDown", "403": "SignatureDoesNotMatch", "501": "NotImplemented"}[fault]
             self.answer(int(fault), {}, f"<Error><Code>{code}</Code><Message>{KEY} no</Message></Error>".encode())
             return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
@@ -91,10 +91,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.command == "GET":
             app = re.search(r"app/(\S+)", self.headers.get("User-Agent", ""))
             self.server.sent[app[1] if app else "", self.path.partition("?")[0]] += len(data)
-        self.answer(found.status, dict(found.getheaders()), data)
+        self.answer(found.status, dict(found.getheaders()), data, half=fault == "break off")
         upstream.close()
 
-    def answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+    def answer(self, status: int, headers: dict[str, str], data: bytes, half: bool = False) -> None:
         self.send_response(status)
         for name, value in headers.items():
             if name.lower() not in ("content-length", "connection", "transfer-encoding", "server", "date"):
@@ -103,7 +103,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", length)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            self.wfile.write(data[: len(data) // 2] if half else data)
+        if half:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = pass_on
 

@@ -173,6 +173,23 @@ def test_a_server_busy_for_a_while_is_asked_again(s3, buckets, tiny_cache):
     assert manifest.read_plan(cache) == manifest.read_plan(tiny_cache) and max(failures.values()) == 3
 
 
+def test_an_answer_that_breaks_off_is_asked_for_again_and_given_up_in_the_end(s3, buckets, tiny_cache):
+    cache = storage.location(put(buckets, tiny_cache, "broken-off"))
+    broken = []
+
+    def twice(method, path):
+        if method == "GET" and "plan.json" in path:
+            broken.append(path)
+            return "break off" if len(broken) <= 2 else None
+        return None
+
+    s3.fault = twice
+    assert manifest.read_plan(cache) == manifest.read_plan(tiny_cache) and len(broken) == 3
+    s3.fault = lambda method, path: "break off" if method == "GET" and "plan.json" in path else None
+    with pytest.raises(KDError, match=r"plan\.json could not be read: the connection was refused or broke off"):
+        manifest.read_plan(cache)
+
+
 def test_an_error_in_the_middle_of_a_query_is_a_sentence(s3, buckets, tiny_cache):
     cache = storage.location(put(buckets, tiny_cache, "midway"))
     connection = query.connect(cache)
@@ -232,6 +249,38 @@ def test_of_two_writers_of_one_slice_the_first_stands(s3, buckets, tmp_path):
         (tmp_path / "shard").write_bytes(b"shard %d" % number)
         assert where.upload(tmp_path / "shard", create=True) is first
     assert objects(buckets, "race") == {"data/train-00000.parquet": b"shard 0"}
+
+
+def test_a_server_without_conditional_writes_is_written_to_as_well(s3, buckets, tmp_path):
+    where = storage.location("s3://bucket/unconditional/shard")
+    (tmp_path / "shard").write_bytes(b"shard")
+    refused = []
+
+    def first(method, path):
+        if method == "PUT" and not refused:
+            refused.append(path)
+            return "501"
+        return None
+
+    s3.fault = first
+    assert where.upload(tmp_path / "shard", create=True)
+    refused.clear()
+    assert not where.upload(tmp_path / "shard", create=True)
+    assert objects(buckets, "unconditional") == {"shard": b"shard"}
+
+
+@pytest.mark.slow
+def test_a_large_upload_in_parts_is_visible_once_it_is_whole(s3, buckets, tmp_path):
+    where = storage.location("s3://bucket/large/shard")
+    with open(tmp_path / "shard", "wb") as file:
+        file.truncate(120 * 2**20)
+    s3.fault = lambda method, path: "cut" if "partNumber=2" in path else None
+    with pytest.raises(KDError, match="could not be written: the connection"):
+        where.upload(tmp_path / "shard", create=True)
+    assert not objects(buckets, "large") and not buckets.list_multipart_uploads(Bucket="bucket").get("Uploads")
+    s3.fault = lambda method, path: None
+    assert where.upload(tmp_path / "shard", create=True) and not where.upload(tmp_path / "shard", create=True)
+    assert where.with_info().size == 120 * 2**20
 
 
 @pytest.mark.slow
@@ -404,6 +453,22 @@ def test_a_piece_damaged_on_the_disk_is_fetched_again(tmp_path, monkeypatch):
     path.write_bytes(b"wrong" + path.read_bytes()[5:])
     assert diskcache.get("piece", lambda: b"right again") == b"right again"
     assert diskcache.get("piece", lambda: b"not asked for") == b"right again"
+
+
+def test_processes_share_a_disk_cache_that_is_too_small_for_them(tmp_path, monkeypatch):
+    """Each reads all pieces several times while all of them delete: what it gets is always the right one."""
+    monkeypatch.setenv("KDCACHE_DISK_CACHE", str(tmp_path))
+    monkeypatch.setenv("KDCACHE_DISK_CACHE_GB", "0.0001")
+    program = """
+from kdcache import diskcache
+for _ in range(5):
+    for number in range(40):
+        assert diskcache.get(f"piece {number}", lambda: bytes([number]) * 10_000) == bytes([number]) * 10_000
+"""
+    running = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(4)]
+    assert [process.wait(120) for process in running] == [0, 0, 0, 0]
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 140_000
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_disk_cache_that_cannot_be_written_to_is_done_without(tmp_path, monkeypatch):

@@ -65,6 +65,19 @@ def test_accumulation_and_ranks_do_not_change_a_step(units, parts, ranks):
     assert steps(units, count, parts=parts, ranks=ranks) == steps(units, count)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ranks_that_share_row_groups_out_make_the_same_steps(units, ranks, monkeypatch):
+    """As they do where row groups come over a network; three ranks and four row groups cannot be even, and all read all."""
+    wanted = steps(units, Stream(units, HEAD, 6).steps_per_epoch + 2)
+    monkeypatch.setattr(type(units), "remote", True)
+    assert steps(units, len(wanted), parts=2 * ranks, ranks=ranks) == wanted
+    stream = Stream(units, HEAD, 6, parts=ranks, ranks=ranks)
+    for window in stream.order(0):
+        shared, groups = stream.allowed(window), len(np.unique(units.group[window]))
+        even = groups % ranks == 0 or ranks % groups == 0
+        assert shared.sum(1).tolist() == [max(ranks // groups, 1) if even else ranks] * len(window)
+
+
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 23])
 def test_it_resumes_with_the_very_next_batch(units, step):
     count = 26
