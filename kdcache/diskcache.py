@@ -13,11 +13,16 @@ import hashlib
 import os
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from kdcache.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 DIGEST_BYTES = 16
 DEFAULT_GB = 20.0
@@ -49,7 +54,7 @@ def number_from(name: str, default: float) -> float:
 
 
 def get(key: str, fetch: Callable[[], bytes]) -> bytes:
-    """The bytes of ``key``: kept ones if they are whole, else fetched, by one thread of this process, and kept."""
+    """The bytes of ``key``: kept ones if they are whole, else fetched, by one thread of one process, and kept."""
     with _lock:
         future = _fetching.get(key)
         mine = future is None
@@ -61,8 +66,11 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
         path = folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
         found = _read(path)
         if found is None:
-            found = fetch()
-            _keep(path, found)
+            with _alone(path):
+                found = _read(path)
+                if found is None:
+                    found = fetch()
+                    _keep(path, found)
         future.set_result(found)
         return found
     except BaseException as error:
@@ -71,6 +79,23 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
     finally:
         with _lock:
             del _fetching[key]
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process at a time fetches a piece, as far as the folder's file system can tell; the others then find it."""
+    lock = path.with_name(f".lock-{path.name[:2]}")  # 256 of them, never deleted
+    descriptor = None
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def soon(read: Callable[[], object]) -> None:
@@ -124,6 +149,8 @@ def trim(target_bytes: int) -> None:
     pieces = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder()):
+            if entry.name.startswith(".lock-"):
+                continue
             with contextlib.suppress(OSError):  # another process deleted it
                 status = entry.stat()
                 pieces.append((status.st_mtime_ns, status.st_size, entry.path))

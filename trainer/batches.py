@@ -3,7 +3,7 @@
 The order is drawn over row groups: they are permuted, and samples are shuffled inside windows of a few of them, so that
 nothing is read before it is needed and memory does not grow with the cache. One global batch is one optimizer step; it
 is cut into accumulation x ranks micro-batches. The state of the stream is one integer: the step. Where row groups come
-over a network, a step's samples go to the ranks by the row groups they are in, so that a rank fetches its share alone.
+over a network, a step's samples go to the nodes by the row groups they are in, so that each node fetches its share alone.
 
 A micro-batch is one packed row without padding: samples stand one after the other, kept apart by position ids that
 start again at 0, with no attention mask and no cache.
@@ -114,6 +114,7 @@ class Stream(torch.utils.data.IterableDataset):
         samples_per_step: the global batch, over all ranks and accumulation steps.
         parts: accumulation steps x ranks: how many micro-batches make one step.
         rank, ranks: this process's.
+        ranks_a_node: how many share a disk, and with it what was fetched of a remote cache.
         step: the first optimizer step to deliver: all the state there is.
     """
 
@@ -127,7 +128,9 @@ class Stream(torch.utils.data.IterableDataset):
         ranks: int = 1,
         seed: int = 0,
         step: int = 0,
+        ranks_a_node: int = 1,
     ):
+        self.ranks_a_node = ranks_a_node if ranks % ranks_a_node == 0 else 1
         self.units, self.head_rows, self.seed, self.step = units, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
         self.steps_per_epoch = -(-len(units) // samples_per_step)
@@ -169,7 +172,8 @@ class Stream(torch.utils.data.IterableDataset):
             mine = window[allowed[:, self.rank]]
             loaded.update(zip(mine.tolist(), self.units.load(mine)))
             if following is not None and self.units.remote:
-                self.units.prefetch(np.unique(self.units.group[following[self.allowed(following)[:, self.rank]]]))
+                soon = np.unique(self.units.group[following[self.allowed(following)[:, self.rank]]])
+                self.units.prefetch(np.roll(soon, -self.rank))  # each rank of a node begins with another
             waiting, ranks = np.concatenate([waiting, window]), np.concatenate([ranks, allowed])
             while len(waiting) >= self.samples_per_step or (following is None and len(waiting)):
                 step, waiting = waiting[: self.samples_per_step], waiting[self.samples_per_step :]
@@ -180,17 +184,17 @@ class Stream(torch.utils.data.IterableDataset):
                     loaded.pop(index, None)
 
     def allowed(self, window: np.ndarray) -> np.ndarray:
-        """[S, ranks] bool: which ranks may have a window's samples. All of them, where reading costs nothing much.
+        """[S, ranks] bool: which ranks may have a window's samples. All of them on one node, or where reading is local.
 
-        Otherwise the window's row groups go round the ranks. Where that cannot be even (three ranks and four row groups),
-        a step would wait for the rank that has most, and all may have all.
+        Otherwise the window's row groups go round the nodes. Where that cannot be even (three nodes and four row groups),
+        a step would wait for the node that has most, and all may have all.
         """
-        group, ranks = self.units.group[window], self.ranks
-        groups, number = np.unique(group, return_inverse=True)
-        if not self.units.remote or (len(groups) % ranks and ranks % len(groups)):
+        ranks, nodes = self.ranks, self.ranks // self.ranks_a_node
+        groups, number = np.unique(self.units.group[window], return_inverse=True)
+        if nodes == 1 or not self.units.remote or (len(groups) % nodes and nodes % len(groups)):
             return np.ones((len(window), ranks), dtype=bool)
-        least = min(len(groups), ranks)
-        return (number % least)[:, None] == (np.arange(ranks) % least)[None, :]
+        least = min(len(groups), nodes)
+        return (number % least)[:, None] == (np.arange(ranks) // self.ranks_a_node % least)[None, :]
 
     def order(self, epoch: int) -> Iterator[np.ndarray]:
         """The epoch's sample indices, a window at a time."""

@@ -76,6 +76,9 @@ def test_ranks_that_share_row_groups_out_make_the_same_steps(units, ranks, monke
         shared, groups = stream.allowed(window), len(np.unique(units.group[window]))
         even = groups % ranks == 0 or ranks % groups == 0
         assert shared.sum(1).tolist() == [max(ranks // groups, 1) if even else ranks] * len(window)
+    assert steps(units, len(wanted), parts=ranks, ranks=ranks, ranks_a_node=2) == wanted
+    one_node = Stream(units, HEAD, 6, parts=ranks, ranks=ranks, ranks_a_node=ranks)
+    assert all(one_node.allowed(window).all() for window in one_node.order(0))
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 23])
