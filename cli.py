@@ -44,6 +44,20 @@ def kd() -> None:
     """
 
 
+class _LocationType(click.ParamType):
+    """Where a cache is: a folder, or a URL of an object store."""
+
+    name = "path"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        from kdcache import storage
+
+        return storage.location(value)
+
+
+LOCATION = _LocationType()
+
+
 unsafe_option = click.option(
     "--unsafe-exec",
     is_flag=True,
@@ -151,7 +165,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     "them, or keep them.",
 )
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("data/cache"), show_default=True, help="Folder of the cache."
+    "--out", type=LOCATION, default="data/cache", show_default=True, help="Folder of the cache, or s3://bucket/folder."
 )
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
 @click.option("--strict", is_flag=True, help="Fail at the first row that cannot be taken, instead of listing it.")
@@ -250,7 +264,7 @@ def cache_group() -> None:
 
 
 @cache_group.command("info")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LOCATION)
 @json_option
 def cache_info(cache: Path, as_json: bool) -> None:
     """Sum up a cache: teacher, samples, tokens, bytes a token.
@@ -264,7 +278,7 @@ def cache_info(cache: Path, as_json: bool) -> None:
 
 
 @cache_group.command("verify")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LOCATION)
 @click.option("--repair", is_flag=True, help="Move bad files to CACHE/set-aside, so that the next capture redoes them.")
 @json_option
 def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
@@ -313,7 +327,7 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
 
 
 @kd.command("verify-answers", context_settings=CONTEXT)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LOCATION)
 @click.option("--where", help="SQL condition on the samples to judge, as in \"origin = 'sampled'\".")
 @click.option("--renew", is_flag=True, help="Judge those too that have a reward.")
 @unsafe_option
@@ -344,7 +358,7 @@ class _SQLCommand(click.Command):
 
 
 @kd.command("sql", cls=_SQLCommand)
-@click.argument("cache", type=click.Path(path_type=Path), required=False)
+@click.argument("cache", type=LOCATION, required=False)
 @click.argument("query", required=False)
 @click.option(
     "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
@@ -449,10 +463,10 @@ def _ask(prompt: str) -> str:
 
 from_cache_option = click.option(
     "--from-cache",
-    type=click.Path(path_type=Path),
+    type=LOCATION,
     multiple=True,
     required=True,
-    help="A cache; give it again for several of one tokenizer.",
+    help="A cache: a folder, or s3://bucket/folder. Give it again for several of one tokenizer.",
 )
 where_option = click.option(
     "--where", help="SQL condition on the samples, as in \"origin = 'sampled' AND language = 'es'\"."
@@ -878,7 +892,7 @@ def compare(
 )
 @click.option(
     "--from-cache",
-    type=click.Path(path_type=Path),
+    type=LOCATION,
     multiple=True,
     help="A cache: its test split measures the quality, its train split calibrates w4a16. Give it again for several.",
 )
@@ -929,9 +943,7 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
 
 @kd.command("report", context_settings=CONTEXT)
 @click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option(
-    "--cache", type=click.Path(path_type=Path), help="The cache they come from [default: the one among the folders]."
-)
+@click.option("--cache", type=LOCATION, help="The cache they come from [default: the one among the folders].")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -999,7 +1011,7 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
 
 
 @kd.command("view", context_settings=CONTEXT)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=LOCATION)
 @click.option("--sample", help="Open this sample_id first.")
 @click.option(
     "--student", help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed."

@@ -11,24 +11,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdcache import format, judging, lock, manifest, sparsify, verifiers, writer
+from kdcache import format, judging, lock, manifest, sparsify, storage, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table
 from kdcache.sandbox import Sandbox
+from kdcache.storage import Location
 from kdcache.teachers import Answer, Refusal, Request, Teacher, load, runs_on_gpu
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
@@ -116,11 +115,12 @@ def claim_folder(plan: Plan) -> None:
             writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
 
 
-def empty(cache: Path) -> None:
+def empty(cache: Location) -> None:
     """Delete a cache's files, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
-    for path in sorted(cache.iterdir(), key=lambda path: path.name == "plan.json"):
+    paths: list[Any] = list(cache.iterdir())
+    for path in sorted(paths, key=lambda path: path.name == "plan.json"):
         if path.is_dir():
-            shutil.rmtree(path)
+            storage.remove_tree(path)
         elif path.name != ".lock":
             path.unlink()
 
@@ -298,7 +298,7 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
 
 
 @contextlib.contextmanager
-def room_for(folder: Path, what: str, about_bytes: float) -> Iterator[None]:
+def room_for(folder: Location, what: str, about_bytes: float) -> Iterator[None]:
     """A full disk ends the run with what is needed and what is free; whole shards stay."""
     try:
         yield
@@ -306,7 +306,7 @@ def room_for(folder: Path, what: str, about_bytes: float) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise KDError(
-            f"disk full: {what} needs about {about_bytes / 1e6:.1f} MB, and {shutil.disk_usage(folder).free / 1e6:.1f} MB are "
+            f"disk full: {what} needs about {about_bytes / 1e6:.1f} MB, and {storage.free_bytes(folder) / 1e6:.1f} MB are "
             f"free at {folder}. Whole shards are kept; make room and run the same command again"
         ) from None
 
@@ -348,15 +348,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "given_completion_tokens": given_tokens,
         "sampled_completion_tokens_at_most": sampled_tokens,
         "predicted_bytes_at_most": int((given_tokens + sampled_tokens) * bytes_per_token(plan)),
-        "free_disk_bytes": shutil.disk_usage(_existing_parent(config.out)).free,
+        "free_disk_bytes": storage.free_bytes(config.out),
         "shards": len(plan.shards),
         "shards_to_do": len(todo),
         "shards_by_split": {split: sum(s.split == split for s in plan.shards) for split in format.SPLITS},
     }
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kdcache import embedded, writer
+from kdcache import embedded, storage, writer
 from kdcache.errors import KDError, UsageError, first_line
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -102,7 +102,7 @@ def _sha256(file: Path) -> str:
     except (OSError, ValueError):
         known = {}
     if key not in known:
-        known[key] = writer.sha256(target)
+        known[key] = storage.sha256(target)
         with contextlib.suppress(OSError):  # only a memo is lost
             store.parent.mkdir(parents=True, exist_ok=True)
             writer.write_json(store, known)

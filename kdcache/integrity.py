@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import format, lock, manifest, sparsify, writer
+from kdcache import format, lock, manifest, sparsify, storage
 from kdcache.errors import KDError, first_line
+from kdcache.storage import Location
 
 #: How far candidates + tail may be from 1: what rounding does to a position's total (docs/format.md).
 MASS_TOLERANCE = {"q8": 0.02, "f32": 1e-5}
@@ -31,7 +32,7 @@ MASS_TOLERANCE = {"q8": 0.02, "f32": 1e-5}
 class Report:
     """What was found: ``problems`` by the name of the file that has them, in words."""
 
-    cache: Path
+    cache: Location
     shards: int = 0  # looked at
     rows: int = 0
     completion_tokens: int = 0
@@ -48,7 +49,7 @@ class Report:
         self.problems.setdefault(name, []).append(problem)
 
 
-def verify(cache: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
     """Look at everything in a cache. Shards in which nothing is wrong are recorded as verified in manifest.json."""
     plan = manifest.read_plan(cache)
     report = Report(cache)
@@ -59,11 +60,12 @@ def verify(cache: Path, progress: Callable[[int, int], None] = lambda done, tota
     if not known and (cache / "manifest.json").exists():
         report.add("manifest.json", "it cannot be read")
     planned = [shard["name"] for shard in plan["shards"]]
+    there = {f"data/{name}" for name in storage.files(cache / "data")}
     for name in sorted({f"data/{p.name}" for p in (cache / "data").glob("[!.]*")} - set(planned)):
         report.add(name, "the plan knows no such file")
     for done, name in enumerate(planned):
         progress(done, len(planned))
-        if not (cache / name).is_file():
+        if name not in there:
             report.missing.append(name)
             continue
         report.shards += 1
@@ -73,7 +75,9 @@ def verify(cache: Path, progress: Callable[[int, int], None] = lambda done, tota
     progress(len(planned), len(planned))
     _check_duplicates(cache, [name for name in planned if name not in report.problems], report)
     if not report.problems:
-        with contextlib.suppress(OSError):  # a cache that cannot be written to can still be verified
+        with contextlib.suppress(
+            OSError, storage.WriteError
+        ):  # a cache that cannot be written to can still be verified
             manifest.write(cache, verified=set(planned) - set(report.missing))
     return report
 
@@ -94,15 +98,15 @@ def repair(report: Report) -> None:
             while target.exists():
                 target = target.with_name(target.name + ".again")
             target.parent.mkdir(exist_ok=True)
-            (cache / name).rename(target)
+            (cache / name).rename(target)  # type: ignore[arg-type]
             report.set_aside.append(name)
         manifest.forget(cache, report.problems.keys())
         manifest.write(cache)
 
 
-def _check_vocabulary(cache: Path, plan: dict[str, Any], report: Report) -> None:
+def _check_vocabulary(cache: Location, plan: dict[str, Any], report: Report) -> None:
     try:
-        table = pq.read_table(cache / "vocab.parquet", page_checksum_verification=True)
+        table = pq.read_table(storage.whole(cache / "vocab.parquet"), page_checksum_verification=True)
         ids = table["token_id"].to_numpy()
     except (OSError, pa.ArrowException, KeyError) as error:
         if (cache / "vocab.parquet").exists():
@@ -114,17 +118,20 @@ def _check_vocabulary(cache: Path, plan: dict[str, Any], report: Report) -> None
         report.add("vocab.parquet", f"expected the token ids 0 .. {plan['vocab_size'] - 1}, one row each")
 
 
-def _check_duplicates(cache: Path, shards: list[str], report: Report) -> None:
-    files = {str(cache / name): name for name in shards if (cache / name).is_file()}
+def _check_duplicates(cache: Location, shards: list[str], report: Report) -> None:
+    connection = duckdb.connect()
+    folder = storage.duckdb_folder(connection, cache)
+    files = {f"{folder}/{name}": name for name in shards}
     if not files:
         return
     try:
-        found = duckdb.execute(
+        found = connection.execute(
             "SELECT sample_id, count(*), max(filename) FROM read_parquet(?, filename = true) GROUP BY sample_id "
             "HAVING count(*) > 1 ORDER BY sample_id",
             [list(files)],
         ).fetchall()
     except duckdb.Error as error:
+        storage.raise_remote_error(error)
         report.add("data", f"DuckDB cannot read the shards together: {first_line(error)}")
         return
     for sample_id, count, file in found:
@@ -132,14 +139,15 @@ def _check_duplicates(cache: Path, shards: list[str], report: Report) -> None:
 
 
 def _shard_problems(
-    path: Path, name: str, plan: dict[str, Any], known: dict[str, Any] | None, report: Report
+    path: Location, name: str, plan: dict[str, Any], known: dict[str, Any] | None, report: Report
 ) -> Iterator[str]:
     """Everything that is wrong with one shard, in words."""
     rows = tokens = 0
     try:
-        if known is not None and writer.sha256(path) != known["sha256"]:
+        source = storage.whole(path)
+        if known is not None and storage.sha256(source) != known["sha256"]:
             yield "its bytes are not those that manifest.json recorded (sha256)"
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(source, page_checksum_verification=True) as file:
             schema = file.schema_arrow
             metadata = json.loads((schema.metadata or {})[b"kdcache"])
             if metadata["fingerprint"] != plan["fingerprint"]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import lock, query, verifiers, writer
+from kdcache import lock, query, storage, verifiers, writer
 from kdcache.format import REWARDS_FILE
+from kdcache.storage import Location
 
 REWARDS = pa.schema(
     [pa.field("sample_id", pa.string()), pa.field("reward", pa.float32()), pa.field("reason", pa.string())]
@@ -26,7 +26,7 @@ SAVE_SECONDS, AT_ONCE = 60.0, 64
 
 
 def verify_answers(
-    cache: Path,
+    cache: Location,
     renew: bool = False,
     unsafe: bool = False,
     where: str | None = None,
@@ -63,28 +63,28 @@ def verify_answers(
     return {"cache": str(cache), "judged": len(todo), **counts}
 
 
-def prepare(cache: Path) -> None:
+def prepare(cache: Location) -> None:
     """An empty rewards.parquet, so that the views open in any client."""
     if not (cache / REWARDS_FILE).is_file():
         _write(cache, {})
 
 
-def forget(cache: Path) -> None:
+def forget(cache: Location) -> None:
     """Strike the rewards of samples that are no longer in any shard: their shard is to be written anew."""
     rows = _read(cache)
     if rows:
         there = {
             sample_id
             for path in (cache / "data").glob("*.parquet")
-            for sample_id in pq.read_table(path, columns=["sample_id"])["sample_id"].to_pylist()
+            for sample_id in pq.read_table(storage.opened(path), columns=["sample_id"])["sample_id"].to_pylist()
         }
         _write(cache, {row["sample_id"]: row for row in rows if row["sample_id"] in there})
 
 
-def _read(cache: Path) -> list[dict[str, Any]]:
+def _read(cache: Location) -> list[dict[str, Any]]:
     path = cache / REWARDS_FILE
-    return pq.read_table(path, page_checksum_verification=True).to_pylist() if path.is_file() else []
+    return pq.read_table(storage.whole(path), page_checksum_verification=True).to_pylist() if path.is_file() else []
 
 
-def _write(cache: Path, rows: dict[str, dict[str, Any]]) -> None:
+def _write(cache: Location, rows: dict[str, dict[str, Any]]) -> None:
     writer.write_table(cache / REWARDS_FILE, pa.Table.from_pylist(list(rows.values()), REWARDS))

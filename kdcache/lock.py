@@ -1,7 +1,7 @@
 """One writer a cache: whoever captures holds ``CACHE/.lock``, and a second writer is told who.
 
-The lock is the operating system's (flock): it ends with its process, so a crash leaves none behind. On a file system
-that has no such locks there is none; shards are linked into place whole, so two writers would waste work, not lose any.
+The lock is the operating system's (flock): it ends with its process, so a crash leaves none behind. An object store and
+some file systems have no such locks; shards get their names whole, so two writers would waste work there, not lose any.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from datetime import datetime
 from pathlib import Path
 
 from kdcache.errors import KDError
+from kdcache.storage import Location
 
 try:
     import fcntl
@@ -23,8 +24,11 @@ except ImportError:  # not a POSIX system
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Location) -> Iterator[None]:
     """Hold the folder's lock; KDError with process, machine and time of whoever has it."""
+    if not isinstance(folder, Path):
+        yield
+        return
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"

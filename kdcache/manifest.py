@@ -10,19 +10,19 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterator
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import card, format, writer
+from kdcache import card, format, storage, writer
 from kdcache.errors import KDError
+from kdcache.storage import Location
 
 WAY_OUT = "run: kd cache verify --repair on the cache, then the same kd cache-teacher command again"
 
 
-def read_plan(cache: Path) -> dict[str, Any]:
+def read_plan(cache: Location) -> dict[str, Any]:
     """plan.json of a cache; KDError in a sentence if the folder is none."""
     if not cache.is_dir():
         raise KDError(f"{cache}: no such folder; make a cache with: kd cache-teacher --out {cache}")
@@ -39,7 +39,7 @@ def read_plan(cache: Path) -> dict[str, Any]:
     return plan
 
 
-def write(cache: Path, verified: Collection[str] = ()) -> dict[str, Any]:
+def write(cache: Location, verified: Collection[str] = ()) -> dict[str, Any]:
     """Sum the shards, write manifest.json, rejected.jsonl and README.md, and return the manifest.
 
     The shards named in ``verified`` are recorded as verified now.
@@ -53,21 +53,22 @@ def write(cache: Path, verified: Collection[str] = ()) -> dict[str, Any]:
     return manifest
 
 
-def _save(cache: Path, plan: dict[str, Any], manifest: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
+def _save(cache: Location, plan: dict[str, Any], manifest: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
     writer.write_text(cache / "rejected.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected))
     writer.write_json(cache / "manifest.json", manifest)
     writer.write_text(cache / "README.md", card.render(plan, manifest))
 
 
-def _sum(cache: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+def _sum(cache: Location) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     """The plan, the manifest and the rejected rows, from the shards."""
     plan = read_plan(cache)
     known = recorded(cache)
+    there = storage.files(cache / "data")
     shards, rejected = [], []
     for planned in plan["shards"]:
-        path = cache / planned["name"]
-        if not path.is_file():
+        if planned["name"].removeprefix("data/") not in there:
             continue
+        path = there[planned["name"].removeprefix("data/")]
         shard, bad = _read_shard(path, planned["name"], plan["fingerprint"], known.get(planned["name"], {}))
         shards.append(shard)
         rejected.extend(bad)
@@ -88,7 +89,7 @@ def _sum(cache: Path) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, An
     return plan, manifest, rejected
 
 
-def recorded(cache: Path) -> dict[str, dict[str, Any]]:
+def recorded(cache: Location) -> dict[str, dict[str, Any]]:
     """What manifest.json says of each shard, by name; nothing where it cannot be read."""
     try:
         found = json.loads((cache / "manifest.json").read_text(encoding="utf-8"))
@@ -97,7 +98,7 @@ def recorded(cache: Path) -> dict[str, dict[str, Any]]:
         return {}
 
 
-def unchanged(path: Path, known: dict[str, Any]) -> bool:
+def unchanged(path: Location, known: dict[str, Any]) -> bool:
     """Whether a file has the size and time of change that the manifest recorded of it."""
     try:
         status = path.stat()
@@ -113,7 +114,7 @@ def column_chunks(footer: pq.FileMetaData) -> Iterator[pq.ColumnChunkMetaData]:
             yield footer.row_group(group).column(column)
 
 
-def forget(cache: Path, shards: Collection[str]) -> None:
+def forget(cache: Location, shards: Collection[str]) -> None:
     """Strike shards that are to be written anew from the manifest: what it says of them no longer holds."""
     known = recorded(cache)
     if known.keys() & set(shards):
@@ -123,12 +124,12 @@ def forget(cache: Path, shards: Collection[str]) -> None:
 
 
 def _read_shard(
-    path: Path, name: str, fingerprint: str, known: dict[str, Any]
+    path: Location, name: str, fingerprint: str, known: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One shard's line of the manifest, from its footer and one column; and its rejected rows."""
     status = path.stat()
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        with pq.ParquetFile(storage.opened(path), page_checksum_verification=True) as file:
             footer = file.metadata
             metadata = json.loads((file.schema_arrow.metadata or {})[b"kdcache"])
             tokens = sum(file.read(columns=["completion_tokens"])[0].to_pylist()) if footer.num_row_groups else 0
@@ -137,7 +138,7 @@ def _read_shard(
     if metadata.get("fingerprint") != fingerprint:
         raise KDError(f"{path} belongs to another cache; {WAY_OUT}", 3)
     chunks = [chunk for chunk in column_chunks(footer) if chunk.path_in_schema in format.CANDIDATE_LEAVES]
-    sha256 = known["sha256"] if unchanged(path, known) else writer.sha256(path)
+    sha256 = known["sha256"] if unchanged(path, known) else storage.sha256(path)
     if known and sha256 != known["sha256"]:
         raise KDError(f"{path} is not what was written (manifest.json has another sha256); {WAY_OUT}", 3)
     shard = {
@@ -158,10 +159,10 @@ def _read_shard(
     return shard, metadata.get("rejected", [])
 
 
-def summary(cache: Path) -> dict[str, Any]:
+def summary(cache: Location) -> dict[str, Any]:
     """``kd cache info``: the manifest made anew from the shards, with what people ask first worked out."""
     plan, manifest, rejected = _sum(cache)
-    with contextlib.suppress(OSError):  # a cache that cannot be written to can still be summed up
+    with contextlib.suppress(OSError, storage.WriteError):  # a cache that cannot be written to can still be summed up
         _save(cache, plan, manifest, rejected)
     tokens = manifest["completion_tokens"]
     splits = Counter[str]()

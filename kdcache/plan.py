@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, sparsify, splits
+from kdcache import embedded, examples, format, hashes, sparsify, splits, storage
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
 from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
+from kdcache.storage import Location
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
 MODES = ("score", "sample", "both")
@@ -63,7 +64,7 @@ SPEED_OPTIONS = frozenset(
 class CaptureConfig:
     """Everything that ``kd cache-teacher`` was asked for."""
 
-    out: Path
+    out: Location
     teacher: str = "embedded"
     revision: str | None = None
     examples: str = "builtin"
@@ -236,7 +237,8 @@ class Plan:
         """The shards that are not there yet: resuming is a set difference."""
         if self.config.overwrite:
             return self.shards
-        return [shard for shard in self.shards if not (self.config.out / shard.name).exists()]
+        there = storage.files(self.config.out / "data")
+        return [shard for shard in self.shards if shard.name.removeprefix("data/") not in there]
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -13,15 +13,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from kdcache import format, manifest
+from kdcache import format, manifest, storage
 from kdcache.errors import KDError, first_line
+from kdcache.storage import Location
 
 VIEWS = (
     *("vocab", "rewards", "samples", "positions", "candidates", "shards"),
@@ -40,7 +40,9 @@ NO_REWARDS = (
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
-def connect(cache: Path, memory_limit: str | None = None, views: Sequence[str] = VIEWS) -> duckdb.DuckDBPyConnection:
+def connect(
+    cache: Location, memory_limit: str | None = None, views: Sequence[str] = VIEWS
+) -> duckdb.DuckDBPyConnection:
     """An in-memory database with ``views`` over ``cache``, which can reach no other file.
 
     DuckDB has no folder that can be read and not be written: that nothing is written is what ``stream`` sees to.
@@ -49,7 +51,7 @@ def connect(cache: Path, memory_limit: str | None = None, views: Sequence[str] =
     if not any((cache / "data").glob("*.parquet")):
         raise KDError(f"{cache} has no shard yet; run the same kd cache-teacher command to the end")
     connection = duckdb.connect()
-    folder = str(cache.resolve())
+    folder = storage.duckdb_folder(connection, cache)
     connection.execute("SET VARIABLE cache = ?", [folder])
     connection.execute("SET enable_progress_bar = false")
     if memory_limit:
@@ -62,11 +64,12 @@ def connect(cache: Path, memory_limit: str | None = None, views: Sequence[str] =
             unjudged = name == "rewards" and not (cache / format.REWARDS_FILE).is_file()
             connection.execute(NO_REWARDS if unjudged else source(name))
     except duckdb.Error as error:
+        storage.raise_remote_error(error)
         raise KDError(f"{cache}: its shards could not be opened: {first_line(error)}", 3) from None
     return connection
 
 
-def run(cache: Path, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+def run(cache: Location, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Column names and all rows of one query; KDError with DuckDB's own words if it is wrong."""
     connection = connect(cache)
     try:
@@ -117,7 +120,9 @@ def is_complete(text: str) -> bool:
     return bool(tokens) and tokens[-1].startswith(b";")
 
 
-def select(cache: Path, columns: str, where: str | None, split: str, rest: str = "", view: str = "samples") -> pa.Table:
+def select(
+    cache: Location, columns: str, where: str | None, split: str, rest: str = "", view: str = "samples"
+) -> pa.Table:
     """``columns`` of the rows of a split that fulfil a user's condition; ``rest`` groups and orders them."""
     views = VIEWS if where else tuple(dict.fromkeys(("rewards", "samples", view)))
     connection = connect(cache, memory_limit="512MB", views=views)
@@ -126,6 +131,7 @@ def select(cache: Path, columns: str, where: str | None, split: str, rest: str =
     try:
         return connection.sql(_reading(connection, sql), params=[split]).to_arrow_table()
     except duckdb.Error as error:
+        storage.raise_remote_error(error)
         if where is None or _is_damage(error):
             raise KDError(f"{cache}: its shards could not be read: {first_line(error)}", 3) from None
         raise KDError(f"--where {where!r}: {first_line(error)}", 2) from None
@@ -133,7 +139,7 @@ def select(cache: Path, columns: str, where: str | None, split: str, rest: str =
         connection.close()
 
 
-def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str], np.ndarray]:
+def select_samples(cache: Location, where: str | None, split: str) -> tuple[list[str], np.ndarray]:
     """The samples of a split that fulfil ``where``, in file order.
 
     Returns the files that hold some, and an int64 table [n, 4]: index of the file, row in it, prompt tokens, completion
@@ -146,17 +152,17 @@ def select_samples(cache: Path, where: str | None, split: str) -> tuple[list[str
     return files.dictionary.to_pylist(), np.column_stack([np.asarray(c, dtype=np.int64) for c in numbers])
 
 
-def splits(cache: Path) -> list[str]:
+def splits(cache: Location) -> list[str]:
     """The splits that have a shard."""
     return [split for split in format.SPLITS if any((cache / "data").glob(f"{split}-*.parquet"))]
 
 
-def sources(cache: Path, where: str | None) -> list[str]:
+def sources(cache: Location, where: str | None) -> list[str]:
     """Where the training samples that fulfil ``where`` come from."""
     return sorted(select(cache, "DISTINCT source", where, "train")["source"].to_pylist())
 
 
-def changed_shards(cache: Path) -> list[str]:
+def changed_shards(cache: Location) -> list[str]:
     """The shards that are not as manifest.json recorded them, by size and time of change; none without a manifest."""
     return [name for name, shard in manifest.recorded(cache).items() if not manifest.unchanged(cache / name, shard)]
 
@@ -224,6 +230,7 @@ def _is_damage(error: duckdb.Error) -> bool:
 
 def _sql_error(error: duckdb.Error) -> KDError:
     """DuckDB's own words."""
+    storage.raise_remote_error(error)
     text = str(error).strip()
     if type(error) is duckdb.Error:
         text = f"a shard could not be read ({text}); kd cache verify says which"

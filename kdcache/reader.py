@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import manifest
+from kdcache import manifest, storage
 from kdcache.errors import KDError
+from kdcache.storage import Location
 
 TENSOR_COLUMNS = (
     *("sample_id", "prompt_ids", "completion_ids", "completion_mask"),
@@ -61,11 +61,12 @@ class Sample:
 class Cache:
     """An opened cache: its plan, and access to row groups. Open files are kept few, memory holds what is asked for."""
 
-    def __init__(self, path: Path | str):
-        self.path = Path(path)
+    def __init__(self, path: Location | str):
+        self.path = storage.location(path)
         self.plan = manifest.read_plan(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
-        missing = [s["name"] for s in self.plan["shards"] if not (self.path / s["name"]).is_file()]
+        self._files = storage.files(self.path / "data")
+        missing = [s["name"] for s in self.plan["shards"] if s["name"].removeprefix("data/") not in self._files]
         if missing:
             raise KDError(
                 f"{self.path} is not complete: {len(missing)} of {len(self.plan['shards'])} shards are missing (the first is "
@@ -84,14 +85,18 @@ class Cache:
     def table(self, file: str, row_group: int, columns: Sequence[str]) -> pa.Table:
         """``columns`` of a row group as they are stored; a column that the shard lacks is left out."""
         try:
-            with self._open(file) as shard:
+            with self._open(file, row_group) as shard:
                 return shard.read_row_group(row_group, columns=list(columns), use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise KDError(f"{self.path / 'data' / file} is damaged ({error}); {manifest.WAY_OUT}", 3) from None
 
-    def _open(self, file: str) -> pq.ParquetFile:
-        path = self.path / "data" / file
-        shard = pq.ParquetFile(path, page_checksum_verification=True)
+    def prefetch(self, file: str, row_group: int) -> None:
+        """Begin to fetch, of a remote cache, what will be read soon."""
+        storage.prefetch(self._files[file], row_group)
+
+    def _open(self, file: str, row_group: int | None = None) -> pq.ParquetFile:
+        path = self._files.get(file, self.path / "data" / file)
+        shard = storage.parquet(path, row_group)
         found = json.loads((shard.schema_arrow.metadata or {}).get(b"kdcache", b"{}")).get("fingerprint")
         if found != self.fingerprint:
             shard.close()

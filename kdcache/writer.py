@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -16,9 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import format
+from kdcache import format, storage
 from kdcache.errors import KDError
 from kdcache.sparsify import Candidates
+from kdcache.storage import Location
 
 #: Rows a row group: what a trainer holds in memory at a time.
 ROW_GROUP_ROWS = 128
@@ -80,33 +80,27 @@ def rows_to_table(rows: Sequence[Row], precision: str) -> pa.Table:
     return pa.table([columns[name] for name in format.SCHEMA.names], schema=format.SCHEMA)
 
 
-def write_shard(path: Path, rows: Sequence[Row], precision: str, metadata: dict[str, Any]) -> bool:
-    """Write one shard whole: beside its name, fsync, link into place, fsync the folder.
+def write_shard(path: Location, rows: Sequence[Row], precision: str, metadata: dict[str, Any]) -> bool:
+    """Write one shard whole: beside its name, fsync, link into place, fsync the folder; or as one upload.
 
     A shard whose rows were all rejected has no row group at all (an empty one breaks ``load_dataset``).
     Returns False when another writer's shard of the same slice got there first; that one stands.
     """
     schema = format.SCHEMA.with_metadata({b"kdcache": json.dumps(metadata, ensure_ascii=False).encode()})
-    temporary = _beside(path)
-    try:
+    with storage.staged(path) as temporary:
         with open(temporary, "wb") as sink:
             with pq.ParquetWriter(sink, schema, **format.parquet_options(precision)) as writer:
                 for start in range(0, len(rows), ROW_GROUP_ROWS):
                     writer.write_table(rows_to_table(rows[start : start + ROW_GROUP_ROWS], precision))
             sink.flush()
             os.fsync(sink.fileno())
-        return _link_into_place(temporary, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        return storage.create(temporary, path)
 
 
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what writers of this machine that are no longer running left half-written."""
+def remove_leftovers(folder: Location) -> None:
+    """Delete what writers of this machine that are no longer running left half-written; an upload leaves nothing."""
+    if not isinstance(folder, Path):
+        return
     for leftover in folder.glob(f".*.{platform.node()}.*.tmp"):
         process = int(leftover.name.split(".")[-2])
         try:
@@ -117,30 +111,15 @@ def remove_leftovers(folder: Path) -> None:
             pass  # running, as another user
 
 
-def _link_into_place(temporary: Path, path: Path) -> bool:
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: rename is atomic too, and the slice's shards are equal
-        os.replace(temporary, path)
-    _fsync_folder(path.parent)
-    return True
-
-
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; what was written takes its place, whole or not at all."""
-    temporary = _beside(path)
-    try:
+def _replacing(path: Location) -> Iterator[Path]:
+    """A name to write to; what was written takes the place of ``path``, whole or not at all."""
+    with storage.staged(path) as temporary:
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+        storage.replace(temporary, path)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Location, text: str) -> None:
     """Replace a small file (manifest, plan, card) atomically."""
     with _replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as sink:
         sink.write(text)
@@ -148,35 +127,18 @@ def write_text(path: Path, text: str) -> None:
         os.fsync(sink.fileno())
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Location, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def create_json(path: Path, value: Any) -> bool:
+def create_json(path: Location, value: Any) -> bool:
     """Write a file that must not be there yet; False if it was (the first to come wins, whole)."""
-    temporary = _beside(path)
-    try:
+    with storage.staged(path) as temporary:
         write_json(temporary, value)
-        return _link_into_place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return storage.create(temporary, path)
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Location, table: pa.Table) -> None:
     """Write a small Parquet file (vocab) atomically."""
     with _replacing(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -2,7 +2,8 @@
 
 The order is drawn over row groups: they are permuted, and samples are shuffled inside windows of a few of them, so that
 nothing is read before it is needed and memory does not grow with the cache. One global batch is one optimizer step; it
-is cut into accumulation x ranks micro-batches. The state of the stream is one integer: the step.
+is cut into accumulation x ranks micro-batches. The state of the stream is one integer: the step. Where row groups come
+over a network, a step's samples go to the nodes by the row groups they are in, so that each node fetches its share alone.
 
 A micro-batch is one packed row without padding: samples stand one after the other, kept apart by position ids that
 start again at 0, with no attention mask and no cache.
@@ -11,7 +12,6 @@ start again at 0, with no attention mask and no cache.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import queue
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,6 +26,7 @@ from torch import Tensor
 from kdcache import query
 from kdcache.errors import KDError
 from kdcache.reader import Cache, Sample
+from kdcache.storage import Location
 
 WINDOW_ROW_GROUPS = 4
 IGNORE = -100  # transformers' label of positions without a loss
@@ -49,6 +50,16 @@ class Units:
 
     def __len__(self) -> int:
         return len(self.group)
+
+    @property
+    def remote(self) -> bool:
+        return any(not isinstance(cache.path, Path) for cache in self.caches)
+
+    def prefetch(self, groups: np.ndarray) -> None:
+        """Begin to fetch row groups that will be needed soon."""
+        for number in groups.tolist():
+            cache, file, row_group = self.groups[number]
+            self.caches[cache].prefetch(file, row_group)
 
     def load(self, picked: np.ndarray) -> list[Sample]:
         """The picked samples, in that order; each row group they are in is read once."""
@@ -103,6 +114,7 @@ class Stream(torch.utils.data.IterableDataset):
         samples_per_step: the global batch, over all ranks and accumulation steps.
         parts: accumulation steps x ranks: how many micro-batches make one step.
         rank, ranks: this process's.
+        ranks_a_node: how many share a disk, and with it what was fetched of a remote cache.
         step: the first optimizer step to deliver: all the state there is.
     """
 
@@ -116,7 +128,9 @@ class Stream(torch.utils.data.IterableDataset):
         ranks: int = 1,
         seed: int = 0,
         step: int = 0,
+        ranks_a_node: int = 1,
     ):
+        self.ranks_a_node = ranks_a_node if ranks % ranks_a_node == 0 else 1
         self.units, self.head_rows, self.seed, self.step = units, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
         self.steps_per_epoch = -(-len(units) // samples_per_step)
@@ -132,30 +146,55 @@ class Stream(torch.utils.data.IterableDataset):
         wanted = self.steps_per_epoch
         while wanted:
             epoch, first = divmod(self.step, self.steps_per_epoch)
-            for samples in self._steps(epoch, first):
+            for mine in self._steps(epoch, first):
                 self.step += 1  # before the parts: a consumer need not come back after the last one
-                parts = divide(samples, self.parts)
-                for part in range(self.rank, self.parts, self.ranks):
-                    yield pack(parts[part], self.head_rows)
+                for samples in mine:
+                    yield pack(samples, self.head_rows)
                 wanted -= 1
                 if not wanted:
                     return
 
-    def _steps(self, epoch: int, first: int) -> Iterator[list[Sample]]:
-        """The global batches of an epoch from the ``first`` on; what lies before is not read."""
+    def _steps(self, epoch: int, first: int) -> Iterator[list[list[Sample]]]:
+        """This rank's parts of the global batches of an epoch, from the ``first`` on; what lies before is not read."""
         skip = first * self.samples_per_step
-        waiting: list[Sample] = []
-        for window in self.order(epoch):
+        waiting = np.empty(0, dtype=np.int64)  # samples drawn, not yet in a step
+        ranks = np.empty((0, self.ranks), dtype=bool)  # which may have them
+        loaded: dict[int, Sample] = {}
+        windows = self.order(epoch)
+        following = next(windows, None)
+        while following is not None:
+            window, following = following, next(windows, None)
             if skip >= len(window):
                 skip -= len(window)
                 continue
-            waiting.extend(self.units.load(window[skip:]))
-            skip = 0
-            while len(waiting) >= self.samples_per_step:
-                yield waiting[: self.samples_per_step]
-                waiting = waiting[self.samples_per_step :]
-        if waiting:
-            yield waiting
+            allowed = self.allowed(window)[skip:]
+            window, skip = window[skip:], 0
+            mine = window[allowed[:, self.rank]]
+            loaded.update(zip(mine.tolist(), self.units.load(mine)))
+            if following is not None and self.units.remote:
+                soon = np.unique(self.units.group[following[self.allowed(following)[:, self.rank]]])
+                self.units.prefetch(np.roll(soon, -self.rank))  # each rank of a node begins with another
+            waiting, ranks = np.concatenate([waiting, window]), np.concatenate([ranks, allowed])
+            while len(waiting) >= self.samples_per_step or (following is None and len(waiting)):
+                step, waiting = waiting[: self.samples_per_step], waiting[self.samples_per_step :]
+                parts = divide(self.units.tokens[step], self.parts, ranks[: len(step)])
+                ranks = ranks[len(step) :]
+                yield [[loaded[i] for i in step[part].tolist()] for part in parts[self.rank :: self.ranks]]
+                for index in step.tolist():
+                    loaded.pop(index, None)
+
+    def allowed(self, window: np.ndarray) -> np.ndarray:
+        """[S, ranks] bool: which ranks may have a window's samples. All of them on one node, or where reading is local.
+
+        Otherwise the window's row groups go round the nodes. Where that cannot be even (three nodes and four row groups),
+        a step would wait for the node that has most, and all may have all.
+        """
+        ranks, nodes = self.ranks, self.ranks // self.ranks_a_node
+        groups, number = np.unique(self.units.group[window], return_inverse=True)
+        if nodes == 1 or not self.units.remote or (len(groups) % nodes and nodes % len(groups)):
+            return np.ones((len(window), ranks), dtype=bool)
+        least = min(len(groups), nodes)
+        return (number % least)[:, None] == (np.arange(ranks) // self.ranks_a_node % least)[None, :]
 
     def order(self, epoch: int) -> Iterator[np.ndarray]:
         """The epoch's sample indices, a window at a time."""
@@ -171,25 +210,29 @@ class Stream(torch.utils.data.IterableDataset):
 
 
 def in_order(units: Units, head_rows: int, samples_per_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """Batches for evaluation: every sample once, in the cache's order, over ranks that each get as many batches."""
+    """Batches for evaluation: every sample once, in the cache's order; each rank has a stretch of it, in as many batches."""
+    stretch = -(-len(units) // (ranks * samples_per_batch)) * samples_per_batch
 
     def batches() -> Iterator[Batch]:
-        for first in range(0, len(units), ranks * samples_per_batch):
-            start = first + rank * samples_per_batch
+        for start in range(rank * stretch, (rank + 1) * stretch, samples_per_batch):
             yield pack(units.load(np.arange(start, min(start + samples_per_batch, len(units)))), head_rows)
 
     return read_ahead(batches())
 
 
-def divide(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    """A step's samples over its parts, about as many tokens in each: longest first, to the part that has least."""
-    made: list[list[Sample]] = [[] for _ in range(parts)]
-    heap = [(0, part) for part in range(parts)]
-    for sample in sorted(samples, key=lambda s: -s.tokens):  # stable: the same on every rank
-        tokens, part = heapq.heappop(heap)
+def divide(tokens: np.ndarray, parts: int, allowed: np.ndarray) -> list[np.ndarray]:
+    """Which of a step's samples each part has, about as many tokens each: longest first, to the part that has least.
+
+    Part p is of rank p % ranks; ``allowed`` [S, ranks] says which ranks may have a sample.
+    """
+    made: list[list[int]] = [[] for _ in range(parts)]
+    sums = np.zeros(parts)
+    rank = np.arange(parts) % allowed.shape[1]
+    for sample in np.argsort(-tokens, kind="stable").tolist():  # the same on every rank
+        part = int(np.where(allowed[sample, rank], sums, np.inf).argmin())
         made[part].append(sample)
-        heapq.heappush(heap, (tokens + sample.tokens, part))
-    return made
+        sums[part] += tokens[sample]
+    return [np.array(part, dtype=np.int64) for part in made]
 
 
 def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
@@ -315,7 +358,7 @@ def _fit_to_head(
     return inside, np.where(beyond, -np.inf, logprobs).astype(np.float32), tail
 
 
-def open_caches(paths: Sequence[Path]) -> list[Cache]:
+def open_caches(paths: Sequence[Location]) -> list[Cache]:
     """The caches to train on together: all of one tokenizer."""
     caches = [Cache(path) for path in paths]
     for cache in caches[1:]:

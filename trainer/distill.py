@@ -10,6 +10,7 @@ of the global batch, whatever number of ranks and accumulation steps it is cut i
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -239,6 +240,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         ranks=ranks,
         seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
         step=step,
+        ranks_a_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
     held_out = None
     if len(run.validation):

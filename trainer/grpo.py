@@ -25,6 +25,7 @@ from kdcache import query, verifiers, writer
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION
 from kdcache.reader import Cache, Sample
+from kdcache.storage import Location
 from trainer import adapters, rewards
 from trainer.batches import select
 from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
@@ -137,7 +138,7 @@ def _default_where(config: GrpoConfig) -> str | None:
     return SOMETIMES if judged else None
 
 
-def _choose(cache: Path, plan: dict[str, Any], where: str | None) -> list[Prompt]:
+def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Prompt]:
     columns = "prompt, prompt_ids, verifier, reference, traces"
     rest = "AND verifier IS NOT NULL ORDER BY prompt_id"
     found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()

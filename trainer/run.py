@@ -27,6 +27,7 @@ from kdcache import writer
 from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
+from kdcache.storage import Location
 from trainer import losses
 from trainer.batches import Units, open_caches, select
 from trainer.student import check_tokenizer, quantized_by
@@ -41,7 +42,7 @@ SAMPLES_PER_DEVICE = 8
 class StudentConfig:
     """What every training of a student is asked for; ``arguments`` are its library's, by their own names."""
 
-    from_cache: tuple[Path, ...]
+    from_cache: tuple[Location, ...]
     student: str
     output_dir: Path
     where: str | None = None

@@ -65,6 +65,22 @@ def test_accumulation_and_ranks_do_not_change_a_step(units, parts, ranks):
     assert steps(units, count, parts=parts, ranks=ranks) == steps(units, count)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_ranks_that_share_row_groups_out_make_the_same_steps(units, ranks, monkeypatch):
+    """As they do where row groups come over a network; three ranks and four row groups cannot be even, and all read all."""
+    wanted = steps(units, Stream(units, HEAD, 6).steps_per_epoch + 2)
+    monkeypatch.setattr(type(units), "remote", True)
+    assert steps(units, len(wanted), parts=2 * ranks, ranks=ranks) == wanted
+    stream = Stream(units, HEAD, 6, parts=ranks, ranks=ranks)
+    for window in stream.order(0):
+        shared, groups = stream.allowed(window), len(np.unique(units.group[window]))
+        even = groups % ranks == 0 or ranks % groups == 0
+        assert shared.sum(1).tolist() == [max(ranks // groups, 1) if even else ranks] * len(window)
+    assert steps(units, len(wanted), parts=ranks, ranks=ranks, ranks_a_node=2) == wanted
+    one_node = Stream(units, HEAD, 6, parts=ranks, ranks=ranks, ranks_a_node=ranks)
+    assert all(one_node.allowed(window).all() for window in one_node.order(0))
+
+
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 23])
 def test_it_resumes_with_the_very_next_batch(units, step):
     count = 26
@@ -191,11 +207,20 @@ def test_long_samples_are_cut_at_the_completions_end_if_asked_for(tiny_cache):
 
 
 def test_a_step_is_divided_evenly_by_tokens(units):
-    samples = units.load(np.arange(30))
-    parts = divide(samples, 4)
-    sizes = [sum(s.tokens for s in part) for part in parts]
-    assert max(sizes) - min(sizes) <= max(s.tokens for s in samples)
-    assert sorted(s.sample_id for part in parts for s in part) == sorted(s.sample_id for s in samples)
+    tokens = units.tokens[:30]
+    parts = divide(tokens, 4, np.ones((30, 2), bool))
+    sizes = [tokens[part].sum() for part in parts]
+    assert max(sizes) - min(sizes) <= tokens.max()
+    assert sorted(np.concatenate(parts)) == list(range(30))
+
+
+def test_a_sample_goes_to_a_rank_that_may_have_it(units):
+    tokens, allowed = units.tokens[:30], np.arange(30)[:, None] % 2 == np.arange(2)[None]
+    parts = divide(tokens, 4, allowed)
+    assert all((part_of % 2 == number % 2).all() for number, part_of in enumerate(parts))
+    for rank in (0, 1):
+        sizes = [tokens[part].sum() for part in parts[rank::2]]
+        assert max(sizes) - min(sizes) <= tokens.max()
 
 
 def test_reading_ahead_passes_errors_on_and_stops_when_no_more_is_wanted():
