@@ -1,0 +1,198 @@
+"""Phase one by several processes: slices of one plan, and Ray workers. Their cache is the very cache of one process."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, capture_plan
+
+from kdcache import capture, cluster, integrity, lock, manifest, query
+from kdcache.errors import KDError, UsageError
+
+ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
+
+
+def command(model, rows, out, *more):
+    """`kd cache-teacher` as ``capture_plan`` has it."""
+    words = ["cache-teacher", "--teacher", model, "--examples", rows, "--out", out, "--engine", "transformers"]
+    words += ["--dtype", "float32", "--mode", "both", "--temperature", 0.8, "--max-tokens", 12, "--sparsify", "topk:8"]
+    return [*map(str, [*words, "--rows-per-shard", 16, "--split-ratios", "0.6,0.2,0.2", *more])]
+
+
+def start(*arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "cli", *arguments]
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def assert_same_cache(one, other):
+    """The same plan, and the same rows to the bit; whole, nothing twice, nothing left behind."""
+    assert json.loads((one / "plan.json").read_text()) == json.loads((other / "plan.json").read_text())
+    assert query.run(one, ALL) == query.run(other, ALL)
+    assert integrity.verify(one).sound and not list(one.glob("**/.*"))
+    assert json.loads((one / "manifest.json").read_text())["complete"]
+
+
+# --- slices ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_slices_at_the_same_time_make_the_cache_of_one_process(kd, tiny_cache, tiny_model, rows_file, tmp_path):
+    out = tmp_path / "out"
+    slices = [start(*command(tiny_model, rows_file, out, "--plan-slice", f"{i}/2", "--json")) for i in range(2)]
+    answers = [process.communicate(timeout=300) for process in slices]
+    assert [process.returncode for process in slices] == [0, 0], answers
+    assert not (out / "manifest.json").exists(), "parallel workers never write it"
+    found = [json.loads(stdout) for stdout, _ in answers]
+    shards = len(json.loads((out / "plan.json").read_text())["shards"])
+    assert sum(f["shards"] for f in found) == shards and all(f["complete"] for f in found)
+    assert abs(found[0]["shards"] - found[1]["shards"]) <= 1 and sum(f["samples_now"] for f in found) == 78
+    assert "kd cache info" in answers[0][1]
+    assert json.loads(kd("cache", "info", out, "--json").stdout)["complete"]
+    assert_same_cache(out, tiny_cache)
+
+
+def test_a_slice_is_stopped_and_resumed_and_leaves_the_others_shards_alone(
+    tiny_cache, tiny_model, rows_file, tmp_path
+):
+    out = tmp_path / "out"
+    plans = [capture_plan(tiny_model, rows_file, out, plan_slice=(i, 2)) for i in range(2)]
+    seen = []
+    first = capture.run_slice(plans[0], seen.append, stop=lambda: len(seen) > 3)
+    assert first["shards"] == 1 and not first["complete"]
+    kept = {path: path.read_bytes() for path in out.glob("data/*")}
+    assert [f"data/{path.name}" for path in kept] == [plans[0].shards[0].name]
+    assert capture.run_slice(plans[0])["complete"] and all(path.read_bytes() == b for path, b in kept.items())
+    assert capture.run_slice(plans[0])["samples_now"] == 0
+    assert not manifest.summary(out)["complete"]
+    assert capture.run_slice(plans[1])["shards_missing_in_the_cache"] == 0
+    assert manifest.summary(out)["complete"]
+    assert_same_cache(out, tiny_cache)
+
+
+def test_a_slice_makes_a_recorded_shard_anew(tiny_cache, tiny_model, rows_file, tmp_path):
+    """What the manifest said of a shard that is gone does not stand against the one that takes its place."""
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    plan = capture_plan(tiny_model, rows_file, copy, plan_slice=(1, 2))
+    (copy / plan.mine()[0].name).unlink()
+    assert capture.run_slice(plan)["complete"]
+    assert manifest.summary(copy)["complete"]
+    assert_same_cache(copy, tiny_cache)
+
+
+def test_a_slice_of_another_run_is_refused(tiny_cache, tiny_model, rows_file):
+    with pytest.raises(KDError, match="seed: 0 -> 5"):
+        capture.run_slice(capture_plan(tiny_model, rows_file, tiny_cache, seed=5, plan_slice=(0, 2)))
+
+
+def test_a_plan_that_was_cut_otherwise_is_refused(tiny_cache, tiny_model, rows_file, tmp_path):
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["shards"][0]["examples"] += 1
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(KDError, match="into other shards"):
+        capture.run(capture_plan(tiny_model, rows_file, copy))
+
+
+@pytest.mark.parametrize("text", ["2/2", "3/2", "0/0", "1", "a/b", "-1/2", "1/2/3", ""])
+def test_a_bad_slice_is_refused_with_an_example(text):
+    from click.testing import CliRunner
+
+    import cli
+
+    result = CliRunner().invoke(cli.kd, ["cache-teacher", "--engine", "transformers", f"--plan-slice={text}"])
+    assert result.exit_code and "as in 0/4 .. 3/4" in (result.output + str(result.exception))
+
+
+def test_slices_cannot_overwrite_and_ray_takes_no_slice(tiny_model, rows_file, tmp_path):
+    from click.testing import CliRunner
+
+    import cli
+
+    with pytest.raises(UsageError, match="--overwrite would have each slice delete"):
+        capture_plan(tiny_model, rows_file, tmp_path / "out", plan_slice=(0, 2), overwrite=True)
+    for arguments, words in (
+        (["--ray", "--plan-slice", "0/2"], "--plan-slice is for processes"),
+        (["--workers", "2"], "go with --ray"),
+    ):
+        result = CliRunner().invoke(cli.kd, ["cache-teacher", "--engine", "transformers", *arguments])
+        assert result.exit_code == 2 and words in result.output
+
+
+def test_slices_share_the_folder_and_nobody_else_writes(tmp_path):
+    out = tmp_path / "out"
+    with lock.held_slice(out, 0, 2):
+        with lock.held_slice(out, 1, 2):
+            with pytest.raises(KDError, match=rf"slice 1/2 of .* is being written by process {os.getpid()}"):
+                lock.held_slice(out, 1, 2).__enter__()
+            with pytest.raises(KDError, match=r"out is being written by process"):
+                lock.held(out).__enter__()
+        with pytest.raises(KDError, match=r"out is being written by process"):  # the first still has it
+            lock.held(out).__enter__()
+    with lock.held(out), pytest.raises(KDError, match=r"out is being written by process"):
+        lock.held_slice(out, 0, 2).__enter__()
+    assert not out.exists()
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+def worker_processes():
+    """Ray's workers of this very process, by what Linux says of them."""
+
+    def parent(process):
+        return int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
+
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if not (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
+                continue
+            ancestor = int(folder.name)
+            while ancestor not in (0, 1, os.getpid()):
+                ancestor = parent(ancestor)
+        except OSError:
+            continue
+        if ancestor == os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def test_two_ray_workers_make_the_cache_of_one_process(tiny_cache, tiny_model, rows_file, tmp_path):
+    pytest.importorskip("ray")
+    process = start(*command(tiny_model, rows_file, tmp_path / "out", "--ray", "--workers", 2, "--json"))
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    assert json.loads(stdout)["samples"] == 78 and "workers" in stderr and "tokens/s" in stderr
+    assert_same_cache(tmp_path / "out", tiny_cache)
+
+
+def test_a_worker_killed_in_the_middle_costs_nothing_but_its_time(tiny_model, tmp_path):
+    pytest.importorskip("ray")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"prompt": f"Number {i}", "completion": f"{i} " * 9}) + "\n" for i in range(600))
+    )
+    settings = {"mode": "score", "rows_per_shard": 20}
+    capture.run(capture_plan(tiny_model, rows, tmp_path / "whole", **settings))
+    plan = capture_plan(tiny_model, rows, tmp_path / "out", **settings)
+    killed, kept, workers = [], {}, set()
+
+    def kill_one(state):
+        workers.add(state.workers)
+        found = worker_processes()
+        if not killed and state.shards_done >= 2 and len(found) == 2:
+            kept.update({path: path.read_bytes() for path in (tmp_path / "out/data").glob("[!.]*")})
+            os.kill(found[0], signal.SIGKILL)
+            killed.append(found[0])
+
+    found = cluster.run(plan, cluster.Workers(count=2), kill_one)
+    assert killed and 2 <= len(kept) < len(plan.shards) and 2 in workers
+    assert found["complete"] and found["rows"] == 600
+    assert all(path.read_bytes() == data for path, data in kept.items()), "a shard once written never changes"
+    assert_same_cache(tmp_path / "out", tmp_path / "whole")
+    assert not worker_processes()
