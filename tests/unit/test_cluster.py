@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,9 +57,7 @@ def test_two_slices_at_the_same_time_make_the_cache_of_one_process(kd, tiny_cach
     assert_same_cache(out, tiny_cache)
 
 
-def test_a_slice_is_stopped_and_resumed_and_leaves_the_others_shards_alone(
-    tiny_cache, tiny_model, rows_file, tmp_path
-):
+def test_a_slice_is_stopped_and_resumed_and_leaves_the_others_shards_alone(tiny_cache, tiny_model, rows_file, tmp_path):
     out = tmp_path / "out"
     plans = [capture_plan(tiny_model, rows_file, out, plan_slice=(i, 2)) for i in range(2)]
     seen = []
@@ -141,8 +140,8 @@ def test_slices_share_the_folder_and_nobody_else_writes(tmp_path):
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
-def worker_processes():
-    """Ray's workers of this very process, by what Linux says of them."""
+def workers_of(driver):
+    """The processes of Ray's workers under a driver, by what Linux says of them."""
 
     def parent(process):
         return int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
@@ -153,46 +152,70 @@ def worker_processes():
             if not (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
                 continue
             ancestor = int(folder.name)
-            while ancestor not in (0, 1, os.getpid()):
+            while ancestor not in (0, 1, driver):
                 ancestor = parent(ancestor)
         except OSError:
             continue
-        if ancestor == os.getpid():
+        if ancestor == driver:
             found.append(int(folder.name))
     return found
 
 
-def test_two_ray_workers_make_the_cache_of_one_process(tiny_cache, tiny_model, rows_file, tmp_path):
+def test_two_ray_workers_one_of_them_killed_make_the_cache_of_one_process(tiny_model, tmp_path):
     pytest.importorskip("ray")
-    process = start(*command(tiny_model, rows_file, tmp_path / "out", "--ray", "--workers", 2, "--json"))
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {i}", "completion": f"{i} " * 9}) + "\n" for i in range(120)))
+    process = start(*command(tiny_model, rows, out, "--ray", "--workers", 2, "--json"))
+    deadline = time.monotonic() + 300
+    while len(list(out.glob("data/*.parquet"))) < 3 or len(workers_of(process.pid)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
+    kept = {path: path.read_bytes() for path in out.glob("data/*.parquet")}
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0 and "Traceback" not in stderr, stderr
-    assert json.loads(stdout)["samples"] == 78 and "workers" in stderr and "tokens/s" in stderr
-    assert_same_cache(tmp_path / "out", tiny_cache)
-
-
-def test_a_worker_killed_in_the_middle_costs_nothing_but_its_time(tiny_model, tmp_path):
-    pytest.importorskip("ray")
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(json.dumps({"prompt": f"Number {i}", "completion": f"{i} " * 9}) + "\n" for i in range(600))
-    )
-    settings = {"mode": "score", "rows_per_shard": 20}
-    capture.run(capture_plan(tiny_model, rows, tmp_path / "whole", **settings))
-    plan = capture_plan(tiny_model, rows, tmp_path / "out", **settings)
-    killed, kept, workers = [], {}, set()
-
-    def kill_one(state):
-        workers.add(state.workers)
-        found = worker_processes()
-        if not killed and state.shards_done >= 2 and len(found) == 2:
-            kept.update({path: path.read_bytes() for path in (tmp_path / "out/data").glob("[!.]*")})
-            os.kill(found[0], signal.SIGKILL)
-            killed.append(found[0])
-
-    found = cluster.run(plan, cluster.Workers(count=2), kill_one)
-    assert killed and 2 <= len(kept) < len(plan.shards) and 2 in workers
-    assert found["complete"] and found["rows"] == 600
+    assert json.loads(stdout)["samples"] == 240 and "1 workers" in stderr and "tokens/s" in stderr
     assert all(path.read_bytes() == data for path, data in kept.items()), "a shard once written never changes"
-    assert_same_cache(tmp_path / "out", tmp_path / "whole")
-    assert not worker_processes()
+    capture.run(capture_plan(tiny_model, rows, tmp_path / "whole"))
+    assert 3 <= len(kept) < len(list(out.glob("data/*.parquet")))
+    assert_same_cache(out, tmp_path / "whole")
+
+
+def test_what_goes_wrong_in_a_worker_is_one_sentence_and_has_changed_nothing(
+    tiny_cache, tiny_model, rows_file, tmp_path
+):
+    pytest.importorskip("ray")
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    plan = capture_plan(tiny_model, rows_file, copy, overwrite=True, seed=9, engine_extra={"max_num_seqs": 1})
+    with pytest.raises(KDError, match=r"^--max-num-seqs: an option of vLLM; --engine transformers does not take it$"):
+        cluster.run(plan, cluster.Workers(count=1))
+    assert_same_cache(copy, tiny_cache)
+    unexpected = cluster._as_one_sentence(ValueError("no such head\nmore"))
+    assert str(unexpected) == "a worker failed: ValueError: no such head. Whole shards are kept"
+
+
+def test_without_ray_it_says_how_to_get_it(tiny_model, rows_file, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(KDError, match=r"--ray needs Ray .*Install it with `pip install 'kdcache\[ray\]'`"):
+        cluster.run(capture_plan(tiny_model, rows_file, tmp_path / "out"), cluster.Workers(count=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_has_the_gpus_that_its_engines_parallelism_asks_for(tiny_model, rows_file, tmp_path):
+    plan = capture_plan(tiny_model, rows_file, tmp_path / "out", engine_extra={"tensor_parallel_size": 4})
+    assert cluster.Workers().gpus_each(plan) == 4 and cluster.Workers(gpus=8).gpus_each(plan) == 8
+    with pytest.raises(UsageError, match="the engine's parallelism asks for 4"):
+        cluster.Workers(gpus=2).gpus_each(plan)
+    assert cluster.Workers().gpus_each(capture_plan(tiny_model, rows_file, tmp_path / "out")) == 0
+
+
+def test_a_lost_workers_shards_are_the_next_to_be_drawn():
+    desk = cluster.Desk(["a", "b", "c", "d"])
+    assert [desk.draw(0), desk.draw(0), desk.draw(1)] == [["a"], ["b"], ["c"]]
+    desk.report(0, cluster.Report(shards=1, samples=7))
+    desk.put_back(0, [1])  # the first was written
+    assert desk.reports()[0].shards == 1 and desk.begun(0) == []
+    assert [desk.draw(2), desk.draw(2), desk.draw(2)] == [["b"], ["d"], []]
+    desk.put_back(2, [1, 3])
+    desk.close()
+    assert desk.draw(3) == []
