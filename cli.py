@@ -237,7 +237,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     def show(state: capture.Progress) -> None:
         shards = f"shard {min(state.shards_done + 1, state.shards)}/{state.shards}"
         if workers.address:
-            shards += f"  {state.workers} workers"
+            shards += f"  {state.workers} workers" + (f" ({state.lost} lost)" if state.lost else "")
         line.show(
             state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
         )

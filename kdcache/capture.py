@@ -47,6 +47,7 @@ class Progress:
     tokens_done: int = 0
     samples: int = 0  # expected in this run
     workers: int = 0  # that are at it, where there are several
+    lost: int = 0  # workers that died; others have taken over
     started: float = field(default_factory=time.monotonic)
 
     @property

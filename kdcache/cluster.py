@@ -222,6 +222,8 @@ class _Driver:
                 self._look(len(running))
                 if self._state.samples_done:
                     progress(self._state)
+            if not claimed:
+                capture.prepare(self._plan)
             progress(self._state)
         finally:
             for actor in self._actors.values():
@@ -264,6 +266,7 @@ class _Driver:
         self._redone += max(reported.samples - kept, 0)
         self._ray.get(self._desk.put_back.remote(number, missing))
         self._look(0)
+        self._state.lost += 1
         self._losses = 1 + (self._losses if self._state.shards_done == self._written_at_loss else 0)
         self._written_at_loss = self._state.shards_done
         if self._losses > MAX_LOSSES:
@@ -309,11 +312,11 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if workers.address == LOCAL:
-            count = workers.count or 1
+            cores = os.cpu_count() or 1
             if not gpus:  # Ray would give each engine one thread
-                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (workers.count or 1))))
             ray.init(
-                num_cpus=count,
+                num_cpus=workers.count or cores,  # what Ray counts: one for each worker
                 include_dashboard=False,
                 object_store_memory=256_000_000,
                 _node_ip_address="127.0.0.1",
@@ -324,7 +327,9 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
             ray.init(address=workers.address, runtime_env={"env_vars": passed}, **quiet)
     except Exception as error:
         raise KDError(f"--ray {workers.address}: Ray could not be started or reached: {first_line(error)}") from None
-    try:
+    # Ray prints what it thinks of a lost worker to stdout, where data goes; it is counted in the progress line.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.ExitStack() as leaving:
+        leaving.callback(ray.shutdown)
         there = ray.cluster_resources()
         if gpus > there.get("GPU", 0) or there.get("CPU", 0) < 1:
             raise KDError(
@@ -332,5 +337,3 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
                 "so no worker would ever start"
             )
         yield ray, workers.count or (max(1, int(there["GPU"] // gpus)) if gpus else 1), gpus
-    finally:
-        ray.shutdown()
