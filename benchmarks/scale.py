@@ -42,8 +42,18 @@ K, TOKENS, PROMPT_TOKENS = 2, 100, 20
 SHARDS, ROWS = (10, 100, 1_000, 10_000), 50
 MORE_ROWS = (50, 500, 5_000)  # samples a shard, in AT_SHARDS shards
 AT_SHARDS = 100
-TIMEOUT_SECONDS = 400
+TIMEOUT_SECONDS = 240
+SQL_MEMORY = "4GB"  # a limit, so that a view that needs more fails and the machine does not
 BYTES_A_TOKEN = 20  # predicted, for the disk; measured and reported
+#: What the results call it, where that is another name.
+REPORTED = {
+    "open": "open",
+    "sum": "sum, f",
+    "sum again": "sum a",
+    "verify": "verify",
+    "loader": "loader",
+    "plan": "plan",
+}
 MACROS = {"captured_mass": "captured_mass(1)", "sample": "sample('made-up:7:g')"}
 LOADER = {"samples_per_step": 16, "parts": 2}
 
@@ -203,7 +213,7 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
         view = what.removeprefix("view ")
 
         def ask() -> None:
-            connection = query.connect(cache)
+            connection = query.connect(cache, memory_limit=SQL_MEMORY)
             connection.execute(f"SELECT count(COLUMNS(*)) FROM {MACROS.get(view, view)}").fetchall()
 
         timed(f"sql: {view}", ask)
@@ -231,9 +241,22 @@ def in_a_process(what: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def not_known(what: str, found: dict[str, Any]) -> bool:
+    if what in REPORTED:
+        return not any(name.startswith(REPORTED[what]) for name in found)
+    return f"sql: {what.removeprefix('view ')}" not in found
+
+
 def measure_cache(
-    folder: Path, shards: int, rows: int, tokenizer: Any, views: list[str], with_plan: bool
+    folder: Path, shards: int, rows: int, tokenizer: Any, views: list[str], with_plan: bool, known: dict[str, Any]
 ) -> dict[str, Any]:
+    """Sizes and measurements of one made-up cache; what is ``known`` of it from a run before is not measured again."""
+    whats = ["open", "sum", "sum again", "verify", "loader", *(f"view {view}" for view in views)]
+    whats += ["plan"] if with_plan else []
+    found: dict[str, Any] = known.get("measured", {})
+    whats = [what for what in whats if not_known(what, found)]
+    if not whats:
+        return known
     need, free = shards * rows * TOKENS * BYTES_A_TOKEN + 800 * shards * rows, shutil.disk_usage(folder).free
     if need > free / 2:
         raise SystemExit(
@@ -242,19 +265,20 @@ def measure_cache(
     begun = time.perf_counter()
     sizes = make_cache(folder / "cache", shards, rows, tokenizer)
     say(f"{sizes} made in {time.perf_counter() - begun:.0f} s")
-    found: dict[str, Any] = {}
-    whats = ["open", "sum", "sum again", "verify", "loader", *(f"view {view}" for view in views)]
-    if with_plan:
+    if "plan" in whats:
         make_examples(folder / "rows.jsonl", sizes["samples"])
-        whats.append("plan")
+    if "sum" not in whats:
+        manifest.write(folder / "cache")
     for what in whats:
         result = in_a_process(what, folder)
-        for name, seconds in (result["seconds"] or {what.replace("view ", "sql: "): None}).items():
+        failed = {REPORTED.get(what, "sql: " + what[5:]): None}
+        for name, seconds in (result["seconds"] or failed).items():
             found[name] = {"seconds": seconds, "peak_bytes": result.get("peak_bytes")}
             found[name]["imports_bytes"] = result.get("imports_bytes")
             if "failed" in result:
                 found[name]["failed"] = result["failed"]
             say(f"  {name}: {found[name]}")
+    (folder / "rows.jsonl").unlink(missing_ok=True)
     sizes["manifest_bytes"] = (folder / "cache/manifest.json").stat().st_size
     sizes["plan_bytes"] = (folder / "cache/plan.json").stat().st_size
     shutil.rmtree(folder / "cache")
@@ -387,15 +411,25 @@ def main() -> None:
         found["versions"] = versions("kdcache", "pyarrow", "duckdb", "numpy", "torch")
         found |= {"tokens_a_sample": TOKENS, "candidates_a_token": K, "by_shards": [], "by_samples": []}
         name = f"scale-{hardware()}-{found['date']}.json"
+        before: dict[tuple[int, int], dict[str, Any]] = {}
+        if (options.results / name).is_file():  # of today: an interrupted run goes on
+            old = json.loads((options.results / name).read_text())
+            before = {(r["shards"], r["rows_a_shard"]): r for axis in ("by_shards", "by_samples") for r in old[axis]}
         sizes = [("by_shards", shards, ROWS) for shards in options.shards]
         sizes += [("by_samples", AT_SHARDS, rows) for rows in options.rows]
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
             tokenizer = make_student(Path(scratch) / "student")
             done: dict[tuple[int, int], dict[str, Any]] = {}
-            for axis, shards, rows in sorted(sizes, key=lambda size: size[1] * size[2]):
+            for axis, shards, rows in sorted(sizes, key=lambda size: (size[1] * size[2], size[1])):
                 if (shards, rows) not in done:
                     done[shards, rows] = measure_cache(
-                        Path(scratch), shards, rows, tokenizer, views, axis == "by_shards"
+                        Path(scratch),
+                        shards,
+                        rows,
+                        tokenizer,
+                        views,
+                        axis == "by_shards",
+                        before.get((shards, rows), {}),
                     )
                 found[axis].append(done[shards, rows])
                 if not options.show_only:

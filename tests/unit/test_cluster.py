@@ -25,10 +25,11 @@ def command(model, rows, out, *more):
     return [*map(str, [*words, "--rows-per-shard", 16, "--split-ratios", "0.6,0.2,0.2", *more])]
 
 
-def start(*arguments):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def start(*arguments, start_new_session=False, **environment):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     words = [sys.executable, "-m", "cli", *arguments]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(words, env=environment, start_new_session=start_new_session, **pipes)
 
 
 def assert_same_cache(one, other):
@@ -219,3 +220,55 @@ def test_a_lost_workers_shards_are_the_next_to_be_drawn():
     desk.put_back(2, [1, 3])
     desk.close()
     assert desk.draw(3) == []
+
+
+@pytest.mark.slow
+def test_ctrl_c_once_lets_all_workers_finish_the_shards_they_have_begun(tiny_model, tmp_path):
+    pytest.importorskip("ray")
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    rows.write_text("".join(json.dumps({"prompt": f"Say {i}", "completion": f"{i} " * 9}) + "\n" for i in range(800)))
+    words = command(tiny_model, rows, out, "--rows-per-shard", 100, "--ray", "--workers", 2)
+    process = start(*words, start_new_session=True)
+    text = ""
+    for line in process.stderr:
+        text += line
+        if "tokens/s" in line:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            break
+    text += process.communicate(timeout=300)[1]
+    shards = len(list(out.glob("data/[!.]*.parquet")))
+    assert process.returncode == 130 and "finishing the shards" in text and "Traceback" not in text, text
+    planned = len(json.loads((out / "plan.json").read_text())["shards"])
+    assert 1 <= shards < planned and f"stopped with {shards} of {planned} shards" in text, text
+    assert "To continue:" in text
+    assert integrity.verify(out).problems == {} and not list(out.glob("**/.*")) and not workers_of(process.pid)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_two_ray_workers_with_the_real_vllm_say_what_one_process_says(tmp_path, smollm):
+    """The same plan, ids and, within what batches change in float32, the same log-probabilities."""
+    pytest.importorskip("ray")
+    pytest.importorskip("vllm")
+    words = ["cache-teacher", "--limit", 24, "--mode", "both", "--max-tokens", 12, "--sparsify", "topk:8"]
+    words += ["--rows-per-shard", 8, "--max-model-len", 512, "--max-num-seqs", 4, "--dtype", "float32"]
+    words += ["--precision", "f32", "--seed", 3]
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    for out, more in (("one", []), ("two", ["--ray", "--workers", 2])):
+        process = start(*map(str, [*words, "--out", tmp_path / out, *more]), **small)
+        _, stderr = process.communicate(timeout=800)
+        assert process.returncode == 0 and "Traceback" not in stderr, stderr
+    plans = [json.loads((tmp_path / out / "plan.json").read_text()) for out in ("one", "two")]
+    assert plans[0] == plans[1] and len(plans[0]["shards"]) >= 6
+    assert integrity.verify(tmp_path / "two").sound
+    columns = "sample_id, prompt_ids, completion_ids, finish_reason, candidate_ids, candidate_logprobs, token_logprobs"
+    one, two = (
+        query.run(tmp_path / out, f"SELECT {columns} FROM samples ORDER BY sample_id")[1] for out in ("one", "two")
+    )
+    assert len(one) == len(two) == 48
+    for ours, theirs in zip(two, one):
+        assert ours[:4] == theirs[:4]
+        assert ours[6] == pytest.approx(theirs[6], abs=1e-3)
+        for ids, logprobs, other_ids, other_logprobs in zip(ours[4], ours[5], theirs[4], theirs[5]):
+            assert logprobs == pytest.approx(other_logprobs, abs=1e-3)
+            assert len(set(ids) ^ set(other_ids)) <= 2  # a tie at the edge
