@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,26 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option(
     "--out", type=LOCATION, default="data/cache", show_default=True, help="Folder of the cache, or s3://bucket/folder."
 )
+@click.option(
+    "--plan-slice",
+    metavar="I/N",
+    help="Write every N-th shard alone, from the I-th on (from 0): N processes with one folder fill one cache, as in "
+    "--plan-slice $SLURM_ARRAY_TASK_ID/8 for --array=0-7; then kd cache info.",
+)
+@click.option(
+    "--ray",
+    "ray_address",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    help="Several engines as Ray workers: on this machine, or on a cluster (`auto` or HOST:PORT) whose nodes share --out.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Engines under --ray [default: as many as there are GPUs for].")
+@click.option(
+    "--gpus-per-worker",
+    type=click.FloatRange(0),
+    help="GPUs of each engine under --ray [default: what its tensor and pipeline parallelism ask for].",
+)
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
 @click.option("--strict", is_flag=True, help="Fail at the first row that cannot be taken, instead of listing it.")
 @click.option(
@@ -197,16 +218,24 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --mode both --samples 4 --out data/qwen
     """
     _quiet_libraries()
-    from kdcache import capture, examples
+    from kdcache import capture, cluster, examples
     from kdcache.plan import CaptureConfig, Plan
     from kdcache.teachers import Sampling
 
     _warn_of_unsafe(options["unsafe_exec"])
+    workers = cluster.Workers(options.pop("ray_address"), options.pop("workers"), options.pop("gpus_per_worker"))
+    if workers.address is None and (workers.count or workers.gpus is not None):
+        raise click.UsageError("--workers and --gpus-per-worker go with --ray")
+    if workers.address and options["plan_slice"]:
+        raise click.UsageError(
+            "--ray hands out the shards itself; --plan-slice is for processes that do not know each other"
+        )
     extra = _engine_extra(context, options["engine"])
     config = CaptureConfig(
         columns=examples.Columns(options.pop("prompt_column"), options.pop("completion_column"), options.pop("system")),
         sampling=Sampling(options.pop("temperature"), options.pop("top_p"), options.pop("max_tokens")),
         split_ratios=_ratios(options.pop("split_ratios")),
+        plan_slice=_plan_slice(options.pop("plan_slice")),
         engine_extra=extra,
         **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")},
     )
@@ -214,10 +243,15 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     if options["dry_run"]:
         _print_facts(capture.dry_run(plan), options["as_json"])
         return
+    run = capture.run_slice if config.plan_slice else capture.run
+    if workers.address:
+        run = partial(cluster.run, workers=workers)
     line = _ProgressLine("samples")
 
     def show(state: capture.Progress) -> None:
         shards = f"shard {min(state.shards_done + 1, state.shards)}/{state.shards}"
+        if workers.address:
+            shards += f"  {state.workers} workers" + (f" ({state.lost} lost)" if state.lost else "")
         line.show(
             state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
         )
@@ -227,16 +261,26 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         _note(f"{plan.near_duplicates} of them nearly repeat a row of another split, and are dropped")
     with _CtrlC(lambda: line.last > 0) as interrupt:
         try:
-            found = capture.run(plan, show, lambda: interrupt.asked)
+            found = run(plan, progress=show, stop=lambda: interrupt.asked)
         except KeyboardInterrupt:
             line.close()
             _note(f"interrupted; whole shards are kept. To continue:\n  {_this_command()}")
             raise
         line.close()
     if interrupt.asked and not found["complete"]:
-        done, planned = len(found["shards"]), found["shards_planned"]
+        done = found["shards"] if config.plan_slice else len(found["shards"])
+        planned = f"the slice's {found['shards_planned']}" if config.plan_slice else found["shards_planned"]
         _note(f"stopped with {done} of {planned} shards written. To continue:\n  {_this_command()}")
         raise KeyboardInterrupt
+    if config.plan_slice:
+        _print_facts(found, options["as_json"])
+        missing = found["shards_missing_in_the_cache"]
+        _note(
+            f"{missing} shards are the other slices' to write; kd cache info {config.out} sums up what is there"
+            if missing
+            else f"no shard is missing; kd cache info {config.out} sums the cache up"
+        )
+        return
     if found["rejected"]:
         _note(f"{found['rejected']} rows could not be taken; why is in {config.out}/rejected.jsonl, the first:")
         first = json.loads((config.out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()[0])
@@ -1342,6 +1386,15 @@ def _ratios(text: str) -> tuple[float, float, float]:
             f"--split-ratios {text}: expected three shares (train,validation,test), as in 0.9,0.05,0.05"
         ) from None
     return train, validation, test
+
+
+def _plan_slice(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()):
+        raise click.UsageError(f"--plan-slice {text}: expected I/N with I from 0 to N - 1, as in 0/4 .. 3/4")
+    return int(index), int(count)
 
 
 def _extra_options(context: click.Context) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import errno
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -45,6 +45,8 @@ class Progress:
     samples_done: int = 0
     tokens_done: int = 0
     samples: int = 0  # expected in this run
+    workers: int = 0  # that are at it, where there are several
+    lost: int = 0  # workers that died; others have taken over
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -78,21 +80,75 @@ def run(
     Once ``stop`` says so, no further shard is begun: those begun are finished, and the manifest is not complete.
     """
     with lock.held(plan.config.out):
-        plan.check_folder()
-        todo = plan.todo()
-        state = Progress(shards=len(plan.shards), shards_done=len(plan.shards) - len(todo))
-        state.samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
-        sandbox = sandbox_for(plan) if todo else None
-        # The engine first: if it cannot start, --overwrite has deleted nothing.
-        teacher = load(plan.config.engine, plan.engine_options()) if todo else None
+        _work(plan, progress, stop)
+        return sum_up(plan)
+
+
+def run_slice(
+    plan: Plan, progress: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
+    """Do what is missing of a plan's slice, beside the processes that do the others; returns what is there of it.
+
+    Slices only write shards (the first to come also what is fixed before): the manifest is summed by ``kd cache info``.
+    """
+    assert plan.config.plan_slice is not None
+    with lock.held_slice(plan.config.out, *plan.config.plan_slice):
+        state = _work(plan, progress, stop)
+    mine, missing = plan.mine(), plan.missing(plan.shards)
+    return {
+        "cache": str(plan.config.out),
+        "plan_slice": "/".join(map(str, plan.config.plan_slice)),
+        "complete": not plan.missing(mine),
+        "shards": len(mine) - len(plan.missing(mine)),
+        "shards_planned": len(mine),
+        "samples_now": state.samples_done,
+        "completion_tokens_now": state.tokens_done,
+        "shards_missing_in_the_cache": len(missing),
+        "fingerprint": plan.fingerprint,
+    }
+
+
+def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> Progress:
+    """Write the shards that are this process's and are missing."""
+    plan.check_folder()
+    todo = plan.todo()
+    state = expected(plan, todo)
+    sandbox = sandbox_for(plan) if todo else None
+    # The engine first: if it cannot start, --overwrite has deleted nothing.
+    teacher = load(plan.config.engine, plan.engine_options()) if todo else None
+    prepare(plan)
+    if teacher is not None:
+        state.started = time.monotonic()
+        fill(plan, todo, teacher, state, progress, stop, sandbox)
+    return state
+
+
+def expected(plan: Plan, todo: list[Shard]) -> Progress:
+    """The state of a run that has ``todo`` before it."""
+    mine = len(plan.mine())
+    samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
+    return Progress(shards=mine, shards_done=mine - len(todo), samples=samples)
+
+
+def prepare(plan: Plan) -> None:
+    """Claim the folder, and strike what its manifest and rewards say of shards that are to be written anew.
+
+    Slices of one plan do so one after the other: what a later one finds missing, an earlier one has struck already.
+    """
+    out = plan.config.out
+    one_at_a_time = lock.held(out, ".lock-claim", wait=True) if plan.config.plan_slice else contextlib.nullcontext()
+    with one_at_a_time:
         claim_folder(plan)
-        if teacher is not None:
-            manifest.forget(plan.config.out, [shard.name for shard in todo])
-            judging.forget(plan.config.out)
-            state.started = time.monotonic()
-            fill(plan, todo, teacher, state, progress, stop, sandbox)
-        with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
-            found = manifest.write(plan.config.out)
+        missing = plan.missing(plan.shards)
+        if missing:
+            manifest.forget(out, [shard.name for shard in missing])
+            judging.forget(out)
+
+
+def sum_up(plan: Plan) -> dict[str, Any]:
+    """Write the manifest, and return it."""
+    with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
+        found = manifest.write(plan.config.out)
     if plan.config.strict and found["rejected"]:
         raise KDError(f"--strict: {found['rejected']} rows could not be taken; see {plan.config.out}/rejected.jsonl")
     return found
@@ -167,7 +223,7 @@ class Background:
 
 def fill(
     plan: Plan,
-    todo: list[Shard],
+    todo: Iterable[Shard],
     teacher: Teacher,
     state: Progress,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -176,6 +232,7 @@ def fill(
 ) -> None:
     """Feed the teacher from all shards to do in turn; write each shard when its last answer is in.
 
+    Shards are drawn from ``todo`` as the engine has room for them.
     Answers are judged by their row's verifier in threads of their own, while the teacher goes on.
     """
     open_shards: dict[str, OpenShard] = {}

@@ -1,5 +1,8 @@
 """One writer a cache: whoever captures holds ``CACHE/.lock``, and a second writer is told who.
 
+The slices of one plan (``--plan-slice``) write at the same time: they share that lock, so that nobody else writes, and
+each holds one of its own, ``.lock-I-of-N``.
+
 The lock is the operating system's (flock): it ends with its process, so a crash leaves none behind. An object store and
 some file systems have no such locks; shards get their names whole, so two writers would waste work there, not lose any.
 """
@@ -10,6 +13,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -24,37 +28,47 @@ except ImportError:  # not a POSIX system
 
 
 @contextlib.contextmanager
-def held(folder: Location) -> Iterator[None]:
-    """Hold the folder's lock; KDError with process, machine and time of whoever has it."""
+def held(folder: Location, name: str = ".lock", shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold a lock of the folder; KDError with process, machine and time of whoever has it, or ``wait`` for it."""
     if not isinstance(folder, Path):
         yield
         return
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    descriptor = _take(path)
+    path = folder / name
+    descriptor = _take(path, shared, wait)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if not shared or _nobody_else_has(descriptor):
+            path.unlink(missing_ok=True)
         os.close(descriptor)
         if made:
             with contextlib.suppress(OSError):  # nothing came of it
                 folder.rmdir()
 
 
-def _take(path: Path) -> int:
-    """The descriptor of the locked file, which says who we are."""
+@contextlib.contextmanager
+def held_slice(folder: Location, index: int, count: int) -> Iterator[None]:
+    """Hold slice ``index`` of ``count``; KDError if another process has it, or has the whole folder."""
+    with held(folder, shared=True), held(folder, f".lock-{index}-of-{count}"):
+        yield
+
+
+def _take(path: Path, shared: bool, wait: bool) -> int:
+    """The descriptor of the locked file, which says who we are (of those that share it, who came last)."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+                fcntl.flock(descriptor, how)
         except BlockingIOError:
             os.close(descriptor)
-            raise KDError(
-                f"{path.parent} is being written by {_holder(path)}. Wait for it, or use another --out."
-            ) from None
+            part = re.fullmatch(r"\.lock-(\d+)-of-(\d+)", path.name)
+            what = f"slice {part[1]}/{part[2]} of {path.parent}" if part else path.parent
+            way_out = "Wait for it, or take another slice." if part else "Wait for it, or use another --out."
+            raise KDError(f"{what} is being written by {_holder(path)}. {way_out}") from None
         except OSError:
             pass  # no such locks here
         with contextlib.suppress(OSError):
@@ -65,6 +79,18 @@ def _take(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps({"process": os.getpid(), "machine": platform.node(), "since": now}).encode())
     return descriptor
+
+
+def _nobody_else_has(descriptor: int) -> bool:
+    """Whether a shared lock, which is given up here, was the last one."""
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # no such locks here
+    return True
 
 
 def _holder(path: Path) -> str:

@@ -91,6 +91,7 @@ class CaptureConfig:
     unsafe_exec: bool = False
     overwrite: bool = False
     strict: bool = False
+    plan_slice: tuple[int, int] | None = None  # (index from 0, count): this process's share of the shards
     engine_extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -233,12 +234,18 @@ class Plan:
             extra=self.config.engine_extra,
         )
 
+    def mine(self) -> list[Shard]:
+        """The shards that are this process's to write: all, or every N-th from the I-th on."""
+        first, step = self.config.plan_slice or (0, 1)
+        return self.shards[first::step]
+
     def todo(self) -> list[Shard]:
-        """The shards that are not there yet: resuming is a set difference."""
-        if self.config.overwrite:
-            return self.shards
+        """Those of them that are not there yet: resuming is a set difference."""
+        return self.mine() if self.config.overwrite else self.missing(self.mine())
+
+    def missing(self, shards: list[Shard]) -> list[Shard]:
         there = storage.files(self.config.out / "data")
-        return [shard for shard in self.shards if shard.name.removeprefix("data/") not in there]
+        return [shard for shard in shards if shard.name.removeprefix("data/") not in there]
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -251,8 +258,11 @@ class Plan:
             "vocab_size": self.vocab_size,
             "tokenizer": hashes.tokenizer_identity(self.prompts.tokenizer),
             "near_duplicates_dropped": self.near_duplicates,
-            "shards": [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards],
+            "shards": self._shards_as_json(),
         }
+
+    def _shards_as_json(self) -> list[dict[str, Any]]:
+        return [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
 
     def check_folder(self, overwrite: bool | None = None) -> None:
         """Refuse a folder that is something else, or (unless it is to be overwritten) a cache with another fingerprint."""
@@ -260,6 +270,8 @@ class Plan:
         ways_out = "Use another --out, or --overwrite to delete what is there."
         if out.exists() and not out.is_dir():
             raise UsageError(f"--out {out} is a file; expected a folder")
+        # Before plan.json is looked for: whoever else makes this cache makes that first.
+        has_files = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
         if plan.is_file():
             if self.config.overwrite if overwrite is None else overwrite:
                 return
@@ -270,7 +282,11 @@ class Plan:
                     f"{out} holds a cache made differently (old -> new):\n  {differing}\n"
                     f"A cache does not grow and is never mixed. {ways_out}"
                 )
-        elif out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
+            if old.get("shards") != self._shards_as_json():
+                raise KDError(
+                    f"{out}/plan.json cuts the same examples into other shards than this version of kdcache does. {ways_out}"
+                )
+        elif has_files:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
 
     def _prompt(self, example: Example) -> tuple[str, list[int]]:
@@ -396,6 +412,14 @@ def _check(config: CaptureConfig) -> None:
     for name, reason in REFUSED_OPTIONS.items():
         if name in config.engine_extra:
             raise UsageError(f"--{name.replace('_', '-')} cannot be passed to the engine: {reason}")
+    if config.plan_slice is not None:
+        index, count = config.plan_slice
+        if not 0 <= index < count:
+            raise UsageError(f"--plan-slice {index}/{count}: expected I/N with I from 0 to N - 1, as in 0/4 .. 3/4")
+        if config.overwrite:
+            raise UsageError(
+                "--overwrite would have each slice delete what the others wrote; delete the folder first, or use another --out"
+            )
     for flag, value, least in (
         ("--samples", config.samples, 1),
         ("--rows-per-shard", config.rows_per_shard, 1),

@@ -1,0 +1,444 @@
+"""What grows with a cache? Time and peak memory of each thing done with one, from 10 to 10,000 shards, 50 million tokens.
+
+    python benchmarks/scale.py --plot docs/scale.svg                     # about an hour on two cores, 2 GB of disk
+    python benchmarks/scale.py --shards 10 100 --rows 50 --show-only     # a try
+    python benchmarks/scale.py --show benchmarks/results/scale-....json --plot docs/scale.svg
+
+The caches are made up and real: a made-up teacher's two candidates a token over a vocabulary of 512, shards written with the
+format's own schema and encodings, one table with other ids in each. Two axes: more shards of the same size (50 samples of
+100 tokens), and 100 shards of more samples. Each measurement is a process of its own; seconds are without its start,
+peak memory is the operating system's account of all of it, imports included.
+The exponent of growth is the slope of log(seconds) over log(size) between the two largest sizes: 1 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from memory import VOCABULARY, make_student
+from shared import hardware, machine, versions
+
+from kdcache import format, judging, manifest, writer
+from kdcache.sparsify import parse
+
+HERE = Path(__file__).parent
+K, TOKENS, PROMPT_TOKENS = 2, 100, 20
+SHARDS, ROWS = (10, 100, 1_000, 10_000), 50
+MORE_ROWS = (50, 500, 5_000)  # samples a shard, in AT_SHARDS shards
+AT_SHARDS = 100
+TIMEOUT_SECONDS = 240
+SQL_MEMORY = "4GB"  # a limit, so that a view that needs more fails and the machine does not
+BYTES_A_TOKEN = 20  # predicted, for the disk; measured and reported
+#: What the results call it, where that is another name.
+REPORTED = {
+    "open": "open",
+    "sum": "sum, f",
+    "sum again": "sum a",
+    "verify": "verify",
+    "loader": "loader",
+    "plan": "plan",
+}
+MACROS = {"captured_mass": "captured_mass(1)", "sample": "sample('made-up:7:g')"}
+LOADER = {"samples_per_step": 16, "parts": 2}
+
+
+# --- making caches ----------------------------------------------------------------------------------------------------
+
+
+def split_of(shard: int) -> str:
+    return ("validation", "test")[shard % 2] if shard % 10 > 7 else "train"
+
+
+def names_of(shards: int) -> list[str]:
+    counts = dict.fromkeys(format.SPLITS, 0)
+    found = []
+    for shard in range(shards):
+        split = split_of(shard)
+        found.append(format.shard_name(split, counts[split]))
+        counts[split] += 1
+    return found
+
+
+def base_table(rows: int) -> pa.Table:
+    """``rows`` made-up samples: distributions over a small vocabulary, as a teacher would have them."""
+    random = np.random.default_rng(0)
+    sparsifier = parse(f"topk:{K}")
+    made = []
+    for _ in range(rows):
+        logits = random.normal(0, 3, (TOKENS, VOCABULARY)).astype(np.float32)
+        full = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        ids = np.argpartition(-full, K, axis=1)[:, :K]
+        ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(full, ids, 1), axis=1), 1)
+        logprobs = np.take_along_axis(full, ids, axis=1)
+        completion = random.integers(2, VOCABULARY, TOKENS)
+        own = full[np.arange(TOKENS), completion]
+        ranks = (full >= own[:, None]).sum(axis=1).astype(np.int32)
+        fields = {"source": "made-up", "task": "none", "language": "en", "origin": "given"}
+        fields |= {"prompt": "w2 " * PROMPT_TOKENS, "completion": "w3 " * TOKENS}
+        given = random.integers(2, VOCABULARY, PROMPT_TOKENS).tolist(), completion.tolist(), own, ranks
+        made.append(writer.Row(fields, *given, -(np.exp(full) * full).sum(axis=1), sparsifier(ids, logprobs)))
+    return writer.rows_to_table(made, "q8")
+
+
+def with_ids(table: pa.Table, first: int, split: str) -> pa.Table:
+    """The table as other samples: ids from ``first`` on."""
+    numbers = range(first, first + len(table))
+    columns = {
+        "sample_id": [f"made-up:{i}:g" for i in numbers],
+        "prompt_id": [f"{i:016x}" for i in numbers],
+        "group_id": [f"{i:016x}" for i in numbers],
+        "split": [split] * len(table),
+    }
+    for name, values in columns.items():
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.string()))
+    return table
+
+
+def make_cache(folder: Path, shards: int, rows: int, tokenizer: Any) -> dict[str, Any]:
+    """A cache of ``shards`` shards of ``rows`` samples; returns its sizes."""
+    fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
+    fields["sparsify"] = str(parse(f"topk:{K}"))
+    fingerprint = format.fingerprint(fields)
+    metadata = {"format_version": 1, "fingerprint": fingerprint, "precision": "q8", "sparsify": fields["sparsify"]}
+    metadata |= {"engine": "none", "seconds": 1.0, "rejected": []}
+    schema = format.SCHEMA.with_metadata({b"kdcache": json.dumps(metadata).encode()})
+    base = base_table(min(rows, 500))
+    table = pa.concat_tables([base] * (rows // len(base))).combine_chunks()
+    (folder / "data").mkdir(parents=True)
+    names = names_of(shards)
+    for number, name in enumerate(names):
+        part = with_ids(table, number * rows, format.split_of_shard(name)).cast(schema)
+        with pq.ParquetWriter(folder / name, schema, **format.parquet_options("q8")) as sink:
+            sink.write_table(part, row_group_size=writer.ROW_GROUP_ROWS)
+    plan = {"format_version": 1, "fingerprint": fingerprint, "fields": fields, "vocab_size": VOCABULARY}
+    plan |= {"end_of_turn": 1, "tokenizer": tokenizer, "teacher_revision": None}
+    writer.write_json(folder / "plan.json", plan | {"shards": [{"name": name, "examples": rows} for name in names]})
+    words = pa.array([f"w{i}" for i in range(VOCABULARY)])
+    ids = pa.array(range(VOCABULARY), pa.int32())
+    writer.write_table(
+        folder / "vocab.parquet", pa.table({"token_id": ids, "token": words, "bytes": words.cast(pa.binary())})
+    )
+    judging.prepare(folder)
+    size = sum(path.stat().st_size for path in (folder / "data").iterdir())
+    tokens = shards * rows * TOKENS
+    return {"shards": shards, "rows_a_shard": rows, "samples": shards * rows, "tokens": tokens, "bytes": size}
+
+
+def make_examples(path: Path, samples: int) -> None:
+    """The same number of examples as a cache has samples, for a plan."""
+    random = np.random.default_rng(1)
+    with open(path, "w", encoding="utf-8") as file:
+        for start in range(0, samples, 1000):
+            words = random.integers(2, VOCABULARY, (min(1000, samples - start), PROMPT_TOKENS + TOKENS - 1))
+            for number, row in enumerate(words, start):
+                prompt, completion = (
+                    " ".join(f"w{w}" for w in part) for part in (row[:PROMPT_TOKENS], row[PROMPT_TOKENS:])
+                )
+                file.write(json.dumps({"id": number, "prompt": prompt, "completion": completion}) + "\n")
+
+
+# --- what is measured: each in a process of its own, and each returns the seconds to report ----------------------------
+
+
+def measure(what: str, folder: Path) -> dict[str, Any]:
+    """Seconds and peak memory of one thing done with FOLDER/cache."""
+    from kdcache import integrity, query, reader
+
+    if what == "plan":
+        import transformers  # noqa: F401
+
+        from kdcache.plan import CaptureConfig, Plan
+    elif what == "loader":
+        import trainer.batches
+    cache = folder / "cache"
+    before_bytes = peak_resident_bytes()
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Any) -> Any:
+        begun = time.perf_counter()
+        result = call()
+        seconds[name] = time.perf_counter() - begun
+        return result
+
+    if what == "plan":
+        config = CaptureConfig(
+            out=folder / "planned",
+            teacher=str(folder / "student"),
+            examples=str(folder / "rows.jsonl"),
+            engine="transformers",
+            dtype="float32",
+            sparsify=f"topk:{K}",
+            rows_per_shard=json.loads((cache / "plan.json").read_text())["shards"][0]["examples"],
+        )
+        plan = timed("plan", lambda: Plan(config))
+        (folder / "planned/data").mkdir(parents=True)
+        for shard in plan.shards[:-1]:
+            (folder / "planned" / shard.name).touch()
+        todo = timed("resume: what is missing", plan.todo)
+        assert len(todo) == 1
+        shutil.rmtree(folder / "planned")
+    elif what == "open":
+        timed("open", lambda: reader.Cache(cache))
+    elif what == "sum":
+        timed("sum, first time", lambda: manifest.write(cache))
+    elif what == "sum again":
+        timed("sum again, nothing changed", lambda: manifest.write(cache))
+    elif what == "verify":
+        report = timed("verify", lambda: integrity.verify(cache))
+        assert report.sound, report.problems
+    elif what == "loader":
+        units = timed("loader: select", lambda: trainer.batches.select([reader.Cache(cache)], "train"))
+        stream = trainer.batches.Stream(units, VOCABULARY, **LOADER)
+        batches = iter(stream)
+        timed("loader: first batch", lambda: next(batches))
+        middle = iter(trainer.batches.Stream(units, VOCABULARY, step=stream.steps_per_epoch // 2, **LOADER))
+        timed("loader: jump to the middle", lambda: next(middle))
+    elif what.startswith("view "):
+        view = what.removeprefix("view ")
+
+        def ask() -> None:
+            connection = query.connect(cache, memory_limit=SQL_MEMORY)
+            connection.execute(f"SELECT count(COLUMNS(*)) FROM {MACROS.get(view, view)}").fetchall()
+
+        timed(f"sql: {view}", ask)
+    return {"seconds": seconds, "peak_bytes": peak_resident_bytes(), "imports_bytes": before_bytes}
+
+
+def peak_resident_bytes() -> int:
+    """Of this process. Linux's ru_maxrss would begin at that of the process it was started from."""
+    if Path("/proc/self/status").is_file():
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found
+        return int(found[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_a_process(what: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--measure", what, str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"seconds": {}, "failed": f"not done after {TIMEOUT_SECONDS} s"}
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+        return {"seconds": {}, "failed": last[0][:300]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def not_known(what: str, found: dict[str, Any]) -> bool:
+    if what in REPORTED:
+        return not any(name.startswith(REPORTED[what]) for name in found)
+    return f"sql: {what.removeprefix('view ')}" not in found
+
+
+def measure_cache(
+    folder: Path, shards: int, rows: int, tokenizer: Any, views: list[str], with_plan: bool, known: dict[str, Any]
+) -> dict[str, Any]:
+    """Sizes and measurements of one made-up cache; what is ``known`` of it from a run before is not measured again."""
+    whats = ["open", "sum", "sum again", "verify", "loader", *(f"view {view}" for view in views)]
+    whats += ["plan"] if with_plan else []
+    found: dict[str, Any] = known.get("measured", {})
+    whats = [what for what in whats if not_known(what, found)]
+    if not whats:
+        return known
+    need, free = shards * rows * TOKENS * BYTES_A_TOKEN + 800 * shards * rows, shutil.disk_usage(folder).free
+    if need > free / 2:
+        raise SystemExit(
+            f"{shards} shards of {rows} samples need about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
+        )
+    begun = time.perf_counter()
+    sizes = make_cache(folder / "cache", shards, rows, tokenizer)
+    say(f"{sizes} made in {time.perf_counter() - begun:.0f} s")
+    if "plan" in whats:
+        make_examples(folder / "rows.jsonl", sizes["samples"])
+    if "sum" not in whats:
+        manifest.write(folder / "cache")
+    for what in whats:
+        result = in_a_process(what, folder)
+        failed = {REPORTED.get(what, "sql: " + what[5:]): None}
+        for name, seconds in (result["seconds"] or failed).items():
+            found[name] = {"seconds": seconds, "peak_bytes": result.get("peak_bytes")}
+            found[name]["imports_bytes"] = result.get("imports_bytes")
+            if "failed" in result:
+                found[name]["failed"] = result["failed"]
+            say(f"  {name}: {found[name]}")
+    (folder / "rows.jsonl").unlink(missing_ok=True)
+    sizes["manifest_bytes"] = (folder / "cache/manifest.json").stat().st_size
+    sizes["plan_bytes"] = (folder / "cache/plan.json").stat().st_size
+    shutil.rmtree(folder / "cache")
+    return sizes | {"measured": found}
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def exponent(sizes: list[float], values: list[float | None]) -> float | None:
+    """The slope in log-log between the two largest sizes that were measured."""
+    known = [(math.log(s), math.log(v)) for s, v in zip(sizes, values) if v]
+    if len(known) < 2:
+        return None
+    (x0, y0), (x1, y1) = known[-2:]
+    return (y1 - y0) / (x1 - x0)
+
+
+def series(runs: list[dict[str, Any]], name: str, key: str) -> list[float | None]:
+    return [run["measured"].get(name, {}).get(key) for run in runs]
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table of docs/scale.md: seconds and peak memory at each size, and the exponents."""
+    for title, runs, unit in (
+        ("shards", found["by_shards"], "shards"),
+        ("samples", found["by_samples"], "samples"),
+    ):
+        if len(runs) < 2:
+            continue
+        sizes = [run[unit] for run in runs]
+        print(
+            f"\n| what | {' | '.join(f'{size:,} {title}' for size in sizes)} | exponent | peak MB, smallest and largest |"
+        )
+        print(f"|---|{'---|' * (len(runs) + 2)}")
+        for name in dict.fromkeys(name for run in runs for name in run["measured"]):
+            times, peaks = series(runs, name, "seconds"), series(runs, name, "peak_bytes")
+            cells = ["-" if t is None else f"{t:.3g}" if t < 100 else f"{t:.0f}" for t in times]
+            slope = exponent(sizes, times)
+            memory = " .. ".join("-" if p is None else f"{p / 1e6:,.0f}" for p in (peaks[0], peaks[-1]))
+            print(f"| {name} | {' | '.join(cells)} | {'-' if slope is None else f'{slope:.2f}'} | {memory} |")
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Seconds and peak memory over shards, and seconds over samples."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update(
+        {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "kdcache"}
+    )
+    lines = {
+        "plan": ("#6b4c9a", "o"),
+        "resume: what is missing": ("#9a7fc0", "s"),
+        "open": ("#3969b1", "o"),
+        "sum, first time": ("#da7c30", "o"),
+        "sum again, nothing changed": ("#e9b384", "s"),
+        "verify": ("#cc2529", "o"),
+        "loader: select": ("#3e9651", "o"),
+        "loader: first batch": ("#77b886", "s"),
+        "loader: jump to the middle": ("#a9d6b2", "^"),
+    }
+    panels = (
+        ("seconds", "seconds", found["by_shards"], "shards", "shards of 50 samples of 100 tokens"),
+        ("peak_bytes", "peak resident memory, MB", found["by_shards"], "shards", "the same"),
+        ("seconds", "seconds", found["by_samples"], "samples", "samples in 100 shards"),
+    )
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), facecolor="white")
+    for axis, (key, label, runs, unit, title) in zip(axes, panels):
+        sizes = [run[unit] for run in runs]
+        for name, (colour, marker) in lines.items():
+            scale = 1e6 if key == "peak_bytes" else 1
+            points = [(s, v / scale) for s, v in zip(sizes, series(runs, name, key)) if v]
+            if points:
+                axis.plot(*zip(*points), marker=marker, color=colour, markersize=4, linewidth=1.5, label=name)
+        views = {name for run in runs for name in run["measured"] if name.startswith("sql: ")}
+        for number, name in enumerate(sorted(views)):
+            points = [(s, v / (1e6 if key == "peak_bytes" else 1)) for s, v in zip(sizes, series(runs, name, key)) if v]
+            if points:
+                label_once = {"label": "each view of sql/"} if not number else {}
+                axis.plot(*zip(*points), color="#bbbbbb", linewidth=0.8, zorder=1, **label_once)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel(unit)
+        axis.set_ylabel(label)
+        axis.set_title(title, loc="left", fontsize=9.5)
+        axis.grid(which="major", color="#e6e6e6", linewidth=0.8)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    handles, legends = axes[0].get_legend_handles_labels()
+    figure.legend(handles, legends, loc="lower center", ncols=5, frameon=False, fontsize=8.5)
+    figure.suptitle("What grows with a cache", x=0.02, ha="left", fontsize=11)
+    figure.tight_layout(rect=(0, 0.13, 1, 0.98))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, nargs="+", default=SHARDS)
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=MORE_ROWS, help=f"samples a shard, of {AT_SHARDS} shards"
+    )
+    parser.add_argument("--views", nargs="+", help="only these [default: all of sql/]")
+    parser.add_argument("--folder", type=Path, help="for the made-up caches [default: a temporary one]")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--plot", type=Path, help="where to draw: an .svg or .png")
+    parser.add_argument("--show", type=Path, help="print and plot these results instead of measuring")
+    parser.add_argument("--show-only", action="store_true", help="measure, print, and keep no results")
+    parser.add_argument("--measure", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(options.measure[0], Path(options.measure[1]))))
+        return
+    if options.show:
+        found = json.loads(options.show.read_text())
+    else:
+        from kdcache import query
+
+        views = options.views or list(query.VIEWS)
+        found = {"date": str(date.today()), "machine": machine(), "load_at_start": os.getloadavg()[0]}
+        found["versions"] = versions("kdcache", "pyarrow", "duckdb", "numpy", "torch")
+        found |= {"tokens_a_sample": TOKENS, "candidates_a_token": K, "by_shards": [], "by_samples": []}
+        name = f"scale-{hardware()}-{found['date']}.json"
+        before: dict[tuple[int, int], dict[str, Any]] = {}
+        if (options.results / name).is_file():  # of today: an interrupted run goes on
+            old = json.loads((options.results / name).read_text())
+            before = {(r["shards"], r["rows_a_shard"]): r for axis in ("by_shards", "by_samples") for r in old[axis]}
+        sizes = [("by_shards", shards, ROWS) for shards in options.shards]
+        sizes += [("by_samples", AT_SHARDS, rows) for rows in options.rows]
+        with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
+            tokenizer = make_student(Path(scratch) / "student")
+            done: dict[tuple[int, int], dict[str, Any]] = {}
+            for axis, shards, rows in sorted(sizes, key=lambda size: (size[1] * size[2], size[1])):
+                if (shards, rows) not in done:
+                    done[shards, rows] = measure_cache(
+                        Path(scratch),
+                        shards,
+                        rows,
+                        tokenizer,
+                        views,
+                        axis == "by_shards",
+                        before.get((shards, rows), {}),
+                    )
+                found[axis].append(done[shards, rows])
+                if not options.show_only:
+                    options.results.mkdir(exist_ok=True)
+                    writer.write_json(options.results / name, found)
+    show(found)
+    if options.plot:
+        plot(found, options.plot)
+
+
+if __name__ == "__main__":
+    main()
