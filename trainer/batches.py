@@ -16,8 +16,9 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ IGNORE = -100  # transformers' label of positions without a loss
 MAX_MASS_BEYOND_HEAD = 1e-3
 
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 _END = object()
 
 
@@ -132,30 +134,45 @@ class Stream(torch.utils.data.IterableDataset):
         wanted = self.steps_per_epoch
         while wanted:
             epoch, first = divmod(self.step, self.steps_per_epoch)
-            for samples in self._steps(epoch, first):
+            for parts in self._steps(epoch, first):
                 self.step += 1  # before the parts: a consumer need not come back after the last one
-                parts = divide(samples, self.parts)
-                for part in range(self.rank, self.parts, self.ranks):
-                    yield pack(parts[part], self.head_rows)
+                for samples in parts:
+                    yield pack(samples, self.head_rows)
                 wanted -= 1
                 if not wanted:
                     return
 
-    def _steps(self, epoch: int, first: int) -> Iterator[list[Sample]]:
-        """The global batches of an epoch from the ``first`` on; what lies before is not read."""
+    def _steps(self, epoch: int, first: int) -> Iterator[list[list[Sample]]]:
+        """This rank's parts of the global batches of an epoch from the ``first`` on.
+
+        Lengths are known without reading, so steps are divided before: only row groups that hold a sample of this rank's
+        are read, those of a window once.
+        """
         skip = first * self.samples_per_step
-        waiting: list[Sample] = []
-        for window in self.order(epoch):
-            if skip >= len(window):
-                skip -= len(window)
-                continue
-            waiting.extend(self.units.load(window[skip:]))
-            skip = 0
-            while len(waiting) >= self.samples_per_step:
-                yield waiting[: self.samples_per_step]
-                waiting = waiting[self.samples_per_step :]
-        if waiting:
-            yield waiting
+        waiting = np.zeros(0, dtype=np.int64)
+        for window in chain(self.order(epoch), [None]):
+            if window is not None:
+                if skip >= len(window):
+                    skip -= len(window)
+                    continue
+                waiting, skip = np.concatenate([waiting, window[skip:]]), 0
+                end = len(waiting) // self.samples_per_step * self.samples_per_step
+            else:
+                end = len(waiting)  # the last step may be a small one
+            steps = [
+                self._mine(waiting[at : at + self.samples_per_step]) for at in range(0, end, self.samples_per_step)
+            ]
+            waiting = waiting[end:]
+            picked = [index for parts in steps for part in parts for index in part]
+            samples = iter(self.units.load(np.array(picked, dtype=np.int64)))
+            for parts in steps:
+                yield [[next(samples) for _ in part] for part in parts]
+            del samples  # before the next window is read
+
+    def _mine(self, step: np.ndarray) -> list[list[int]]:
+        """Sample indices of this rank's parts of a step."""
+        parts = divide(step.tolist(), self.units.tokens[step].tolist(), self.parts)
+        return parts[self.rank :: self.ranks]
 
     def order(self, epoch: int) -> Iterator[np.ndarray]:
         """The epoch's sample indices, a window at a time."""
@@ -181,14 +198,14 @@ def in_order(units: Units, head_rows: int, samples_per_batch: int, rank: int = 0
     return read_ahead(batches())
 
 
-def divide(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+def divide(samples: Sequence[T], tokens: Sequence[int], parts: int) -> list[list[T]]:
     """A step's samples over its parts, about as many tokens in each: longest first, to the part that has least."""
-    made: list[list[Sample]] = [[] for _ in range(parts)]
+    made: list[list[T]] = [[] for _ in range(parts)]
     heap = [(0, part) for part in range(parts)]
-    for sample in sorted(samples, key=lambda s: -s.tokens):  # stable: the same on every rank
-        tokens, part = heapq.heappop(heap)
-        made[part].append(sample)
-        heapq.heappush(heap, (tokens + sample.tokens, part))
+    for number in sorted(range(len(samples)), key=lambda n: -tokens[n]):  # stable: the same on every rank
+        least, part = heapq.heappop(heap)
+        made[part].append(samples[number])
+        heapq.heappush(heap, (least + tokens[number], part))
     return made
 
 

@@ -192,10 +192,26 @@ def test_long_samples_are_cut_at_the_completions_end_if_asked_for(tiny_cache):
 
 def test_a_step_is_divided_evenly_by_tokens(units):
     samples = units.load(np.arange(30))
-    parts = divide(samples, 4)
+    parts = divide(samples, [sample.tokens for sample in samples], 4)
     sizes = [sum(s.tokens for s in part) for part in parts]
     assert max(sizes) - min(sizes) <= max(s.tokens for s in samples)
     assert sorted(s.sample_id for part in parts for s in part) == sorted(s.sample_id for s in samples)
+
+
+def test_a_rank_reads_the_row_groups_of_its_own_samples_and_no_others(units, monkeypatch):
+    read = []
+
+    def counted(self, picked):
+        read.append(picked.tolist())
+        return load(self, picked)
+
+    load = type(units).load
+    monkeypatch.setattr(type(units), "load", counted)
+    samples = len(units)
+    for rank in range(4):
+        stream = Stream(units, 49152, samples, parts=4, rank=rank, ranks=4)
+        list(stream._batches())
+    assert sorted(index for picked in read for index in picked) == list(range(samples)), "each sample by one rank"
 
 
 def test_reading_ahead_passes_errors_on_and_stops_when_no_more_is_wanted():
