@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from memory import VOCABULARY, make_student
 from shared import hardware, machine, versions
 
-from kdcache import format, judging, manifest, writer
+from kdcache import format, judging, manifest, sparsify, writer
 from kdcache.sparsify import parse
 
 HERE = Path(__file__).parent
@@ -220,6 +220,36 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
     return {"seconds": seconds, "peak_bytes": peak_resident_bytes(), "imports_bytes": before_bytes}
 
 
+def writing() -> dict[str, float]:
+    """Tokens a second that one core sparsifies and writes: what a worker's background thread can take from its engine."""
+    found = {}
+    random = np.random.default_rng(0)
+    for policy, capture_k in (("threshold:0.02", 256), ("topk:64", None)):
+        sparsifier = parse(policy, capture_k)
+        width = sparsifier.capture_k
+        logits = -np.sort(random.exponential(1.5, (256, width)).cumsum(axis=1) / 20, axis=1).astype(np.float32)
+        logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) + np.float32(np.log(0.95))
+        ids = np.stack([random.permutation(49_152)[:width] for _ in range(256)]).astype(np.int32)
+        ranks = np.ones(256, np.int32)
+        begun = time.thread_time()
+        rows = [
+            writer.Row(
+                {"sample_id": str(i), "split": "train"},
+                ids[0, :20].tolist(),
+                ids[:, 0].tolist(),
+                logprobs[:, 0],
+                ranks,
+                sparsify.entropies(logprobs),
+                sparsifier(ids, logprobs, 0, str(i)),
+            )
+            for i in range(128)
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            writer.write_shard(Path(folder) / "shard.parquet", rows, "q8", {})
+        found[policy] = 128 * 256 / (time.thread_time() - begun)
+    return found
+
+
 def peak_resident_bytes() -> int:
     """Of this process. Linux's ru_maxrss would begin at that of the process it was started from."""
     if Path("/proc/self/status").is_file():
@@ -303,6 +333,8 @@ def series(runs: list[dict[str, Any]], name: str, key: str) -> list[float | None
 
 def show(found: dict[str, Any]) -> None:
     """The table of docs/scale.md: seconds and peak memory at each size, and the exponents."""
+    for policy, rate in found.get("writing_tokens_per_second", {}).items():
+        print(f"sparsified and written by one core, {policy}: {rate:,.0f} tokens/s")
     for title, runs, unit in (
         ("shards", found["by_shards"], "shards"),
         ("samples", found["by_samples"], "samples"),
@@ -432,6 +464,7 @@ def main() -> None:
                         before.get((shards, rows), {}),
                     )
                 found[axis].append(done[shards, rows])
+                found["writing_tokens_per_second"] = found.get("writing_tokens_per_second") or writing()
                 if not options.show_only:
                     options.results.mkdir(exist_ok=True)
                     writer.write_json(options.results / name, found)
