@@ -73,7 +73,7 @@ def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, 
         for problem in _shard_problems(cache / name, name, plan, known.get(name), report):
             report.add(name, problem)
     progress(len(planned), len(planned))
-    _check_duplicates(cache, [name for name in planned if name not in report.problems], report)
+    _check_duplicates(cache, [name for name in planned if name in there and name not in report.problems], report)
     if not report.problems:
         with contextlib.suppress(
             OSError, storage.WriteError
