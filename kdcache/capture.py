@@ -89,7 +89,7 @@ def run_slice(
 ) -> dict[str, Any]:
     """Do what is missing of a plan's slice, beside the processes that do the others; returns what is there of it.
 
-    Slices only write shards (the first to come also what is fixed before): the manifest is summed by ``kd cache info``.
+    Slices write shards (the first to come also what is fixed before); the manifest is summed by ``kd cache info``.
     """
     assert plan.config.plan_slice is not None
     with lock.held_slice(plan.config.out, *plan.config.plan_slice):
