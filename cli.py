@@ -40,7 +40,9 @@ def kd() -> None:
     kd train           phase two: a student from the cache alone
     kd grpo            reinforcement learning on the cache's prompts and verifiers
     kd evaluate        what the students kept, and kd compare: of the teacher, with intervals
-    kd run             an experiment of recipes/, from the cache to the table
+    kd quantize        a student in 4 or 8 bits, measured before and after
+    kd report          all of it on one page
+    kd run             an experiment of recipes/, from the cache to the page
     kd demo            all of it, on this machine, in a quarter of an hour
     """
 
