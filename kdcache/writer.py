@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,13 @@ def write_text(path: Location, text: str) -> None:
 
 def write_json(path: Location, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Location, names: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """Replace a small table atomically; None is an empty cell."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([names, *lines])
+    write_text(path, text.getvalue())
 
 
 def create_json(path: Location, value: Any) -> bool:

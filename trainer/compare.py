@@ -9,8 +9,6 @@ paired between models; of fewer than five problems there are none.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,11 +129,7 @@ def write(found: Sequence[dict[str, Any]], out: Path) -> tuple[Path, Path]:
     writer.write_json(out / "comparison.json", list(found))
     flat = [_flat(row) for row in found]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    text = io.StringIO()
-    lines = csv.DictWriter(text, names, lineterminator="\n")
-    lines.writeheader()
-    lines.writerows(flat)
-    writer.write_text(out / "comparison.csv", text.getvalue())
+    writer.write_csv(out / "comparison.csv", names, [[row.get(name) for name in names] for row in flat])
     return out / "comparison.json", out / "comparison.csv"
 
 

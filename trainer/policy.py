@@ -30,7 +30,7 @@ class FromCache(Base):
 
     def __init__(self, run: GrpoRun, sandbox: Sandbox | None, stops: Sequence[int], **kwargs: Any):
         self.prompts_by_text = {prompt.text: prompt for prompt in run.prompts}
-        self.config_of_run, self.sandbox, self.stops = run.config, sandbox, set(stops)
+        self.run_config, self.sandbox, self.stops = run.config, sandbox, set(stops)
         self.success = 0.0  # running mean of unguided answers that are right
         self._guided: list[list[int]] = []  # the prefix of each answer of the last generation
         self._judged: list[rewards.Judged] = []
@@ -48,7 +48,7 @@ class FromCache(Base):
 
     def guided_share(self) -> float:
         """Of a group's answers: falls to none as half of the unguided ones come right."""
-        return 0.0 if self.config_of_run.guide is None else GUIDED_SHARE * max(0.0, 1.0 - 2.0 * self.success)
+        return 0.0 if self.run_config.guide is None else GUIDED_SHARE * max(0.0, 1.0 - 2.0 * self.success)
 
     def _prefixes(self, texts: Sequence[str]) -> list[list[int]]:
         """For each answer to be generated, the first part of a verified one, or nothing; a group is a run of equal prompts."""

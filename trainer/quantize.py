@@ -10,8 +10,6 @@ at all; ``quantization.json`` in it says what it was made of and, once measured,
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import logging
 import sys
@@ -139,10 +137,7 @@ def quantize(plan: Plan, progress: Progress = lambda *_: None) -> dict[str, Any]
     if not plan.config.measure:
         return plan.record
     record = plan.record | {"measured": _measure(plan, progress)}
-    names, lines = table(record["measured"]["rows"], exact=True)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([names, *lines])
-    writer.write_text(out / TABLE, text.getvalue())
+    writer.write_csv(out / TABLE, *table(record["measured"]["rows"], exact=True))
     writer.write_json(out / RECORD, record)
     return record
 

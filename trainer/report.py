@@ -8,8 +8,6 @@ here: every number was written by the command that measured it, or is asked of t
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -291,11 +289,7 @@ def write(found: Found, out: Path, progress: Progress = lambda _: None) -> Path:
     figures = drawn.of(data)
     (out / "plots").mkdir(parents=True, exist_ok=True)
     for figure in figures:
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(figure.columns)
-        lines.writerows(figure.rows)
-        writer.write_text(out / "plots" / f"{figure.name}.csv", text.getvalue())
+        writer.write_csv(out / "plots" / f"{figure.name}.csv", figure.columns, figure.rows)
     writer.write_json(out / "report.json", data)
     writer.write_text(out / "report.html", _render(data, {figure.name: figure for figure in figures}))
     return out / "report.html"
