@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import os
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ _lock = threading.Lock()
 _fetching: dict[str, Future[bytes]] = {}
 _ahead: ThreadPoolExecutor | None = None
 _since_trim = 0  # bytes written
+_patience_seconds = 10.0
 
 
 def folder() -> Path:
@@ -63,7 +65,7 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
     if not mine:
         return future.result()
     try:
-        path = folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        path = _path(key)
         found = _read(path)
         if found is None:
             with _alone(path):
@@ -79,6 +81,21 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
     finally:
         with _lock:
             del _fetching[key]
+
+
+def expect(key: str) -> None:
+    """Wait until another process has fetched ``key``. After one wait in vain (it died, the disk is full) there is none."""
+    global _patience_seconds
+    path, until = _path(key), time.monotonic() + _patience_seconds
+    while not path.exists():
+        if time.monotonic() > until:
+            _patience_seconds = 0.0
+            return
+        time.sleep(0.01)
+
+
+def _path(key: str) -> Path:
+    return folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager

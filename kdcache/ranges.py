@@ -80,6 +80,12 @@ def prefetch(path: RemotePath, row_group: int) -> None:
     diskcache.soon(lambda: parquet(path, row_group).close())
 
 
+def expect(path: RemotePath, row_group: int) -> None:
+    """Wait until another process of this machine has fetched a row group, if it does in reasonable time."""
+    path = path.with_info()
+    diskcache.expect(_key(path, *_span(_footer(path), row_group)))
+
+
 def _footer(path: RemotePath) -> pq.FileMetaData:
     size = path.size or 0
     ending = _piece(path, max(size - ENDING_BYTES, 0), size)
@@ -99,7 +105,11 @@ def _span(metadata: pq.FileMetaData, row_group: int) -> tuple[int, int]:
 
 
 def _piece(path: RemotePath, start: int, end: int) -> bytes:
-    return diskcache.get(f"{path} {path.size} {path.version} {start} {end}", lambda: path.read_range(start, end))
+    return diskcache.get(_key(path, start, end), lambda: path.read_range(start, end))
+
+
+def _key(path: RemotePath, start: int, end: int) -> str:
+    return f"{path} {path.size} {path.version} {start} {end}"
 
 
 def _with_ending(path: RemotePath) -> Ranges:

@@ -94,6 +94,10 @@ class Cache:
         """Begin to fetch, of a remote cache, what will be read soon."""
         storage.prefetch(self._files[file], row_group)
 
+    def expect(self, file: str, row_group: int) -> None:
+        """Wait for another process of this machine to fetch it."""
+        storage.expect(self._files[file], row_group)
+
     def _open(self, file: str, row_group: int | None = None) -> pq.ParquetFile:
         path = self._files.get(file, self.path / "data" / file)
         shard = storage.parquet(path, row_group)

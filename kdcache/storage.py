@@ -146,6 +146,12 @@ def prefetch(path: Location, row_group: int) -> None:
         ranges.prefetch(path, row_group)
 
 
+def expect(path: Location, row_group: int) -> None:
+    """Wait until another process of this machine has fetched a row group, if it does in reasonable time."""
+    if isinstance(path, RemotePath):
+        ranges.expect(path, row_group)
+
+
 def raise_remote_error(error: Exception) -> None:
     """Raise what went wrong in the file system given to DuckDB, which hands it on as text; nothing if that is not it."""
     if found := re.search(r"KDError: ([^\n]*)", str(error)):

@@ -2,8 +2,9 @@
 
 The order is drawn over row groups: they are permuted, and samples are shuffled inside windows of a few of them, so that
 nothing is read before it is needed and memory does not grow with the cache. One global batch is one optimizer step; it
-is cut into accumulation x ranks micro-batches. The state of the stream is one integer: the step. Where row groups come
-over a network, a step's samples go to the nodes by the row groups they are in, so that each node fetches its share alone.
+is cut into accumulation x ranks micro-batches, before anything is read: a rank reads the row groups of its own samples.
+The state of the stream is one integer: the step. Where row groups come over a network, a step's samples go to the nodes by
+the row groups they are in, and the ranks of a node take turns to fetch them: each rank fetches its share.
 
 A micro-batch is one packed row without padding: samples stand one after the other, kept apart by position ids that
 start again at 0, with no attention mask and no cache.
@@ -16,8 +17,9 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +62,12 @@ class Units:
         for number in groups.tolist():
             cache, file, row_group = self.groups[number]
             self.caches[cache].prefetch(file, row_group)
+
+    def expect(self, groups: np.ndarray) -> None:
+        """Wait until other ranks of this node have fetched row groups; one that does not come is fetched as it is read."""
+        for number in groups.tolist():
+            cache, file, row_group = self.groups[number]
+            self.caches[cache].expect(file, row_group)
 
     def load(self, picked: np.ndarray) -> list[Sample]:
         """The picked samples, in that order; each row group they are in is read once."""
@@ -107,6 +115,15 @@ def select(
     return Units(tuple(caches), tuple(groups), group, row, tokens, completion_tokens, too_long)
 
 
+class _Reading(NamedTuple):
+    """What a rank reads at a time."""
+
+    steps: list[list[np.ndarray]]  # its parts of the steps that are complete with it
+    samples: np.ndarray  # to load
+    kept: np.ndarray  # of those loaded, what steps to come may want
+    groups: np.ndarray  # row groups that its node wants
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Micro-batches of one rank, from ``step`` on. Iterating goes on where the last iteration ended.
 
@@ -131,6 +148,7 @@ class Stream(torch.utils.data.IterableDataset):
         ranks_a_node: int = 1,
     ):
         self.ranks_a_node = ranks_a_node if ranks % ranks_a_node == 0 else 1
+        self.node = rank // self.ranks_a_node
         self.units, self.head_rows, self.seed, self.step = units, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
         self.steps_per_epoch = -(-len(units) // samples_per_step)
@@ -156,32 +174,60 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _steps(self, epoch: int, first: int) -> Iterator[list[list[Sample]]]:
         """This rank's parts of the global batches of an epoch, from the ``first`` on; what lies before is not read."""
-        skip = first * self.samples_per_step
-        waiting = np.empty(0, dtype=np.int64)  # samples drawn, not yet in a step
-        ranks = np.empty((0, self.ranks), dtype=bool)  # which may have them
         loaded: dict[int, Sample] = {}
-        windows = self.order(epoch)
-        following = next(windows, None)
+        readings = self._readings(epoch, first)
+        following = next(readings, None)
+        self._prefetch(following)
         while following is not None:
-            window, following = following, next(windows, None)
-            if skip >= len(window):
-                skip -= len(window)
-                continue
-            allowed = self.allowed(window)[skip:]
-            window, skip = window[skip:], 0
-            mine = window[allowed[:, self.rank]]
-            loaded.update(zip(mine.tolist(), self.units.load(mine)))
-            if following is not None and self.units.remote:
-                soon = np.unique(self.units.group[following[self.allowed(following)[:, self.rank]]])
-                self.units.prefetch(np.roll(soon, -self.rank))  # each rank of a node begins with another
-            waiting, ranks = np.concatenate([waiting, window]), np.concatenate([ranks, allowed])
-            while len(waiting) >= self.samples_per_step or (following is None and len(waiting)):
-                step, waiting = waiting[: self.samples_per_step], waiting[self.samples_per_step :]
-                parts = divide(self.units.tokens[step], self.parts, ranks[: len(step)])
-                ranks = ranks[len(step) :]
-                yield [[loaded[i] for i in step[part].tolist()] for part in parts[self.rank :: self.ranks]]
-                for index in step.tolist():
-                    loaded.pop(index, None)
+            now, following = following, next(readings, None)
+            self._prefetch(following)
+            if self.units.remote:
+                self.units.expect(np.setdiff1d(self.units.group[now.samples], self._turn(now)))
+            loaded.update(zip(now.samples.tolist(), self.units.load(now.samples)))
+            for parts in now.steps:
+                yield [[loaded[i] for i in part.tolist()] for part in parts]
+            loaded = {i: loaded[i] for i in now.kept.tolist()}
+
+    def _readings(self, epoch: int, first: int) -> Iterator[_Reading]:
+        """An epoch window by window. Lengths are known, so steps are divided before anything is read.
+
+        A rank reads the row groups that its own samples are in. The last samples of a window are of a step that the next
+        one completes: those that are in a row group just read are kept, and the others are read when it is known whose they are.
+        """
+        units, size = self.units, self.samples_per_step
+        skip = first * size
+        waiting = kept = np.empty(0, dtype=np.int64)  # drawn, not yet in a step; of these, read already
+        ranks = np.empty((0, self.ranks), dtype=bool)  # which may have them
+        for window in chain(self.order(epoch), [None]):
+            if window is not None:
+                if skip >= len(window):
+                    skip -= len(window)
+                    continue
+                waiting = np.concatenate([waiting, window[skip:]])
+                ranks = np.concatenate([ranks, self.allowed(window)[skip:]])
+                skip = 0
+            count = len(waiting) // size if window is not None else -(-len(waiting) // size)
+            steps, mine, nodes = [], [kept[:0]], [kept[:0]]
+            for step, may in ((waiting[i * size :][:size], ranks[i * size :][:size]) for i in range(count)):
+                parts = [step[part] for part in divide(units.tokens[step], self.parts, may)]
+                steps.append(parts[self.rank :: self.ranks])
+                mine += steps[-1]
+                nodes += [part for p, part in enumerate(parts) if p % self.ranks // self.ranks_a_node == self.node]
+            waiting, ranks = waiting[count * size :], ranks[count * size :]
+            wanted = np.setdiff1d(np.concatenate(mine), kept)
+            also = waiting[ranks[:, self.rank] & np.isin(units.group[waiting], units.group[wanted])]
+            also = np.setdiff1d(also, kept)
+            kept = np.intersect1d(waiting, np.concatenate([kept, also]))
+            groups = np.unique(units.group[np.concatenate(nodes)])
+            yield _Reading(steps, np.concatenate([wanted, also]), kept, groups)
+
+    def _prefetch(self, reading: _Reading | None) -> None:
+        if reading is not None and self.units.remote:
+            self.units.prefetch(self._turn(reading))
+
+    def _turn(self, reading: _Reading) -> np.ndarray:
+        """The row groups that this rank fetches for all of its node."""
+        return reading.groups[self.rank % self.ranks_a_node :: self.ranks_a_node]
 
     def allowed(self, window: np.ndarray) -> np.ndarray:
         """[S, ranks] bool: which ranks may have a window's samples. All of them on one node, or where reading is local.

@@ -81,6 +81,23 @@ def test_ranks_that_share_row_groups_out_make_the_same_steps(units, ranks, monke
     assert all(one_node.allowed(window).all() for window in one_node.order(0))
 
 
+@pytest.mark.parametrize("size", [6, 30, 10_000])
+def test_a_rank_reads_its_own_samples_and_little_else_each_once(units, size, monkeypatch):
+    """What else: of the row groups it reads, the samples of a step to come, of which no more than a step's wait."""
+    reads, load = [], type(units).load
+    monkeypatch.setattr(type(units), "load", lambda self, picked: reads.append(picked) or load(self, picked))
+    for rank in range(3):
+        reads.clear()
+        batches = list(Stream(units, HEAD, size, parts=3, ranks=3, rank=rank)._batches())
+        trained = sum(len(sample_keys(batch)) for batch in batches)
+        read = np.concatenate(reads)
+        assert len(read) == len(np.unique(read)), "nothing is read twice"
+        windows = len(reads)
+        assert trained <= len(read) <= trained + (windows - 1) * min(size, len(units)), (rank, trained, len(read))
+        if size > len(units):
+            assert len(read) == trained and windows == len(list(Stream(units, HEAD, 6).order(0))) + 1
+
+
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 23])
 def test_it_resumes_with_the_very_next_batch(units, step):
     count = 26

@@ -1,0 +1,59 @@
+"""How much of a cache does each rank read? Counted from the order and the division alone: no file is opened.
+
+    python benchmarks/shares.py
+
+100,000 made-up samples in row groups of 128, lengths lognormal (median 150 tokens, sigma 0.7), a part of an epoch, 16 samples a rank and
+step, nodes of 8 ranks. Of rank 0: the rows that it decodes for each sample that it trains on; of its node: the share of the cache that it
+fetches from an object store; of a step: the tokens of the fullest micro-batch over the mean one's (median over steps), which the others wait for.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from trainer.batches import Stream, Units, divide
+
+SAMPLES, ROWS, A_RANK, A_NODE = 100_000, 128, 16, 8
+
+
+class Remote(Units):
+    remote = True
+
+
+def measure(ranks: int, kind: type[Units]) -> tuple[float, float, float]:
+    tokens = np.exp(np.random.default_rng(0).normal(np.log(150), 0.7, SAMPLES)).astype(np.int32)
+    number = np.arange(SAMPLES)
+    groups = tuple((0, "", g) for g in range(-(-SAMPLES // ROWS)))
+    units = kind((), groups, number // ROWS, number % ROWS, tokens, tokens, 0)
+    stream = Stream(units, 0, A_RANK * ranks, parts=ranks, ranks=ranks, ranks_a_node=min(A_NODE, ranks))
+    decoded = trained = 0
+    fetched: set[int] = set()
+    for reading in stream._readings(0, 0):
+        decoded += len(np.unique(units.group[reading.samples])) * ROWS
+        trained += sum(len(part) for parts in reading.steps for part in parts)
+        fetched.update(reading.groups.tolist())
+
+    windows = itertools.islice(stream.order(0), 200)
+    drawn, may = (np.concatenate(both) for both in zip(*((w, stream.allowed(w)) for w in windows)))
+    fullest = []
+    for at in range(0, len(drawn) - stream.samples_per_step + 1, stream.samples_per_step):
+        step = slice(at, at + stream.samples_per_step)
+        sums = [tokens[drawn[step][part]].sum() for part in divide(tokens[drawn[step]], ranks, may[step])]
+        fullest.append(max(sums) / np.mean(sums))
+    return decoded / trained, len(fetched) / len(groups), float(np.median(fullest))
+
+
+def main() -> None:
+    print(
+        "| ranks | rows decoded a sample | fullest / mean | from a store: rows decoded | share of a node | fullest / mean |"
+    )
+    print("|---|---|---|---|---|---|")
+    for ranks in (1, 2, 8, 16, 32, 64, 256, 1024):
+        local, remote = measure(ranks, Units), measure(ranks, Remote)
+        print(f"| {ranks:,} | {local[0]:.1f} | {local[2]:.2f} | {remote[0]:.1f} | {remote[1]:.3f} | {remote[2]:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
