@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,15 @@ def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
 
 def of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def of_json_list(items: Iterable[Any]) -> str:
+    """``of_json`` of a list that is never whole in memory."""
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update(((", " if number else "") + json.dumps(item, sort_keys=True, default=str)).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:32]
 
 
 def _sha256(file: Path) -> str:

@@ -217,7 +217,7 @@ class Plan:
             "completion_policy": COMPLETION_POLICY_VERSION,
             "prompt_template": f"{config.prompt_format} {TEMPLATE_VERSION}",
             "reasoning": TEMPLATE_VERSION if config.reasoning else None,
-            "examples": hashes.of_json([asdict(example) for example in self.examples]),
+            "examples": hashes.of_json_list(map(vars, self.examples)),
             "split_ratios": list(config.split_ratios),
             "near_duplicates": splits.parameters(config.near_duplicates),
             "rows_per_shard": config.rows_per_shard,

@@ -8,11 +8,13 @@ that the answer depends on the rows alone. Texts without spaces between words ar
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import math
 import re
 import unicodedata
-from collections import defaultdict
-from dataclasses import dataclass, field
+
+import numpy as np
 
 from kdcache import format
 from kdcache.examples import BadRow, Example
@@ -21,7 +23,7 @@ NEAR_DUPLICATES = ("drop", "keep")
 SHINGLE_WORDS = 3
 MIN_JACCARD = 0.8
 
-Shingles = frozenset[tuple[str, ...]]
+Shingles = np.ndarray  # uint64, in order and each once: 64-bit hashes of them
 Slices = dict[str, list[Example | BadRow]]  # by split
 
 
@@ -41,27 +43,45 @@ def own_parts(example: Example) -> tuple[str, ...]:
 
 def shingles(text: str) -> Shingles:
     """All runs of SHINGLE_WORDS words; a shorter text is one shingle."""
-    words = normalise(text).split()
-    return frozenset(zip(*(words[start:] for start in range(SHINGLE_WORDS)))) or frozenset([tuple(words)])
+    words = np.array([_hash(word) for word in normalise(text).split()], dtype=np.uint64)
+    width = min(SHINGLE_WORDS, len(words))
+    mixed = np.zeros(len(words) - width + 1, dtype=np.uint64)
+    for start in range(width):
+        mixed = mixed * _MIX + words[start : len(words) - width + 1 + start]  # modulo 2^64
+    return np.unique(mixed)
+
+
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+@functools.lru_cache(2**18)
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
 
 
 def jaccard(a: Shingles, b: Shingles) -> float:
-    shared = len(a & b)
+    shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
-@dataclass
 class _Kept:
-    """The evaluation rows that a row may not repeat, and where each of their shingles is."""
+    """The evaluation rows that a row may not repeat, and where each of their shingles is: 20 bytes a shingle."""
 
-    rows: list[tuple[str, Example, tuple[Shingles, ...]]] = field(default_factory=list)  # (split, example, its parts)
-    places: dict[tuple[int, tuple[str, ...]], list[int]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, Example, tuple[Shingles, ...]]] = []  # (split, example, its parts)
+        self.index: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by part: shingles in order, the row of each
 
-    def add(self, split: str, example: Example, parts: tuple[Shingles, ...]) -> None:
-        for number, part in enumerate(parts):
-            for shingle in part:
-                self.places[number, shingle].append(len(self.rows))
-        self.rows.append((split, example, parts))
+    def add(self, split: str, examples: list[tuple[Example, tuple[Shingles, ...]]]) -> None:
+        self.rows += [(split, example, parts) for example, parts in examples]
+        by_part: dict[int, list[tuple[int, Shingles]]] = {}
+        for row, (_, _, parts) in enumerate(self.rows):
+            for number, part in enumerate(parts):
+                by_part.setdefault(number, []).append((row, part))
+        for number, found in by_part.items():
+            all_shingles = np.concatenate([part for _, part in found])
+            rows = np.repeat(np.array([row for row, _ in found], dtype=np.int32), [len(part) for _, part in found])
+            order = np.argsort(all_shingles, kind="stable")
+            self.index[number] = all_shingles[order], rows[order]
 
     def like(self, parts: tuple[Shingles, ...]) -> tuple[str, Example, float] | None:
         """The first kept row whose every part is like these, with the similarity of the part that differs most.
@@ -70,10 +90,13 @@ class _Kept:
         are looked up, and what they lead to is compared (prefix filtering: Chaudhuri et al. 2006).
         """
         number = max(range(len(parts)), key=lambda n: len(parts[n]))  # the longest part has the fewest namesakes
+        if number not in self.index:
+            return None
+        known, rows = self.index[number]
+        first, last = (np.searchsorted(known, parts[number], side) for side in ("left", "right"))
         size = len(parts[number])
-        rarest = sorted((self.places.get((number, shingle), []) for shingle in parts[number]), key=len)
-        rarest = rarest[: size - math.ceil(MIN_JACCARD * size - 1e-9) + 1]
-        for place in sorted(set().union(*rarest)):
+        rarest = np.argsort(last - first, kind="stable")[: size - math.ceil(MIN_JACCARD * size - 1e-9) + 1]
+        for place in np.unique(np.concatenate([rows[first[i] : last[i]] for i in rarest])).tolist():
             split, example, others = self.rows[place]
             if len(parts) == len(others) and (similarity := min(map(jaccard, parts, others))) >= MIN_JACCARD:
                 return split, example, similarity
@@ -101,8 +124,7 @@ def drop_near_duplicates(by_split: Slices) -> tuple[Slices, int]:
                 elif split != "train":
                     taken.append((row, parts))
             rows.append(row)
-        for example, parts in taken:
-            kept.add(split, example, parts)
+        kept.add(split, taken)
         result[split] = rows
     return result, dropped
 
