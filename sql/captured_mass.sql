@@ -12,8 +12,13 @@ WITH masses AS (
         candidate_logprobs, lambda logprobs: list_sum(list_transform(logprobs[:k], lambda logprob: exp(logprob)))
     )) AS mass
     FROM samples
+), rounded AS (  -- so few that no position need be held
+    SELECT round(mass, 4) AS worst, sum(mass) AS sum, count(*) AS positions FROM masses GROUP BY worst
+), ranked AS (
+    SELECT *, sum(positions) OVER (ORDER BY worst) AS below, sum(positions) OVER () AS total FROM rounded
 )
 SELECT
-    k AS k, round(avg(mass), 4) AS mass, round(quantile_disc(mass, 0.01), 4) AS worst_percentile, count(*) AS positions
-FROM masses;
+    k AS k, round(sum(sum) / sum(positions), 4) AS mass,
+    min(worst) FILTER (below >= 0.01 * total) AS worst_percentile, sum(positions)::BIGINT AS positions
+FROM ranked;
 COMMENT ON MACRO TABLE captured_mass IS 'how much of the probability the k best candidates hold';
