@@ -2,14 +2,16 @@
 
     kd view data/cache --student data/kd
 
-What a cache holds is anybody's text, and any page in the same browser can send requests here. So: it listens on
-127.0.0.1, answers GET alone, to its own name (no DNS rebinding) and its own page; serves three files and five
-questions, and nothing by path; and forbids the page to load or run anything that is not one of them.
+What a cache holds is anybody's text, and any page in the same browser, and any user of the same machine, can send
+requests here. So: it listens on 127.0.0.1, answers GET alone, to its own name (no DNS rebinding) and its own page,
+below a path that only those know who were told the address; serves four files and five questions, and nothing else by
+path; and forbids the page to load or run anything that is not one of them.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -55,6 +57,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, view: View, student: Student | None = None, port: int | None = None, sample: str | None = None):
         """``port``: this one (KDError if it is taken); None: PORT, else a free one. ``sample``: the one to open first."""
         self.view, self.student, self.first_sample = view, student, sample
+        self.root = f"/{secrets.token_urlsafe(16)}"
         self._forced: tuple[str, Forced] | None = None
         self._reading = threading.Lock()
         try:
@@ -75,7 +78,7 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://{ADDRESS}:{self.server_port}/"
+        return f"http://{ADDRESS}:{self.server_port}{self.root}/"
 
     def about(self, _: Question) -> dict[str, Any]:
         student = self.student.name if self.student else None
@@ -147,9 +150,12 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        path, _, asked = self.path.partition("?")
+        whole_path, _, asked = self.path.partition("?")
+        root, path = whole_path[: len(self.server.root)], whole_path[len(self.server.root) :]
         if self.headers.get("Host") not in [f"{name}:{self.server.server_port}" for name in (ADDRESS, "localhost")]:
-            self._error(421, f"this server is {self.server.url} and answers to no other name")
+            self._error(421, f"this server is {ADDRESS}:{self.server.server_port} and answers to no other name")
+        elif not secrets.compare_digest(root.encode(), self.server.root.encode()):
+            self._error(404, "there is nothing here; open the whole address that kd view printed")
         elif path in FILES:
             name, kind = FILES[path]
             self._send(200, kind, (PAGES / name).read_bytes())

@@ -45,7 +45,7 @@ def served(*arguments: object) -> Iterator[str]:
     try:
         assert process.stdout
         address = process.stdout.readline().strip()
-        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{22}/", address)
         yield address
     finally:
         process.send_signal(signal.SIGINT)

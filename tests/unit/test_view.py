@@ -216,11 +216,12 @@ def server(viewed):
         thread.join()
 
 
-def get(server, path, method="GET", **headers):
-    """Status, headers and what was answered."""
+def get(server, path, method="GET", root=None, **headers):
+    """Status, headers and what was answered, below the server's own root."""
+    root = server.root if root is None else root
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
     with contextlib.closing(connection):
-        connection.request(method, path, headers=headers)
+        connection.request(method, root + path, headers=headers)
         answer = connection.getresponse()
         return answer.status, dict(answer.getheaders()), answer.read()
 
@@ -234,6 +235,14 @@ def test_it_answers_to_its_own_name_alone(server, host):
     for path in ("/", "/api/about"):
         assert get(server, path, Host=host.format(port=server.server_port))[0] == 421
     assert get(server, "/api/about", Host=f"localhost:{server.server_port}")[0] == 200
+
+
+@pytest.mark.parametrize("root", ["", "/guessed", "/" + "A" * 22])
+def test_who_was_not_told_the_address_is_told_nothing(server, root):
+    for path in ("/", "/view.js", "/api/about", "/api/samples"):
+        status, _, body = get(server, path, root=root)
+        assert status == 404 and "the whole address that kd view printed" in json.loads(body)["error"]
+    assert server.url == f"http://127.0.0.1:{server.server_port}{server.root}/" and len(server.root) > 20
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"])
