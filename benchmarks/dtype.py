@@ -6,13 +6,13 @@ python benchmarks/dtype.py            # about three minutes
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
+
+from kdcache.machine import cpu
 
 
 def measure(dtype: str) -> None:
@@ -41,7 +41,7 @@ def measure(dtype: str) -> None:
 def main() -> None:
     if len(sys.argv) > 1:
         return measure(sys.argv[1])
-    found: dict[str, object] = {"date": str(date.today()), "machine": f"{os.cpu_count()} cores, {platform.machine()}"}
+    found: dict[str, object] = {"date": str(date.today()), "machine": cpu()}
     for dtype in ("bfloat16", "float32"):
         done = subprocess.run([sys.executable, __file__, dtype], stdout=subprocess.PIPE, text=True, check=True)
         rates = sorted(json.loads(done.stdout.splitlines()[-1]))

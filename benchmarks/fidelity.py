@@ -42,10 +42,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from shared import hardware, machine, versions
+from shared import hardware
 from torch import Tensor
 
 from kdcache import embedded, examples, format, manifest, reader, sparsify, writer
+from kdcache.machine import cpu, versions
 from kdcache.prompts import Prompts
 from kdcache.reader import normalise
 from trainer import losses
@@ -514,7 +515,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         students[name] = {"dropped": dropped} | measure(name, sparse, hidden, head, teacher_hidden, teacher_head)
     return {
         "date": str(date.today()),
-        "machine": machine(),
+        "machine": cpu(),
         "versions": versions("kdcache", "torch", "transformers", "numpy", "pyarrow"),
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "processor_minutes": round(time.process_time() / 60, 1),  # of all threads

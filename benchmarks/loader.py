@@ -31,10 +31,11 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
-from shared import hardware, interval, machine, versions
+from shared import hardware, interval
 from size import completion_tokens, repeat
 
 from kdcache import manifest, reader, writer
+from kdcache.machine import cpu, versions
 from trainer.batches import IGNORE, Batch, Stream, pack, select
 
 HERE = Path(__file__).parent
@@ -164,7 +165,7 @@ def main() -> None:
 
     where = "one thread, not pinned" if core is None else "one core"
     print(f"{sparsify}, {completion:,} completion tokens a round, {size} samples a batch, {where}")
-    print(f"{machine()}, {date.today()}\n")
+    print(f"{cpu()}, {date.today()}\n")
     print(f"{'':<24}  completion tokens/s  all tokens/s   Stream over it (95% interval)")
     medians = {name: [statistics.median(column) for column in zip(*found)] for name, found in rates.items()}
     over: dict[str, Any] = {}
@@ -183,7 +184,7 @@ def main() -> None:
 
     found = {
         "date": str(date.today()),
-        "machine": machine(),
+        "machine": cpu(),
         "pinned_to_one_core": core is not None,
         "versions": versions("kdcache", "torch", "pyarrow", "numpy", "datasets"),
         "sparsify": sparsify,

@@ -10,8 +10,6 @@ and the student is a one-layer model, so that what is measured is the reading an
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -23,6 +21,7 @@ import numpy as np
 from shared import peak_bytes
 
 from kdcache import format, hashes, manifest, writer
+from kdcache.machine import cpu
 from kdcache.sparsify import parse
 
 VOCABULARY, K, TOKENS, ROWS = 512, 64, 100, 512
@@ -111,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {
         "date": str(date.today()),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "machine": cpu(),
         "steps": options.steps,
     }
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:

@@ -46,10 +46,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 import numpy as np
 import torch
 from fidelity import Answer, Layout, Sparse, as_target, counted, draw, say, through_a_shard
-from shared import hardware, machine, versions
+from shared import hardware
 from torch import Tensor
 
 from kdcache import examples, format, sparsify, writer
+from kdcache.machine import cpu, versions
 from trainer.fused import Head, distillation_loss, head_of
 from trainer.student import init_student, load_student
 
@@ -273,7 +274,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "scratch": SCRATCH | SCRATCH_HEADS,
         "teacher": "SmolLM2-135M-Instruct, float32",
     }
-    found: dict[str, Any] = {"date": str(date.today()), "machine": machine(), "settings": settings, "runs": []}
+    found: dict[str, Any] = {"date": str(date.today()), "machine": cpu(), "settings": settings, "runs": []}
     found["versions"] = versions("kdcache", "torch", "transformers", "numpy")
     if options.results.is_file():
         found = json.loads(options.results.read_text())

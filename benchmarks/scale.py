@@ -32,9 +32,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from memory import VOCABULARY, make_student
-from shared import hardware, machine, versions
+from shared import hardware
 
 from kdcache import format, judging, manifest, sparsify, writer
+from kdcache.machine import cpu, versions
 from kdcache.sparsify import parse
 
 HERE = Path(__file__).parent
@@ -215,7 +216,11 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
 
         def ask() -> None:
             connection = query.connect(cache, memory_limit=SQL_MEMORY)
-            asked = f"FROM {view} LIMIT 10" if view in FIRST_TEN else f"SELECT count(COLUMNS(*)) FROM {MACROS.get(view, view)}"
+            asked = (
+                f"FROM {view} LIMIT 10"
+                if view in FIRST_TEN
+                else f"SELECT count(COLUMNS(*)) FROM {MACROS.get(view, view)}"
+            )
             connection.execute(asked).fetchall()
 
         timed(f"sql: {view}", ask)
@@ -441,7 +446,7 @@ def main() -> None:
         from kdcache import query
 
         views = options.views or list(query.VIEWS)
-        found = {"date": str(date.today()), "machine": machine(), "load_at_start": os.getloadavg()[0]}
+        found = {"date": str(date.today()), "machine": cpu(), "load_at_start": os.getloadavg()[0]}
         found["versions"] = versions("kdcache", "pyarrow", "duckdb", "numpy", "torch")
         found |= {"tokens_a_sample": TOKENS, "candidates_a_token": K, "by_shards": [], "by_samples": []}
         name = f"scale-{hardware()}-{found['date']}.json"

@@ -1,8 +1,7 @@
-"""What several benchmarks need: the machine's name, versions, a ratio with its interval, a peak. Not one to run."""
+"""What several benchmarks need: the machine in a file name, a ratio with its interval, a peak. Not one to run."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import random
@@ -11,33 +10,15 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-
-def machine() -> str:
-    """``2 cores, AMD EPYC``."""
-    model = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        model = found[1].strip() if found else model
-    return f"{os.cpu_count()} cores, {model}"
+from kdcache.machine import cpu
 
 
 def hardware() -> str:
     """``2-core-epyc``: the machine in a file name."""
-    names = re.findall(r"epyc|ryzen|xeon|apple|graviton|core", machine().partition(",")[2].lower())
+    names = re.findall(r"epyc|ryzen|xeon|apple|graviton|core", cpu().partition(",")[2].lower())
     return f"{os.cpu_count()}-core-{names[0] if names else platform.machine()}"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout
-            found[package] = "checkout"
-    return found
 
 
 def interval(values: list[float], draws: int = 10_000) -> tuple[float, float]:

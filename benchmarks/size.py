@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from shared import hardware, machine, versions
+from shared import hardware
 
 from kdcache import format, manifest, reader, writer
+from kdcache.machine import cpu, versions
 
 HERE = Path(__file__).parent
 
@@ -169,7 +170,7 @@ def main() -> None:
     sizes = bytes_by_column(files)
     candidates = sizes["candidate_ids"] + sizes["candidate_logprobs"]
     sparsify, precision = plan["fields"]["sparsify"], plan["fields"]["precision"]
-    print(f"{sparsify}, {precision}, {tokens:,} completion tokens; {machine()}, {date.today()}")
+    print(f"{sparsify}, {precision}, {tokens:,} completion tokens; {cpu()}, {date.today()}")
     print_columns(sizes, tokens)
     print(f"candidates (ids and log-probabilities): {candidates / tokens:.1f} bytes a token\n")
 
@@ -214,7 +215,7 @@ def main() -> None:
     )
     found = {
         "date": str(date.today()),
-        "machine": machine(),
+        "machine": cpu(),
         "versions": versions("kdcache", "pyarrow", "numpy", "datasets"),
         "sparsify": sparsify,
         "precision": precision,

@@ -34,12 +34,13 @@ from typing import Any
 import torch
 import transformers
 from datasets import Dataset
-from shared import hardware, machine, peak_bytes, ratio, versions
+from shared import hardware, peak_bytes, ratio
 from torch import Tensor
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
 from kdcache import manifest, writer
+from kdcache.machine import cpu, versions
 from kdcache.reader import Cache
 from trainer.batches import IGNORE, Batch, Stream, select
 from trainer.distill import attach_loss
@@ -268,7 +269,7 @@ def main() -> None:
     peak = {name: round(statistics.median(runs)) for name, runs in peaks.items() if runs}
     found: dict[str, Any] = {
         "date": str(date.today()),
-        "machine": machine(),
+        "machine": cpu(),
         "versions": versions("kdcache", "torch", "transformers", "trl"),
         "threads": torch.get_num_threads(),
         "sparsify": sparsify,

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from shared import hardware, machine, versions
+from shared import hardware
 
 from kdcache import format, writer
+from kdcache.machine import cpu, versions
 from kdcache.sparsify import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,7 +190,7 @@ def main() -> None:
     for name, value in found["seconds"].items():
         print(f"{name:28} {value:8.3f} s")
     print(f"peak resident memory {found['peak_resident_bytes'] / 1e6:,.0f} MB, cache {size / 1e6:,.0f} MB on disk")
-    facts = {"date": str(date.today()), "machine": machine(), "versions": versions("duckdb", "pyarrow", "numpy")}
+    facts = {"date": str(date.today()), "machine": cpu(), "versions": versions("duckdb", "pyarrow", "numpy")}
     facts |= {"load_average": round(os.getloadavg()[0], 1), "samples": options.samples, "cache_bytes": size}
     options.results.mkdir(exist_ok=True)
     writer.write_json(options.results / f"view-{hardware()}-{date.today()}.json", facts | found)

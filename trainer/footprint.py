@@ -7,12 +7,8 @@ within a round. One sequence at a time (batch 1). `kd quantize` runs it; it meas
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import logging
 import multiprocessing
-import os
-import platform
 import re
 import resource
 import statistics
@@ -31,7 +27,6 @@ from kdcache.errors import KDError
 from trainer.student import load_student
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 64, 2
-PACKAGES = ("torch", "transformers", "bitsandbytes", "compressed-tensors", "auto-round")
 
 
 def compare(
@@ -124,22 +119,3 @@ def _peak_bytes() -> int:
         if found:
             return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def device() -> str:
-    """What it is measured on: a GPU's name, or ``2 cores, AMD EPYC``."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found[1].strip() if found else name
-    return f"{os.cpu_count()} cores, {name}"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        if importlib.util.find_spec(package.replace("-", "_")) is not None:
-            found[package] = importlib.metadata.version(package)
-    return found

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import hashes, writer
+from kdcache import hashes, machine, writer
 from kdcache.errors import KDError, UsageError, first_line
 from trainer import compare, footprint
 from trainer.batches import Units, open_caches, select
@@ -269,15 +269,15 @@ def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
         )
         rows += quality(compare.rows([evaluate(asked, progress)], against="before"))
     return {
-        "device": footprint.device(),
+        "device": machine.device(),
         "date": date.today().isoformat(),
-        "versions": footprint.versions(),
+        "versions": machine.versions(),
         "rounds": config.rounds,
         "prompt_tokens": footprint.PROMPT_TOKENS,
         "new_tokens": footprint.NEW_TOKENS,
         "batch": 1,
         "quality_on": [cache.fingerprint for cache in plan.test.caches] if plan.test else None,
-        "verdict": verdict(rows, footprint.device()),
+        "verdict": verdict(rows, machine.device()),
         "rows": rows,
     }
 

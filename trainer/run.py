@@ -5,25 +5,21 @@ Nothing here loads weights or writes; ``distill.py`` does.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 import yaml
 from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdcache import writer
+from kdcache import machine, writer
 from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
@@ -193,17 +189,9 @@ def prepare(config: TrainConfig) -> Run:
     )
 
 
-PACKAGES = ("kdcache", "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pyarrow", "duckdb")
-
-
 def made_with() -> dict[str, str]:
-    """What a run was made on: the device, Python, and the packages that decide its numbers."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    found = {"device": device, "python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    """What a run was made on."""
+    return {"device": machine.device(), **machine.versions()}
 
 
 def begin(config: StudentConfig, record: dict[str, Any]) -> None:
