@@ -65,7 +65,7 @@ def rows(folders: Sequence[Path], against: str | None = None) -> list[dict[str, 
     for i, part in enumerate(parts):
         teacher = other(TEACHER, part.temperature)
         base = None if against is None or part.label == against else other(against, part.temperature)
-        for name in _ordered(values[i]):
+        for name in ordered(values[i]):
             row: dict[str, Any] = {
                 "label": part.label,
                 "temperature": part.temperature,
@@ -98,7 +98,7 @@ def wide(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
             "answers": row["answers"],
         }
         lines.setdefault((row["label"], row["temperature"]), line)[row["metric"]] = row["value"]
-    names = ["model", "temperature", *_ordered({row["metric"] for row in found}), "runs", "answers"]
+    names = ["model", "temperature", *ordered({row["metric"] for row in found}), "runs", "answers"]
     return names, [[line.get(name) for name in names] for line in lines.values()]
 
 
@@ -106,7 +106,7 @@ def long(found: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """Names and lines for the screen: one line a metric, label and temperature, with what was made of it."""
     kinds = [kind for kind in ("value", "retention", "difference") if any(kind in row for row in found)]
     lines = []
-    for metric in _ordered({row["metric"] for row in found}):
+    for metric in ordered({row["metric"] for row in found}):
         for row in (row for row in found if row["metric"] == metric):
             line = [metric, row["temperature"], row["label"]]
             lines.append([*line, *(with_interval(row.get(k), row.get(_interval_of(k))) for k in kinds)])
@@ -144,7 +144,8 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _ordered(names: Any) -> list[str]:
+def ordered(names: Any) -> list[str]:
+    """Metrics in the order in which they are shown; those that are not shown are left out."""
     return [n for n in SHOWN if n in names] + sorted(
         (n for n in names if n.startswith("pass@")), key=lambda n: int(n.removeprefix("pass@"))
     )

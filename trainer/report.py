@@ -330,7 +330,7 @@ def _short(text: str | None) -> str:
 
 def _table(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The comparison, a line a model and temperature, a column a metric."""
-    names = [name for name in compare._ordered({row["metric"] for row in compared}) if name != "perplexity"]
+    names = [name for name in compare.ordered({row["metric"] for row in compared}) if name != "perplexity"]
     lines: dict[tuple[str, Any], dict[str, Any]] = {}
     for row in compared:
         lines.setdefault((row["label"], row["temperature"]), {})[row["metric"]] = row
