@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -1100,12 +1101,24 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
         click.echo(server.url)
         _note("Ctrl-C ends it")
         sys.stdout.flush()
-        if open_browser and (sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
-            import webbrowser  # without a display it would start a text browser in this very terminal
+        with contextlib.ExitStack() as leaving:
+            if open_browser and (
+                sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+            ):
+                import webbrowser  # without a display it would start a text browser in this very terminal
 
-            webbrowser.open(server.url)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+                webbrowser.open(leaving.enter_context(_address_file(server.url)))
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+
+
+@contextlib.contextmanager
+def _address_file(url: str) -> Iterator[str]:
+    """A file that leads to ``url``, for this user's eyes alone: a browser's arguments are everybody's to read."""
+    with tempfile.TemporaryDirectory(prefix="kd-view-") as folder:  # mode 0700
+        path = Path(folder) / "view.html"
+        path.write_text(f'<meta http-equiv="refresh" content="0; url={url}">', encoding="utf-8")
+        yield path.as_uri()
 
 
 @kd.command("chat", context_settings=CONTEXT)

@@ -2,7 +2,7 @@
 
     python benchmarks/shares.py
 
-100,000 made-up samples in row groups of 128, lengths lognormal (median 150 tokens, sigma 0.7), a part of an epoch, 16 samples a rank and
+100,000 made-up samples in row groups of 128, lengths lognormal (median 150 tokens, sigma 0.7), one epoch, 16 samples a rank and
 step, nodes of 8 ranks. Of rank 0: the rows that it decodes for each sample that it trains on; of its node: the share of the cache that it
 fetches from an object store; of a step: the tokens of the fullest micro-batch over the mean one's (median over steps), which the others wait for.
 """

@@ -86,8 +86,10 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
 def expect(key: str) -> None:
     """Wait until another process has fetched ``key``. After one wait in vain (it died, the disk is full) there is none."""
     global _patience_seconds
+    if not limit_bytes():
+        return
     path, until = _path(key), time.monotonic() + _patience_seconds
-    while not path.exists():
+    while not os.path.exists(path):  # False also where one may not look
         if time.monotonic() > until:
             _patience_seconds = 0.0
             return

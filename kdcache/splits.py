@@ -2,8 +2,8 @@
 
 The evaluation rows stay: a validation row that repeats a test row is dropped, and a train row that repeats either. A
 row repeats another if each part of its own text (a template's words are not its own) shares enough word shingles with
-the other's: Jaccard similarity (Broder 1997), counted exactly through an inverted index of the rows already kept, so
-that the answer depends on the rows alone. Texts without spaces between words are one word each: equal or not.
+the other's: Jaccard similarity (Broder 1997), counted (over 64-bit hashes) through an inverted index of the rows
+already kept, so that the answer depends on the rows alone. Texts without spaces between words are one word each: equal or not.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 @functools.lru_cache(2**18)
 def _hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def jaccard(a: Shingles, b: Shingles) -> float:
@@ -124,7 +124,8 @@ def drop_near_duplicates(by_split: Slices) -> tuple[Slices, int]:
                 elif split != "train":
                     taken.append((row, parts))
             rows.append(row)
-        kept.add(split, taken)
+        if taken:
+            kept.add(split, taken)
         result[split] = rows
     return result, dropped
 

@@ -19,6 +19,6 @@ WITH masses AS (
 )
 SELECT
     k AS k, round(sum(sum) / sum(positions), 4) AS mass,
-    min(worst) FILTER (below >= 0.01 * total) AS worst_percentile, sum(positions)::BIGINT AS positions
+    min(worst) FILTER (below >= 0.01 * total) AS worst_percentile, coalesce(sum(positions), 0)::BIGINT AS positions
 FROM ranked;
 COMMENT ON MACRO TABLE captured_mass IS 'how much of the probability the k best candidates hold';

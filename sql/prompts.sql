@@ -7,7 +7,7 @@
 CREATE OR REPLACE VIEW prompts AS
 WITH asked AS (
     SELECT
-        min(sample_id) AS sample_id,
+        coalesce(min(sample_id) FILTER (verifier IS NOT NULL), min(sample_id)) AS sample_id,
         count(*) FILTER (origin = 'sampled') AS samples,
         count(reward) FILTER (origin = 'sampled') AS judged,
         avg(reward) FILTER (origin = 'sampled') AS success

@@ -213,6 +213,8 @@ class Stream(torch.utils.data.IterableDataset):
                 steps.append(parts[self.rank :: self.ranks])
                 mine += steps[-1]
                 nodes += [part for p, part in enumerate(parts) if p % self.ranks // self.ranks_a_node == self.node]
+            if not steps:  # a step of several windows: nothing is read before it is known whose it is
+                continue
             waiting, ranks = waiting[count * size :], ranks[count * size :]
             wanted = np.setdiff1d(np.concatenate(mine), kept)
             also = waiting[ranks[:, self.rank] & np.isin(units.group[waiting], units.group[wanted])]

@@ -240,7 +240,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         ranks=ranks,
         seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
         step=step,
-        ranks_a_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ranks_a_node=_ranks_a_node(ranks),
     )
     held_out = None
     if len(run.validation):
@@ -269,6 +269,12 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_metric": trainer.state.best_metric,
     }
+
+
+def _ranks_a_node(ranks: int) -> int:
+    """As torchrun says, if all nodes have as many; else 1, on every rank: they must divide a step alike."""
+    here, nodes = (int(os.environ.get(name, "1")) for name in ("LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"))
+    return here if here * nodes == ranks else 1
 
 
 def _leave(run: Run, trainer: DistillTrainer) -> None:

@@ -511,6 +511,9 @@ diskcache.get("piece", lambda: b"fetched by another")
     diskcache.expect("nobody's")
     assert diskcache._patience_seconds == 0
     diskcache.expect("nobody's either")
+    monkeypatch.setattr(diskcache, "_patience_seconds", 60.0)
+    monkeypatch.setenv("KDCACHE_DISK_CACHE_GB", "0")  # nothing is kept, and nothing can come
+    diskcache.expect("nothing")
 
 
 def test_a_disk_cache_that_cannot_be_written_to_is_done_without(tmp_path, monkeypatch):

@@ -95,7 +95,19 @@ def test_a_rank_reads_its_own_samples_and_little_else_each_once(units, size, mon
         windows = len(reads)
         assert trained <= len(read) <= trained + (windows - 1) * min(size, len(units)), (rank, trained, len(read))
         if size > len(units):
-            assert len(read) == trained and windows == len(list(Stream(units, HEAD, 6).order(0))) + 1
+            assert len(read) == trained and windows == 1
+
+
+def test_a_step_of_several_windows_is_fetched_while_the_one_before_is_in_use(units, monkeypatch):
+    done = []
+    monkeypatch.setattr(type(units), "remote", True)
+    monkeypatch.setattr(type(units), "prefetch", lambda self, groups: done.append("prefetch"))
+    monkeypatch.setattr("trainer.batches.WINDOW_ROW_GROUPS", 1)
+    load = type(units).load
+    monkeypatch.setattr(type(units), "load", lambda self, picked: done.append("load") or load(self, picked))
+    steps = -(-len(units) // 20)
+    list(Stream(units, HEAD, 20)._batches())
+    assert done == ["prefetch", *["prefetch", "load"] * (steps - 1), "load"] and steps > 2
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 23])

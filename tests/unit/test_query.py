@@ -578,3 +578,13 @@ def test_the_prompt_takes_queries_until_ctrl_d(tiny_cache):
     kd.until("kd> ", again="\x03")
     kd.type("\x04")
     assert kd.process.wait(60) == 0
+
+
+def test_a_prompt_keeps_the_verifier_that_one_of_its_rows_names(tiny_model, tmp_path):
+    rows = [{"id": "a", "prompt": "6 x 7?", "completion": "42"}]
+    rows.append(rows[0] | {"id": "b", "reference": "42", "verifier": "numeric"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"mode": "score", "split_ratios": (1.0, 0.0, 0.0), "verify": False}
+    capture.run(capture_plan(tiny_model, tmp_path / "rows.jsonl", tmp_path / "cache", **changes))
+    [prompt] = ask(tmp_path / "cache", "SELECT verifier, reference FROM prompts")
+    assert prompt == {"verifier": "numeric", "reference": "42"}
