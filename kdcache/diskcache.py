@@ -33,7 +33,7 @@ _lock = threading.Lock()
 _fetching: dict[str, Future[bytes]] = {}
 _ahead: ThreadPoolExecutor | None = None
 _since_trim = 0  # bytes written
-_patience_seconds = 10.0
+_patience_seconds = 60.0  # ranks begin apart: one imports, another does not
 
 
 def folder() -> Path:
