@@ -314,7 +314,9 @@ def cache_group() -> None:
 @click.argument("cache", type=LOCATION)
 @json_option
 def cache_info(cache: Path, as_json: bool) -> None:
-    """Sum up a cache: teacher, samples, tokens, bytes a token.
+    """Sum up a cache: teacher, samples, tokens, bytes a token, and what is missing.
+
+    Where the shards have changed, manifest.json, README.md and rejected.jsonl are written anew.
 
     \b
     kd cache info data/cache
@@ -574,6 +576,8 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
         raise click.UsageError(f"--config {path}: expected a mapping of options to values, as in `learning_rate: 2e-4`")
     given = {key.replace("-", "_"): _literal(value) for key, value in given.items()}
     own = {p.name for p in context.command.params if p.name not in ("config", "as_json", "dry_run", "overwrite")}
+    several = {p.name for p in context.command.params if p.multiple}
+    given = {key: [value] if key in several and not isinstance(value, list) else value for key, value in given.items()}
     context.default_map = {key: value for key, value in given.items() if key in own}
     context.meta["kd.config"] = {key: value for key, value in given.items() if key not in own}
 
@@ -1468,7 +1472,10 @@ def _check_extra(
         if key not in known:
             now = (renamed or {}).get(key)
             near = _nearest(key, [*known, *own], 0.6)
-            hint = f"; it is now {now}" if now else f"; did you mean --{near.replace('_', '-')}?" if near else ""
+            now = now and (
+                f": {now.removeprefix('nothing: ')}" if now.startswith("nothing: ") else f"; it is now {now}"
+            )
+            hint = now if now else f"; did you mean --{near.replace('_', '-')}?" if near else ""
             raise click.UsageError(f"no option --{key.replace('_', '-')}, neither of this command nor of {whose}{hint}")
     return extra
 

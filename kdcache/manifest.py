@@ -29,7 +29,7 @@ def read_plan(cache: Location) -> dict[str, Any]:
     try:
         plan = json.loads((cache / "plan.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise KDError(f"{cache} is not a cache (it has no plan.json)") from None
+        raise KDError(f"{cache} is not a cache (it has no plan.json){_meant(cache)}") from None
     except ValueError as error:
         raise KDError(f"{cache}/plan.json is not JSON ({error}); is this a cache?") from None
     if plan.get("format_version") != format.FORMAT_VERSION:
@@ -51,6 +51,14 @@ def write(cache: Location, verified: Collection[str] = ()) -> dict[str, Any]:
             shard["verified"] = now
     _save(cache, plan, manifest, rejected)
     return manifest
+
+
+def _meant(folder: Location) -> str:
+    """What a folder is instead of a cache, where that can be seen."""
+    if (folder / "config.json").is_file():
+        return "; it is a model: where a student is expected, name it as the student"
+    inside = [path for path in folder.iterdir() if (path / "plan.json").is_file()]
+    return f"; is {inside[0]} meant?" if inside else ""
 
 
 def _save(cache: Location, plan: dict[str, Any], manifest: dict[str, Any], rejected: list[dict[str, Any]]) -> None:
@@ -87,6 +95,22 @@ def _sum(cache: Location) -> tuple[dict[str, Any], dict[str, Any], list[dict[str
         "shards": shards,
     }
     return plan, manifest, rejected
+
+
+def _is_written(cache: Location, manifest: dict[str, Any]) -> bool:
+    try:
+        same = json.loads((cache / "manifest.json").read_text(encoding="utf-8")) == json.loads(json.dumps(manifest))
+        return same and all((cache / name).is_file() for name in ("rejected.jsonl", "README.md"))
+    except (OSError, ValueError):
+        return False
+
+
+def _missing(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
+    """The shards that are not there, the first three by name."""
+    there = {shard["name"] for shard in manifest["shards"]}
+    names = [shard["name"] for shard in plan["shards"] if shard["name"] not in there]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more}; the same kd cache-teacher command fills them"
 
 
 def recorded(cache: Location) -> dict[str, dict[str, Any]]:
@@ -160,10 +184,16 @@ def _read_shard(
 
 
 def summary(cache: Location) -> dict[str, Any]:
-    """``kd cache info``: the manifest made anew from the shards, with what people ask first worked out."""
+    """``kd cache info``: the manifest made anew from the shards, with what people ask first worked out.
+
+    It is written where it is not that already: looking at a cache that nothing happened to changes nothing.
+    """
     plan, manifest, rejected = _sum(cache)
-    with contextlib.suppress(OSError, storage.WriteError):  # a cache that cannot be written to can still be summed up
-        _save(cache, plan, manifest, rejected)
+    if not _is_written(cache, manifest):
+        with contextlib.suppress(
+            OSError, storage.WriteError
+        ):  # a cache that cannot be written to can still be summed up
+            _save(cache, plan, manifest, rejected)
     tokens = manifest["completion_tokens"]
     splits = Counter[str]()
     for shard in manifest["shards"]:
@@ -173,6 +203,7 @@ def summary(cache: Location) -> dict[str, Any]:
         "cache": str(cache),
         "complete": manifest["complete"],
         "shards": f"{len(manifest['shards'])} of {manifest['shards_planned']}",
+        **({} if manifest["complete"] else {"missing": _missing(plan, manifest)}),
         "teacher": fields["teacher"],
         "teacher_revision": plan["teacher_revision"],
         "engine": fields["engine"],

@@ -167,7 +167,9 @@ def _parts(folders: Sequence[Path]) -> list[Part]:
         try:
             evaluation = json.loads((folder / EVALUATION_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise KDError(f"{folder} holds no evaluation (no {EVALUATION_FILE}); make one with: kd evaluate") from None
+            inside = folder / "evaluation"
+            hint = f"is {inside} meant?" if (inside / EVALUATION_FILE).is_file() else "make one with: kd evaluate"
+            raise KDError(f"{folder} holds no evaluation (no {EVALUATION_FILE}); {hint}") from None
         settings.append(evaluation["settings"])
         if differing := [name for name in COMPARED if settings[0].get(name) != settings[-1].get(name)]:
             raise KDError(

@@ -100,9 +100,15 @@ def prepare(config: GrpoConfig) -> GrpoRun:
     where = config.where if config.where is not None else _default_where(config)
     prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
     if not prompts:
+        judged = sum(len(_choose(cache.path, cache.plan, None)) for cache in caches)
+        if not judged:
+            raise KDError(
+                "no training row of this cache says how an answer is judged, so there is nothing to reward; cache examples with a "
+                "verifier (arithmetic, codeforces, a table with the columns verifier and reference)"
+            )
         raise KDError(
-            f"no prompt of the train split has a verifier and fulfils {where!r}; rewards come with kd cache-teacher --mode "
-            "sample, or kd verify-answers"
+            f"{judged} prompts of the train split have a verifier, and none fulfils {where}; success comes from the teacher's own "
+            "answers (kd cache-teacher --mode sample, kd verify-answers)"
         )
     if config.guide is not None and not any(prompt.traces for prompt in prompts):
         raise KDError(

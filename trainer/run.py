@@ -307,7 +307,7 @@ RENAMED = {
     "torchdynamo": "--torch-compile-backend",
     "max_seq_length": "--max-length",
     "model_name_or_path": "--student",
-    "temperature": "nothing: the tempered mass outside the candidates needs the full vocabulary",
+    "temperature": "nothing: a divergence at another temperature needs the full vocabulary, which no cache holds",
     "loss_type": "--divergence",
     "lora_rank": "--lora-r",
     "packing": "nothing: samples are always packed, without padding",

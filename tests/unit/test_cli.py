@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -140,3 +141,30 @@ def test_a_closed_pipe_is_no_error(tiny_cache):
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
     )
     assert done.stdout.startswith("sample_id,") and done.stderr == ""
+
+
+def test_a_wrong_folder_is_refused_with_what_it_is_or_where_the_cache_is(kd, tiny_cache, tiny_model, tmp_path):
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "cache").symlink_to(tiny_cache)
+    assert f"is {tmp_path}/all/cache meant?" in kd("sql", tmp_path / "all", "SELECT 1", code=1).stderr
+    assert "it is a model" in kd("cache", "info", tiny_model, code=1).stderr
+    train = ("train", "--student", tiny_model, "--output-dir", "r", "--dry-run")
+    said = kd(*train, "--from-cache", tiny_cache, "--temperature", "2", code=2).stderr
+    assert "--temperature" in said and "needs the full vocabulary" in said and "nothing" not in said
+    (tmp_path / "one.yaml").write_text(f"from_cache: {tiny_cache}\n")
+    assert "steps per epoch" in kd(*train, "--config", tmp_path / "one.yaml").stdout
+    grpo = ("grpo", "--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", "r", "--dry-run")
+    assert "no training row of this cache says how an answer is judged" in kd(*grpo, code=1).stderr
+
+
+def test_looking_at_a_cache_changes_it_only_where_its_shards_have_changed(kd, tiny_cache, tmp_path):
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    kd("cache", "info", copy)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    kd("cache", "info", copy)
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+    lost = sorted((copy / "data").glob("*.parquet"))[0]
+    lost.unlink()
+    said = kd("cache", "info", copy).stdout
+    assert f"data/{lost.name}; the same kd cache-teacher command fills" in said
+    assert not json.loads((copy / "manifest.json").read_text())["complete"]

@@ -248,7 +248,8 @@ def test_wrong_use_is_a_clear_sentence(kd, sums, tiny_model, tiny_cache, tmp_pat
             grpo.prepare(grpo.GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
         return str(refused.value)
 
-    assert "no prompt of the train split" in refusal(tiny_cache)
+    assert "no training row of this cache says how an answer is judged" in refusal(tiny_cache)
+    assert "have a verifier, and none fulfils success > 2" in refusal(where="success > 2")
     assert "use-vllm" in refusal(guide="prefix", arguments={"use_vllm": True})
     assert "--where 'succes > 0'" in refusal(where="succes > 0")
     assert "expected prefix" in refusal(guide="suffix")
