@@ -1472,10 +1472,8 @@ def _check_extra(
         if key not in known:
             now = (renamed or {}).get(key)
             near = _nearest(key, [*known, *own], 0.6)
-            now = now and (
-                f": {now.removeprefix('nothing: ')}" if now.startswith("nothing: ") else f"; it is now {now}"
-            )
-            hint = now if now else f"; did you mean --{near.replace('_', '-')}?" if near else ""
+            hint = f"; it is now {now}" if now else f"; did you mean --{near.replace('_', '-')}?" if near else ""
+            hint = hint.replace("; it is now nothing: ", ": ")
             raise click.UsageError(f"no option --{key.replace('_', '-')}, neither of this command nor of {whose}{hint}")
     return extra
 

@@ -28,7 +28,6 @@ import argparse
 import json
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from shared import hardware
+from shared import hardware, save_figure, say
 from torch import Tensor
 
 from kdcache import embedded, examples, format, manifest, reader, sparsify, writer
@@ -721,13 +720,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
         x=0.02, ha="left", fontsize=11,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.075, 1, 0.99))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    save_figure(figure, path)
 
 
 def main() -> None:

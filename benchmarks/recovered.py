@@ -45,8 +45,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 
 import numpy as np
 import torch
-from fidelity import Answer, Layout, Sparse, as_target, counted, draw, say, through_a_shard
-from shared import hardware
+from fidelity import Answer, Layout, Sparse, as_target, counted, draw, through_a_shard
+from shared import hardware, say
 from torch import Tensor
 
 from kdcache import examples, format, sparsify, writer

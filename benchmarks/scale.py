@@ -17,8 +17,6 @@ import argparse
 import json
 import math
 import os
-import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -32,10 +30,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from memory import VOCABULARY, make_student
-from shared import hardware
+from shared import hardware, save_figure, say
 
 from kdcache import format, judging, manifest, sparsify, writer
-from kdcache.machine import cpu, versions
+from kdcache.machine import cpu, peak_resident_bytes, versions
 from kdcache.sparsify import parse
 
 HERE = Path(__file__).parent
@@ -257,15 +255,6 @@ def writing() -> dict[str, float]:
     return found
 
 
-def peak_resident_bytes() -> int:
-    """Of this process. Linux's ru_maxrss would begin at that of the process it was started from."""
-    if Path("/proc/self/status").is_file():
-        found = re.search(r"^VmHWM:\s*(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-        assert found
-        return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def in_a_process(what: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--measure", what, str(folder)]
     try:
@@ -414,13 +403,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.legend(handles, legends, loc="lower center", ncols=5, frameon=False, fontsize=8.5)
     figure.suptitle("What grows with a cache", x=0.02, ha="left", fontsize=11)
     figure.tight_layout(rect=(0, 0.13, 1, 0.98))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What several benchmarks need: the machine in a file name, a ratio with its interval, a peak. Not one to run."""
+"""What several benchmarks need: the machine in a file name, a ratio with its interval, a peak, a saved figure. Not one to run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from kdcache.machine import cpu
@@ -41,3 +42,16 @@ def peak_bytes(command: Sequence[object], **options: Any) -> int:
     if status:
         raise SystemExit(f"{' '.join(words)} failed with status {status}")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """As .svg or .png, the same bytes for the same figure; closes it."""
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

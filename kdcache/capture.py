@@ -94,12 +94,14 @@ def run_slice(
     assert plan.config.plan_slice is not None
     with lock.held_slice(plan.config.out, *plan.config.plan_slice):
         state = _work(plan, progress, stop)
-    mine, missing = plan.mine(), plan.missing(plan.shards)
+    mine = plan.mine()
+    missing = {shard.name for shard in plan.missing(plan.shards)}
+    of_mine = sum(shard.name in missing for shard in mine)
     return {
         "cache": str(plan.config.out),
         "plan_slice": "/".join(map(str, plan.config.plan_slice)),
-        "complete": not plan.missing(mine),
-        "shards": len(mine) - len(plan.missing(mine)),
+        "complete": not of_mine,
+        "shards": len(mine) - of_mine,
         "shards_planned": len(mine),
         "samples_now": state.samples_done,
         "completion_tokens_now": state.tokens_done,

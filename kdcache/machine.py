@@ -1,4 +1,4 @@
-"""What something was made or measured on: the processor's name, and versions of what decides its numbers."""
+"""What something was made or measured on: the processor's name, versions of what decides its numbers, peak memory."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ import importlib.metadata
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 PACKAGES = (
-    *(
-        "kdcache",
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "bitsandbytes",
-        "compressed-tensors",
-        "auto-round",
-    ),
-    *("pyarrow", "duckdb"),
+    *("kdcache", "torch", "transformers", "trl", "peft", "accelerate"),
+    *("bitsandbytes", "compressed-tensors", "auto-round", "pyarrow", "duckdb"),
 )
 
 
@@ -49,3 +40,15 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def peak_resident_bytes() -> int:
+    """Of this process, Python and libraries included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage's peak would be the parent's, where that was larger as it started this process
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    import resource  # POSIX alone has it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

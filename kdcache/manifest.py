@@ -190,9 +190,8 @@ def summary(cache: Location) -> dict[str, Any]:
     """
     plan, manifest, rejected = _sum(cache)
     if not _is_written(cache, manifest):
-        with contextlib.suppress(
-            OSError, storage.WriteError
-        ):  # a cache that cannot be written to can still be summed up
+        # A cache that cannot be written to can still be summed up.
+        with contextlib.suppress(OSError, storage.WriteError):
             _save(cache, plan, manifest, rejected)
     tokens = manifest["completion_tokens"]
     splits = Counter[str]()

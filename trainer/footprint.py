@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import re
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcache import hashes
+from kdcache import hashes, machine
 from kdcache.errors import KDError
 from trainer.student import load_student
 
@@ -110,12 +106,5 @@ def _now() -> float:
 
 
 def _peak_bytes() -> int:
-    """Of the GPU's memory; else the peak resident memory of this process, Python and libraries included."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage's peak would be the parent's, where that was larger as it started this process
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Of the GPU's memory; else the peak resident memory of this process."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else machine.peak_resident_bytes()
