@@ -1304,18 +1304,24 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 class _ProgressLine:
-    """One line on a terminal; elsewhere a line every ten seconds."""
+    """One line on a terminal; elsewhere a line every ten seconds. The last state is always shown."""
 
     def __init__(self, unit: str):
         self.unit = unit
+        self.unshown: tuple[int, int, str, float | None] | None = None
         self.terminal = sys.stderr.isatty()
         self.last = 0.0
 
     def show(self, done: int, total: int, middle: str, eta_seconds: float | None) -> None:
         now = time.monotonic()
         if done < total and now - self.last < (0.2 if self.terminal else 10):
+            self.unshown = done, total, middle, eta_seconds
             return
         self.last = now
+        self._write(done, total, middle, eta_seconds)
+
+    def _write(self, done: int, total: int, middle: str, eta_seconds: float | None) -> None:
+        self.unshown = None
         eta = (
             ""
             if eta_seconds is None or done >= total
@@ -1326,6 +1332,8 @@ class _ProgressLine:
         sys.stderr.flush()
 
     def close(self) -> None:
+        if self.unshown:
+            self._write(*self.unshown)
         if self.terminal and self.last:
             sys.stderr.write("\n")
 
