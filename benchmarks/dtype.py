@@ -25,8 +25,8 @@ def measure(dtype: str) -> None:
     prompts = Prompts(model, load_tokenizer(model))
     requests = []
     for i, example in enumerate(examples.load("builtin", examples.Columns(), 24)):
-        ids = prompts.prompt_ids(prompts.render(example.messages))
-        requests.append(Request(("x", str(i)), ids, prompts.completion_ids(example.completion or "")))
+        asked = prompts.ask(example.messages, example.given)
+        requests.append(Request(("x", str(i)), asked.prompt_ids, asked.completion_ids))
     tokens = sum(len(r.prompt_ids) + len(r.completion_ids or ()) for r in requests)
     teacher = load("vllm", EngineOptions(model, 64, 1024, dtype))
     rates = []

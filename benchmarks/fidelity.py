@@ -142,7 +142,8 @@ def answers(options: argparse.Namespace, prompts: Prompts) -> list[Answer]:
         row = rows[index]
         if isinstance(row, examples.BadRow) or not row.completion:
             continue
-        prompt, completion = prompts.prompt_ids(prompts.render(row.messages)), prompts.completion_ids(row.completion)
+        asked = prompts.ask(row.messages, row.given)
+        prompt, completion = asked.prompt_ids, asked.completion_ids
         if len(prompt) + len(completion) + 1 > MAX_MODEL_LEN:
             continue
         found.append(Answer(f"{row.source}:{row.row_id}:g", prompt, completion))

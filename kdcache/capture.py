@@ -13,6 +13,7 @@ import errno
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from kdcache import format, judging, lock, manifest, sparsify, storage, verifier
 from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
-from kdcache.prompts import vocab_table
+from kdcache.prompts import vocab_table, whole_turn
 from kdcache.sandbox import Sandbox
 from kdcache.storage import Location
 from kdcache.teachers import Answer, Refusal, Request, Teacher, load, runs_on_gpu
@@ -265,7 +266,8 @@ def fill(
         opened.rows[sample.sample_id] = row
         verifier = row.fields["verifier"]
         if plan.config.verify and verifier is not None:
-            asked = (verifier, row.fields["completion"], row.fields["reference"], sandbox)
+            turn = whole_turn(row.fields["prompt"], row.fields["completion"])
+            asked = (verifier, turn, row.fields["reference"], sandbox)
             opened.verdicts[sample.sample_id] = judges.submit(verifiers.verify, *asked)
 
     def finish(opened: OpenShard) -> None:
@@ -349,6 +351,7 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
         "hardware": "gpu" if runs_on_gpu(config.engine) else "cpu",
         "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
         "rejected": [asdict(row) for row in opened.rejected],
+        "differs": Counter(s.differs for id_, s in opened.samples.items() if s.differs and id_ in opened.rows),
     }
     rows = [opened.rows[sample_id] for sample_id in opened.samples if sample_id in opened.rows]
     tokens = sum(len(row.completion_ids) for row in rows)
@@ -375,18 +378,34 @@ def bytes_per_token(plan: Plan) -> float:
     return plan.sparsifier.most_candidates * BYTES_PER_CANDIDATE[plan.config.precision] + OTHER_BYTES_PER_TOKEN
 
 
+def first_asked(plan: Plan) -> str | None:
+    """The first example as the teacher will see it: its prompt and, after an arrow, the answer given to it."""
+    example = next((e for e in plan.examples if not isinstance(e, BadRow)), None)
+    if example is None:
+        return None
+    try:
+        asked = plan.asked(example, given=plan.config.mode != "sample")
+    except ValueError as error:
+        return str(error)
+    decode = plan.prompts.tokenizer.decode
+    shown = decode(asked.prompt_ids)
+    return repr(shown) + (f" -> {decode(asked.completion_ids)!r}" if asked.completion_ids else "")
+
+
 def dry_run(plan: Plan) -> dict[str, Any]:
     """What a run would do: samples, tokens, predicted bytes, free disk, shards. Nothing is written."""
     config = plan.config
     plan.check_folder()
     todo = plan.todo()
     samples = prompt_tokens = given_tokens = sampled_tokens = rejected = 0
+    differs: Counter[str] = Counter()
     for shard in todo:
         for sample in (s for example in shard.examples for s in plan.samples_of(shard, example)):
             if isinstance(sample, BadRow):
                 rejected += 1
                 continue
             samples += 1
+            differs.update([sample.differs] if sample.differs else [])
             prompt_tokens += len(sample.request.prompt_ids)
             if sample.request.completion_ids is None:
                 sampled_tokens += config.sampling.max_tokens
@@ -402,6 +421,9 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "examples": len(plan.examples),
         "samples_to_do": samples,
         "rejected": rejected,
+        "template": plan.prompts.facts.describe(plan.prompts.tokenizer),
+        "differs_from_template": dict(differs) or None,
+        "asks_first": first_asked(plan),
         "near_duplicates_dropped": plan.near_duplicates,
         "prompt_tokens": prompt_tokens,
         "given_completion_tokens": given_tokens,

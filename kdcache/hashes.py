@@ -75,8 +75,13 @@ def tokenizer(folder: str) -> str:
 PROBE = "The quick brown fox: ¿cómo estás? año 2026\n\tdef f(x): return x**2  # 三 🙂"
 
 
+#: What two tokenizers must share so that ids of one can be read by the other. Which ids are special may differ: a base
+#: model and the instruct model made from it name other ends.
+SAME_IDS = ("vocabulary", "encoding of a probe")
+
+
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Equal for two tokenizers with the same token -> id map, special ids and encoding of a probe.
+    """Token -> id map, special ids and encoding of a probe; ``SAME_IDS`` of them are equal for the same tokenizer.
 
     Chat templates and file layouts may differ: a student saved by another library version is still the same.
     """

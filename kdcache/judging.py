@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from kdcache import lock, query, storage, verifiers, writer
 from kdcache.format import REWARDS_FILE
+from kdcache.prompts import whole_turn
 from kdcache.storage import Location
 
 REWARDS = pa.schema(
@@ -39,7 +40,7 @@ def verify_answers(
             for split in query.splits(cache)
             for sample in query.select(
                 cache,
-                "sample_id, verifier, completion, reference",
+                "sample_id, verifier, prompt, completion, reference",
                 where,
                 split,
                 "AND verifier IS NOT NULL" + ("" if renew else " AND reward IS NULL"),
@@ -50,7 +51,10 @@ def verify_answers(
         saved, counts = time.monotonic(), {"right": 0, "wrong": 0, "not_judged": 0}
         for first in range(0, len(todo), AT_ONCE):
             some = todo[first : first + AT_ONCE]
-            items = [(sample["verifier"], sample["completion"], sample["reference"]) for sample in some]
+            items = [
+                (sample["verifier"], whole_turn(sample["prompt"], sample["completion"]), sample["reference"])
+                for sample in some
+            ]
             for sample, verdict in zip(some, verifiers.verify_many(items, sandbox)):
                 row = {"sample_id": sample["sample_id"], "reward": verdict.reward, "reason": verdict.reason}
                 known[sample["sample_id"]] = row

@@ -91,6 +91,7 @@ def _sum(cache: Location) -> tuple[dict[str, Any], dict[str, Any], list[dict[str
         "candidate_bytes": sum(s["candidate_bytes"] for s in shards),
         "bytes": sum(s["bytes"] for s in shards),
         "rejected": len(rejected),
+        "differs": dict(sum((Counter(s["differs"]) for s in shards), Counter())),
         "seconds": round(sum(s["seconds"] for s in shards), 1),
         "shards": shards,
     }
@@ -177,6 +178,7 @@ def _read_shard(
         "seconds": metadata.get("seconds", 0.0),
         "engine": metadata.get("engine"),
         "rejected": len(metadata.get("rejected", [])),
+        "differs": metadata.get("differs", {}),
         "sha256": sha256,
         "verified": known.get("verified"),
     }
@@ -213,6 +215,7 @@ def summary(cache: Location) -> dict[str, Any]:
         "samples": manifest["rows"],
         **{f"samples_{split}": splits[split] for split in format.SPLITS},
         "rejected": manifest["rejected"],
+        "differs_from_template": manifest["differs"] or None,
         "completion_tokens": tokens,
         "bytes": manifest["bytes"],
         "bytes_per_token": round(manifest["bytes"] / tokens, 1) if tokens else None,

@@ -20,7 +20,7 @@ from kdcache import embedded, examples, format, hashes, sparsify, splits, storag
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
-from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
+from kdcache.prompts import COMPLETION_POLICY_VERSION, Asked, Prompts, load_tokenizer
 from kdcache.storage import Location
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
@@ -113,6 +113,7 @@ class Sample:
     request: Request
     row_id: str
     fields: dict[str, Any]
+    differs: str | None = None  # from what the chat template writes, and why
 
     @property
     def sample_id(self) -> str:
@@ -215,6 +216,7 @@ class Plan:
             "capture_k": self.sparsifier.capture_k,
             "precision": config.precision,
             "completion_policy": COMPLETION_POLICY_VERSION,
+            "template_facts": asdict(self.prompts.facts),
             "prompt_template": f"{config.prompt_format} {TEMPLATE_VERSION}",
             "reasoning": TEMPLATE_VERSION if config.reasoning else None,
             "examples": hashes.of_json_list(map(vars, self.examples)),
@@ -231,6 +233,7 @@ class Plan:
             dtype=self.dtype,
             seed=self.config.seed,
             sampling=self.config.sampling,
+            stop_token_ids=self.prompts.facts.stop_ids,
             extra=self.config.engine_extra,
         )
 
@@ -255,6 +258,8 @@ class Plan:
             "date": str(self.date),
             "teacher_revision": hashes.revision(self.model),
             "end_of_turn": self.prompts.end_of_turn,
+            "stop_ids": list(self.prompts.facts.stop_ids),
+            "chat_template": self.prompts.tokenizer.chat_template,
             "vocab_size": self.vocab_size,
             "tokenizer": hashes.tokenizer_identity(self.prompts.tokenizer),
             "near_duplicates_dropped": self.near_duplicates,
@@ -289,14 +294,14 @@ class Plan:
         elif has_files:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
 
-    def _prompt(self, example: Example) -> tuple[str, list[int]]:
-        """The prompt as text and ids. Plain text is tokenised as without a chat template: with the tokenizer's own BOS."""
+    def asked(self, example: Example, given: bool) -> Asked:
+        """What the teacher is asked about an example: its prompt alone, or (``given``) with the answer given to it."""
         if self.config.reasoning:
             example = with_reasoning(example)
         if example.prompt is not None:
-            return example.prompt, self.prompts.tokenizer(example.prompt, verbose=False)["input_ids"]
-        rendered = self.prompts.render(example.messages)
-        return rendered, self.prompts.prompt_ids(rendered)
+            return self.prompts.ask_text(example.prompt, (example.completion or "") if given else None)
+        answer = example.given or {"role": "assistant", "content": ""}
+        return self.prompts.ask(example.messages, answer if given else None, example.tools)
 
     def samples_of(self, shard: Shard, example: Example | BadRow) -> Iterator[Sample | BadRow]:
         """The samples that one example asks for, or why it cannot be taken."""
@@ -308,52 +313,57 @@ class Plan:
         def bad(reason: str) -> BadRow:
             return BadRow(example.source, example.row_id, reason)
 
+        wants_given = config.mode == "score" or (config.mode == "both" and example.given is not None)
         try:
-            rendered, prompt_ids = self._prompt(example)
+            prompt = self.asked(example, given=False) if config.mode != "score" else None
+            given = self.asked(example, given=True) if wants_given else None
         except ValueError as error:
             yield bad(str(error))
             return
-        if not prompt_ids:
-            yield bad("the prompt is empty")
-            return
         fields = {
-            "prompt_id": f"{format.stable_hash(rendered):016x}",
             "group_id": _group_id(example),
             "source": example.source,
             "split": shard.split,
             "task": example.task,
             "language": example.language,
-            "prompt": rendered,
             "reference": example.reference,
             "verifier": example.verifier,
         }
 
-        def sample(suffix: str, completion_ids: list[int] | None, **more: Any) -> Sample:
+        def sample(asked: Asked, suffix: str, **more: Any) -> Sample:
             sample_id = f"{example.source}:{example.row_id}:{suffix}"
             index = more.get("sample_index")
             seed = None if index is None else format.request_seed(config.seed, sample_id, index)
-            request = Request((shard.name, sample_id), prompt_ids, completion_ids, seed)
-            return Sample(request, example.row_id, fields | {"sample_id": sample_id, "seed": seed} | more)
+            request = Request((shard.name, sample_id), asked.prompt_ids, asked.completion_ids, seed)
+            of_prompt = {"prompt_id": f"{format.stable_hash(asked.prompt):016x}", "prompt": asked.prompt}
+            return Sample(
+                request,
+                example.row_id,
+                fields | of_prompt | {"sample_id": sample_id, "seed": seed} | more,
+                asked.differs,
+            )
 
         def too_long(tokens: int, what: str) -> str | None:
             if tokens + 1 <= self.max_model_len:
                 return None
             return f"{what} {tokens} tokens and one more do not fit max_model_len {self.max_model_len}"
 
-        if config.mode != "score" and (reason := too_long(len(prompt_ids), "prompt:")):
+        if not (prompt or given).prompt_ids:  # type: ignore[union-attr]
+            yield bad("the prompt is empty")
+            return
+        if prompt is not None and (reason := too_long(len(prompt.prompt_ids), "prompt:")):
             yield bad(reason)
             return
-        if config.mode != "sample" and (example.completion is not None or config.mode == "score"):
-            ids = self.prompts.completion_ids(example.completion or "")
-            if not ids:
-                yield bad("no completion to score" if example.completion is None else "the completion is empty")
-            elif reason := too_long(len(prompt_ids) + len(ids), "prompt and completion:"):
+        if given is not None:
+            if not given.completion_ids:
+                yield bad("no completion to score" if example.given is None else "the completion is empty")
+            elif reason := too_long(len(given.prompt_ids) + len(given.completion_ids), "prompt and completion:"):
                 yield bad(reason)
             else:
-                yield sample("g", ids, origin="given", completion=example.completion)
-        if config.mode != "score":
+                yield sample(given, "g", origin="given", completion=given.completion)
+        if prompt is not None:
             for index in range(config.samples):
-                yield sample(f"s{index}", None, origin="sampled", sample_index=index)
+                yield sample(prompt, f"s{index}", origin="sampled", sample_index=index)
 
 
 def _teacher_name(teacher: str) -> str:

@@ -1,12 +1,18 @@
-"""Chat messages -> exact token ids, as format section "what a completion is" says. Phase two never tokenises again.
+"""Chat messages -> exact token ids, just as the chat template writes them. Phase two never tokenises again.
 
-Prompt and completion are tokenised apart, never cut out of a joint rendering; a completion ends in one end-of-turn id.
+The template is asked twice for a row that has an answer: for the prompt alone, with its generation prompt, and for the whole
+conversation. The answer's ids are what the whole conversation has after the prompt, up to the end-of-turn mark that the
+template writes. Where the two renderings do not begin alike, the whole one is followed, and the row says so.
+
+What a template does is found once, with probes (``TemplateFacts``): it is printed, kept in plan.json and hashed into the
+fingerprint.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,8 +20,69 @@ from typing import Any
 import pyarrow as pa
 
 from kdcache.errors import KDError, first_line
+from kdcache.examples.messages import REASONING_KEYS, Message, tool_name
 
-COMPLETION_POLICY_VERSION = 1
+#: 2: an answer is what the chat template writes; the end-of-turn is the mark that it writes after an answer.
+COMPLETION_POLICY_VERSION = 2
+
+THINK = "<think>"
+_MARK = "kdcache-probe"
+
+#: Why a given answer is not scored after the very prompt that a model is asked with, or not in the template's own tokens.
+NO_GENERATION_PROMPT = "the template writes something else before an answer than its generation prompt"
+THOUGHTS_DROPPED = "the template leaves the answer's thoughts out; they are scored after the thought it opens"
+TOKENS_MERGE = "the first token of the answer would join the last of the prompt; they are tokenised apart"
+
+
+@dataclass(frozen=True)
+class TemplateFacts:
+    """What a chat template does around an answer, as probes show it; without a template, what stands for it."""
+
+    chat_template: bool
+    begins_with_bos: bool
+    generation_prompt: str  # what opens an assistant's turn; "" if the template needs nothing
+    before_answer: str  # between that and the answer's own text, as in an empty thought
+    opens_thought: bool  # the generation prompt leaves <think> open
+    trims: bool  # blanks at the ends of an answer are removed
+    after_answer: str  # behind it: the end-of-turn mark, and what follows that
+    end_of_turn: int  # the id that ends an answer
+    end_is_named: bool  # by generation_config.json or the tokenizer
+    stop_ids: tuple[int, ...]  # every id that ends an answer: also those that these name
+
+    def describe(self, tokenizer: Any) -> str:
+        """One line for people: what opens an answer, and what ends it."""
+        name = tokenizer.convert_ids_to_tokens
+        parts = ["no chat template, the contents as plain text"]
+        if self.chat_template:
+            parts = [
+                f"{self.generation_prompt!r} opens an answer" if self.generation_prompt else "nothing opens an answer"
+            ]
+        if self.before_answer:
+            parts.append(f"{self.before_answer!r} stands before it")
+        if self.opens_thought:
+            parts.append("it begins inside a thought")
+        if self.trims:
+            parts.append("blanks at its ends are removed")
+        parts.append(f"{name(self.end_of_turn)} ends it")
+        others = ", ".join(name(stop) for stop in self.stop_ids[1:])
+        if not self.end_is_named and others:
+            parts.append(f"which generation_config and tokenizer do not name (they name {others}): answers stop at any")
+        elif others:
+            parts.append(f"{others} would too")
+        if self.begins_with_bos:
+            parts.append("the prompt begins with BOS")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the teacher is asked about one row. ``completion_ids`` end in the end-of-turn; None where nothing is given."""
+
+    prompt: str
+    prompt_ids: list[int]
+    completion: str | None = None
+    completion_ids: list[int] | None = None
+    differs: str | None = None  # why the ids are not those of the template's whole rendering
 
 
 class Prompts:
@@ -25,32 +92,112 @@ class Prompts:
         self.tokenizer = tokenizer
         self._today = today or date.today()
         self.tells_the_date = any(w in str(tokenizer.chat_template) for w in ("strftime_now", "date_string"))
-        self.end_of_turn = _end_of_turn(model, tokenizer)
+        self.facts = _probe(self, _stop_ids(model, tokenizer), model)
+        self.end_of_turn = self.facts.end_of_turn
+        self._ends = {*self.facts.stop_ids, *([pad] if (pad := tokenizer.pad_token_id) is not None else [])}
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+    # --- a row
+
+    def ask(
+        self, messages: Sequence[Message], answer: Message | None = None, tools: Sequence[dict[str, Any]] = ()
+    ) -> Asked:
+        """The ids of a prompt and of the answer given to it. ValueError, in words, if they cannot be had."""
+        prompt = self.render(messages, tools)
+        _check_kept(messages, tools, prompt)
+        if answer is None:
+            return Asked(prompt, self.prompt_ids(prompt))
+        if not any(str(answer.get(key) or "").strip() for key in ("content", "tool_calls", REASONING_KEYS[0])):
+            return Asked(prompt, self.prompt_ids(prompt), "", [])
+        if self.tokenizer.chat_template is None:
+            return self._after(prompt, _plain([answer]), None)
+        whole = self._rendered([*messages, answer], tools, generation_prompt=False)
+        if whole.startswith(prompt):
+            text, differs = whole[len(prompt) :], None
+        elif self.facts.opens_thought and (traced := _traced(answer)) is not None:
+            text, differs = traced + self.facts.after_answer, THOUGHTS_DROPPED
+        else:
+            marked = self._rendered([*messages, {"role": "assistant", "content": _MARK}], tools, False)
+            prompt = prompt[: _shared(prompt, whole, marked.partition(_MARK)[0])]
+            text, differs = whole[len(prompt) :], NO_GENERATION_PROMPT
+        if not _has_answer(answer, text):
+            raise ValueError(
+                "the chat template leaves out a part of the answer (its text, its tool calls or reasoning)"
+            )
+        ends_as_usual = text.endswith(self.facts.after_answer)
+        text = text.removesuffix(self.facts.after_answer) if ends_as_usual else text.rstrip()
+        return self._after(prompt, text, differs)
+
+    def ask_text(self, prompt: str, completion: str | None) -> Asked:
+        """The same for a prompt of plain text, for which the chat template is not asked; the tokenizer's own BOS holds."""
+        if completion is None:
+            return Asked(prompt, self.text_ids(prompt))
+        return self._after(prompt, completion, None, plain=True)
+
+    def _after(self, prompt: str, completion: str, differs: str | None, plain: bool = False) -> Asked:
+        """The ids of ``completion`` as they follow ``prompt``, with one end-of-turn; none if the completion is empty."""
+        encode = self.text_ids if plain else self.prompt_ids
+        prompt_ids = encode(prompt)
+        if not completion.strip():
+            return Asked(prompt, prompt_ids, completion, [])
+        joint = encode(prompt + completion)
+        if joint[: len(prompt_ids)] == prompt_ids:
+            ids = joint[len(prompt_ids) :]
+        else:
+            ids = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
+            differs = differs or TOKENS_MERGE
+        end = self.end_of_turn
+        while ids and ids[-1] in self.facts.stop_ids:  # a mark of its own, as some templates write after a tool call
+            end = ids.pop()
+        return Asked(prompt, prompt_ids, self.decode(ids), [*ids, end] if ids else [], differs)
+
+    # --- text and ids
+
+    def render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
         """The prompt as text: the chat template with the generation prompt; without a template, the contents."""
         if self.tokenizer.chat_template is None:
-            return "\n\n".join(str(m.get("content") or "") for m in messages)
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, strftime_now=self._today.strftime
-            )
-        except Exception as error:  # jinja raises what a template's author chose
-            raise ValueError(f"the chat template refused these messages: {error}") from None
+            if tools:
+                raise ValueError("tools need a chat template to describe them, and the tokenizer has none")
+            return _plain(messages)
+        return self._rendered(messages, tools, generation_prompt=True)
 
     def prompt_ids(self, rendered: str) -> list[int]:
+        """A rendered prompt as ids; the template has written the special tokens itself."""
         special = self.tokenizer.chat_template is None
         return self.tokenizer(rendered, add_special_tokens=special, verbose=False)["input_ids"]
 
-    def completion_ids(self, completion: str) -> list[int]:
-        """The completion by itself, without special tokens, then exactly one end-of-turn id."""
-        ids = self.tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
-        while ids and ids[-1] == self.end_of_turn:
-            ids.pop()
-        return [*ids, self.end_of_turn] if ids else []
+    def text_ids(self, text: str) -> list[int]:
+        """Plain text as ids, with the tokenizer's own special tokens before it."""
+        return self.tokenizer(text, verbose=False)["input_ids"]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """A completion as text, without the ids that ended it; other special tokens, such as <think>, stay."""
+        return completion_text(self.tokenizer, ids, self._ends)
+
+    def _rendered(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], generation_prompt: bool) -> str:
+        options: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                strftime_now=self._today.strftime,
+                **options,
+            )
+        except Exception as error:  # jinja raises what a template's author chose
+            raise ValueError(f"the chat template refused these messages: {first_line(error)}") from None
+
+
+def completion_text(tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:
+    """Ids as text, without those of ``ends`` (end-of-turn marks and padding) that stand last."""
+    kept = list(ids)
+    while kept and kept[-1] in ends:
+        kept.pop()
+    return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def whole_turn(prompt: str, completion: str) -> str:
+    """An assistant's turn as text: the thought that the prompt's end has opened, if it has, and the completion."""
+    return f"{THINK}\n{completion}" if prompt.rstrip().endswith(THINK) else completion
 
 
 def load_tokenizer(model: str) -> Any:
@@ -63,27 +210,117 @@ def load_tokenizer(model: str) -> Any:
         raise KDError(f"{model}: its tokenizer could not be loaded: {first_line(error)}") from None
 
 
-def _end_of_turn(model: str, tokenizer: Any) -> int:
-    """The id of generation_config.eos_token_id that the chat template emits, else the tokenizer's eos."""
-    stops: set[int] = set()
+def _shared(*sequences: Sequence[Any]) -> int:
+    """How many items the sequences have in common from the beginning."""
+    differing = (i for i, items in enumerate(zip(*sequences)) if len(set(items)) > 1)
+    return next(differing, min(map(len, sequences)))
+
+
+# --- what must not get lost -------------------------------------------------------------------------------------------
+
+
+def _plain(messages: Sequence[Message]) -> str:
+    """The contents alone, for a tokenizer without a chat template."""
+    for message in messages:
+        for key in ("tool_calls", *REASONING_KEYS):
+            if message.get(key):
+                raise ValueError(f"{key} need a chat template to write them, and the tokenizer has none")
+    return "\n\n".join(str(m.get("content") or "") for m in messages)
+
+
+def _check_kept(messages: Sequence[Message], tools: Sequence[dict[str, Any]], prompt: str) -> None:
+    """ValueError if a template leaves out what a prompt must say: instructions, questions, tools and calls of them.
+
+    Earlier reasoning may go: templates drop it on purpose.
+    """
+    for number, message in enumerate(messages, 1):
+        content = str(message.get("content") or "").strip()
+        if message["role"] in ("system", "developer", "user") and not _within(content, prompt):
+            raise ValueError(f"the chat template leaves out message {number} (role {message['role']})")
+        if not all(_within(tool_name(call) or "", prompt) for call in message.get("tool_calls") or ()):
+            raise ValueError(f"the chat template leaves out the tool calls of message {number}")
+    if not all(_within(tool_name(tool) or "", prompt) for tool in tools):
+        raise ValueError("the chat template leaves out the row's tools")
+
+
+def _has_answer(answer: Message, text: str) -> bool:
+    """Whether a rendering holds an answer's text (its thoughts aside), tool calls and reasoning."""
+    content = str(answer.get("content") or "").rpartition("</think>")[2].strip()
+    calls = [tool_name(call) or "" for call in answer.get("tool_calls") or ()]
+    return all(_within(part, text) for part in (content, str(answer.get(REASONING_KEYS[0]) or "").strip(), *calls))
+
+
+def _within(part: str, text: str) -> bool:
+    """Whether a template wrote ``part``, as it is or as JSON."""
+    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text
+
+
+def _traced(answer: Message) -> str | None:
+    """Reasoning and answer as they go on after a ``<think>`` that the prompt has opened; None for an answer without reasoning."""
+    content, reasoning = str(answer.get("content") or ""), answer.get(REASONING_KEYS[0])
+    if reasoning:
+        return f"{reasoning.strip()}\n</think>\n\n{content.lstrip()}"
+    if content.lstrip().startswith(THINK):
+        return content.lstrip().removeprefix(THINK).removeprefix("\n")
+    return content if "</think>" in content else None
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def _stop_ids(model: str, tokenizer: Any) -> list[int]:
+    """The ids that generation_config.json and the tokenizer name as ends."""
+    stops: list[int] = []
     config = Path(model) / "generation_config.json"
     if config.is_file():
         eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-    if stops and tokenizer.chat_template is not None:
-        mark = "kdcache-probe"
+        stops = list(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    if tokenizer.eos_token_id is not None:
+        stops.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(stops))
+
+
+def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
+    """Ask the template about a question and an answer, and look at what it writes around the answer."""
+    tokenizer = prompts.tokenizer
+    user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}
+    render, generation_prompt, before, after, trims = prompts._rendered, "", "", "", False
+    if tokenizer.chat_template is not None:
         try:
-            turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-            text = tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception:
-            text = ""
-        after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-        for token in after:
-            if token in stops:
-                return token
-    if tokenizer.eos_token_id is None:
-        raise KDError(f"{model}: the tokenizer names no end-of-sequence token, so no completion could end")
-    return tokenizer.eos_token_id
+            prompt = render([user], (), True)
+            before, _, after = render([user, answer], (), False).rpartition(_MARK)
+            spaced = render([user, answer | {"content": f" {_MARK} "}], (), False)
+        except ValueError as error:
+            raise KDError(f"{model}: a question and an answer cannot be written: {error}") from None
+        if not before and not after:
+            raise KDError(
+                f"{model}: its chat template does not write what an assistant says, so no answer can be scored"
+            )
+        trims = f" {_MARK} " not in spaced
+        asked, left = (
+            tokenizer(render([user], (), opened).rpartition("?")[2], add_special_tokens=False)["input_ids"]
+            for opened in (True, False)
+        )
+        generation_prompt = tokenizer.decode(asked[_shared(asked, left) :])
+    first_after = tokenizer(after, add_special_tokens=False)["input_ids"]
+    added = {token for token, text in tokenizer.added_tokens_decoder.items() if str(text).strip()}
+    end = next((token for token in first_after if token in stops or token in added), next(iter(stops), None))
+    if end is None:
+        raise KDError(f"{model}: neither its chat template nor its tokenizer names a token that ends an answer")
+    bos = tokenizer.bos_token_id
+    ids = prompts.prompt_ids(prompt if tokenizer.chat_template is not None else "?")
+    return TemplateFacts(
+        chat_template=tokenizer.chat_template is not None,
+        begins_with_bos=bos is not None and ids[:1] == [bos],
+        generation_prompt=generation_prompt,
+        before_answer=before[len(prompt) :] if before and before.startswith(prompt) else "",
+        opens_thought=generation_prompt.rstrip().endswith(THINK),
+        trims=trims,
+        after_answer=after,
+        end_of_turn=end,
+        end_is_named=end in stops,
+        stop_ids=tuple(dict.fromkeys([end, *stops])),
+    )
 
 
 def vocab_table(tokenizer: Any, head_rows: int) -> pa.Table:

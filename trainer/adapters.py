@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcache.errors import UsageError, first_line
 from trainer.run import StudentConfig
-from trainer.student import load_student
+from trainer.student import answer_as_cached, load_student
 
 FOLDER = "adapter"  # of a run: the low-rank matrices by themselves
 
@@ -34,10 +34,14 @@ def add(student: Any, config: StudentConfig) -> Any:
         raise UsageError(f"--lora-target-modules {targets}: {first_line(error)}") from None
 
 
-def merge(config: StudentConfig, adapter: Path, out: Path) -> None:
-    """Save the whole student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it."""
+def merge(config: StudentConfig, adapter: Path, out: Path, plan: dict[str, Any]) -> None:
+    """Save the whole student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it.
+
+    ``plan`` is the cache's: the folder answers as it says.
+    """
     import peft
 
     student, tokenizer = load_student(config.student, config.dtype)
+    answer_as_cached(student, tokenizer, plan)
     peft.PeftModel.from_pretrained(student, str(adapter)).merge_and_unload().save_pretrained(out)
     tokenizer.save_pretrained(out)

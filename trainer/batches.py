@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache import query
+from kdcache import hashes, query
 from kdcache.errors import KDError
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
@@ -410,6 +410,7 @@ def open_caches(paths: Sequence[Location]) -> list[Cache]:
     """The caches to train on together: all of one tokenizer."""
     caches = [Cache(path) for path in paths]
     for cache in caches[1:]:
-        if cache.plan["tokenizer"] != caches[0].plan["tokenizer"]:
+        theirs, first = cache.plan["tokenizer"], caches[0].plan["tokenizer"]
+        if any(theirs[name] != first[name] for name in hashes.SAME_IDS):
             raise KDError(f"{cache.path} and {caches[0].path} were made with different tokenizers and cannot be mixed")
     return caches

@@ -7,11 +7,28 @@ from threading import Thread
 from typing import Any
 
 import torch
+from transformers import TextIteratorStreamer
 
 from kdcache import hashes
 from kdcache.errors import KDError, first_line
 from kdcache.prompts import Prompts
 from trainer.student import load_student, stop_ids
+
+
+class _Streamer(TextIteratorStreamer):
+    """An answer's text as it comes, without the prompt and without the id that ends it; tags that are special tokens stay."""
+
+    def __init__(self, tokenizer: Any, stops: list[int]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        self._stops = torch.tensor(stops)
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.next_tokens_are_prompt:
+            super().put(value)
+            return
+        kept = value[~torch.isin(value, self._stops.to(value.device))]
+        if len(kept):
+            super().put(kept)
 
 
 class Conversation:
@@ -25,11 +42,10 @@ class Conversation:
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
 
     def answer(self, text: str) -> Iterator[str]:
-        from transformers import TextIteratorStreamer
-
         self.messages.append({"role": "user", "content": text})
         ids = torch.tensor([self.prompts.prompt_ids(self.prompts.render(self.messages))], device=self.model.device)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stops = stop_ids(self.model, self.prompts.facts.stop_ids)
+        streamer = _Streamer(self.tokenizer, stops)
         greedy = self.temperature == 0
         arguments = {
             "attention_mask": torch.ones_like(ids),
@@ -37,7 +53,7 @@ class Conversation:
             "temperature": None if greedy else self.temperature,
             "max_new_tokens": self.max_new_tokens,
             "repetition_penalty": 1.0,
-            "eos_token_id": stop_ids(self.model, self.prompts.end_of_turn),
+            "eos_token_id": stops,
             "pad_token_id": self.prompts.end_of_turn,
             "streamer": streamer,
         }

@@ -28,7 +28,7 @@ from trainer import adapters, card
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
 from trainer.run import RUN_FILE, Run, begin
-from trainer.student import load_student
+from trainer.student import answer_as_cached, load_student
 
 Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
 
@@ -218,6 +218,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     arguments = _training_arguments(run)  # starts the process group, where there are several
     set_seed(arguments.seed)  # of LoRA's matrices, before there is a Trainer
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
+    answer_as_cached(student, tokenizer, run.train.caches[0].plan)
     attach_loss(student, run.alpha, config.divergence)
     head_rows = student.get_output_embeddings().weight.shape[0]
     model = adapters.add(student, config)
@@ -285,7 +286,7 @@ def _leave(run: Run, trainer: DistillTrainer) -> None:
     trainer.save_model(str(out / adapters.FOLDER if adapted else out))  # by all ranks: shards are gathered
     if trainer.args.process_index == 0:
         if adapted:
-            adapters.merge(run.config, out / adapters.FOLDER, out)
+            adapters.merge(run.config, out / adapters.FOLDER, out, run.train.caches[0].plan)
         (out / "README.md").write_text(card.render(run, trainer.state.log_history), encoding="utf-8")
         record = {**run.record, "finished": True, "history": trainer.state.log_history}
         writer.write_json(out / RUN_FILE, record)

@@ -34,7 +34,7 @@ from trainer.compare import COPY, EVALUATION_FILE, TEACHER
 from trainer.distill import losses_of
 from trainer.fused import head_of
 from trainer.generate import Ask, Decoding
-from trainer.student import check_tokenizer, load_student
+from trainer.student import cached_stop_ids, check_tokenizer, load_student
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
@@ -222,7 +222,8 @@ def _decoding(config: EvaluateConfig, cache: Cache) -> tuple[Decoding, tuple[flo
     longest = config.max_new_tokens or taught.get("max_tokens", 128)
     temperatures = config.temperatures or (_sampled_at(cache),)
     seeds = config.seeds or fields["samples"] or 1
-    return Decoding(top_p, longest, cache.plan["end_of_turn"], config.batch_size, config.dtype), temperatures, seeds
+    stops = cached_stop_ids(cache.plan)
+    return Decoding(top_p, longest, stops, config.batch_size, config.dtype), temperatures, seeds
 
 
 def _baseline(prompt: Prompt) -> str | None:

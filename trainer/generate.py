@@ -16,6 +16,7 @@ import torch
 
 from kdcache import format, hashes
 from kdcache.errors import KDError, UsageError
+from kdcache.prompts import completion_text
 from trainer.student import load_student, quantized_by, stop_ids
 
 ENGINES = ("auto", "vllm", "transformers")
@@ -35,7 +36,7 @@ class Ask:
 class Decoding:
     top_p: float
     max_new_tokens: int
-    end_of_turn: int
+    stop_ids: tuple[int, ...]  # that end an answer, besides the model's own; the first is the cache's end-of-turn
     batch_size: int  # of transformers
     dtype: str
 
@@ -66,7 +67,7 @@ def resolve(engine: str, models: Sequence[str] = (), dtype: str = "float32") -> 
 def answers(
     model: str, asks: Sequence[Ask], decoding: Decoding, engine: str, progress: Callable[[int, int], None]
 ) -> list[str]:
-    """The answers, in the order asked, as text without special tokens."""
+    """The answers, in the order asked, as text without what ended them."""
     if not asks:
         return []
     return (_from_vllm if engine == "vllm" else _from_transformers)(model, asks, decoding, progress)
@@ -85,7 +86,7 @@ def _from_vllm(model: str, asks: Sequence[Ask], decoding: Decoding, progress: Ca
             capture_k=1,
             max_model_len=max(len(ask.prompt_ids) for ask in asks) + decoding.max_new_tokens,
             dtype=decoding.dtype,
-            stop_token_ids=(decoding.end_of_turn,),
+            stop_token_ids=decoding.stop_ids,
         )
     )
     try:
@@ -102,7 +103,9 @@ def _from_vllm(model: str, asks: Sequence[Ask], decoding: Decoding, progress: Ca
         for request, answer in engine.run(requests):
             if isinstance(answer, Refusal):
                 raise KDError(f"{model} could not answer prompt {request.key[1]}: {answer.reason}")
-            found[int(request.key[0])] = tokenizer.decode(list(answer.completion_ids), skip_special_tokens=True)
+            ids = answer.completion_ids
+            ended = [*decoding.stop_ids, *(ids[-1:] if answer.finish_reason == "stop" else [])]
+            found[int(request.key[0])] = completion_text(tokenizer, ids, set(ended))
             progress(len(found), len(asks))
     finally:
         engine.stop()
@@ -115,7 +118,7 @@ def _from_transformers(
     """Prompts of one temperature and of like length share a batch, padded on the left."""
     student, tokenizer = load_student(model, decoding.dtype)
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    stops = stop_ids(student, decoding.end_of_turn)
+    stops = stop_ids(student, decoding.stop_ids)
     found: dict[int, str] = {}
     order = sorted(range(len(asks)), key=lambda i: (asks[i].temperature, len(asks[i].prompt_ids), i))
     while order:
@@ -133,7 +136,8 @@ def _from_transformers(
 @torch.no_grad()
 def _generate(student: Any, tokenizer: Any, asks: list[Ask], decoding: Decoding, stops: list[int]) -> list[str]:
     width = max(len(ask.prompt_ids) for ask in asks)
-    ids = torch.full((len(asks), width), decoding.end_of_turn, dtype=torch.int64)
+    pad = decoding.stop_ids[0]
+    ids = torch.full((len(asks), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for line, ask in enumerate(asks):
         ids[line, width - len(ask.prompt_ids) :] = torch.as_tensor(ask.prompt_ids)
@@ -151,6 +155,6 @@ def _generate(student: Any, tokenizer: Any, asks: list[Ask], decoding: Decoding,
         max_new_tokens=decoding.max_new_tokens,
         repetition_penalty=1.0,  # an answer is the student's own, whatever its generation_config says
         eos_token_id=stops,
-        pad_token_id=decoding.end_of_turn,
+        pad_token_id=pad,
     )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    return [completion_text(tokenizer, answer, {*stops, pad}) for answer in output[:, width:].tolist()]

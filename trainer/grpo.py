@@ -29,7 +29,7 @@ from kdcache.storage import Location
 from trainer import adapters, rewards
 from trainer.batches import select
 from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
-from trainer.student import load_student, stop_ids
+from trainer.student import answer_as_cached, cached_stop_ids, load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
 GUIDES = ("prefix",)
@@ -68,7 +68,7 @@ class GrpoRun:
     config: GrpoConfig
     prompts: list[Prompt]
     where: str | None
-    end_of_turn: int
+    plan: dict[str, Any] = field(repr=False)  # of the first cache: how prompts are made and answers end
     record: dict[str, Any]
     checkpoint: str | None
 
@@ -129,7 +129,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         config,
         prompts,
         where,
-        caches[0].plan["end_of_turn"],
+        caches[0].plan,
         record,
         resume_point(config, record, _settings, "kd grpo"),
     )
@@ -149,6 +149,7 @@ def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Pr
     rest = "AND verifier IS NOT NULL ORDER BY prompt_id"
     found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()
     reasoned = plan["fields"].get("reasoning") is not None
+    stops = cached_stop_ids(plan)
     return [
         Prompt(
             row["prompt"],
@@ -156,7 +157,7 @@ def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Pr
             row["verifier"],
             row["reference"],
             reasoned,
-            [trace[:-1] if trace[-1] == plan["end_of_turn"] else trace for trace in row["traces"]],
+            [trace[:-1] if trace[-1] in stops else trace for trace in row["traces"]],
         )
         for row in found
     ]
@@ -233,10 +234,8 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
             f"{arguments.num_generations}"
         )
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
-    stops = stop_ids(student, run.end_of_turn)
-    own_eos = tokenizer.eos_token
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
-    student.generation_config.eos_token_id = stops
+    answer_as_cached(student, tokenizer, run.plan)
+    stops = stop_ids(student, cached_stop_ids(run.plan))
     if arguments.process_index == 0:
         begin(config, run.record)
     trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
@@ -255,11 +254,10 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     except rewards.Collapsed:
         trainer._save_checkpoint(trainer.model, trial=None)  # --no-guards goes on from here
         raise
-    tokenizer.eos_token = own_eos
     if config.lora_r is not None:
         trainer.save_model(str(config.output_dir / adapters.FOLDER))
         if arguments.process_index == 0:
-            adapters.merge(config, config.output_dir / adapters.FOLDER, config.output_dir)
+            adapters.merge(config, config.output_dir / adapters.FOLDER, config.output_dir, run.plan)
     else:
         trainer.save_model(str(config.output_dir))
     if arguments.process_index == 0:

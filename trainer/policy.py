@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
+from kdcache.prompts import completion_text, whole_turn
 from kdcache.sandbox import Sandbox
 from trainer import rewards
 from trainer.grpo import GrpoRun
@@ -82,8 +83,10 @@ class FromCache(Base):
     ) -> list[float]:
         """1 for an answer that is right. Judges the batch; ``form`` is asked after it."""
         asked = [self.prompts_by_text[text] for text in prompts]
+        # Decoded here: TRL leaves out tags that are special tokens, such as <think>.
+        texts = [completion_text(self.processing_class, ids, self.stops) for ids in completion_ids]
         self._judged = rewards.judge(
-            completions,
+            [whole_turn(prompt, text) for prompt, text in zip(prompts, texts)],
             [(prompt.verifier, prompt.reference, prompt.reasoned) for prompt in asked],
             [self._finished(ids) for ids in completion_ids],
             self.sandbox,

@@ -130,19 +130,39 @@ def quantized_by(model: str) -> str | None:
     return (config.get("quantization_config") or {}).get("quant_method")
 
 
-def stop_ids(student: Any, end_of_turn: int) -> list[int]:
-    """Every id that ends an answer: the cache's end-of-turn, and what the student's generation_config names."""
+def stop_ids(student: Any, of_cache: Sequence[int]) -> list[int]:
+    """Every id that ends an answer: the cache's, and what the student's generation_config names."""
     eos = student.generation_config.eos_token_id
-    return sorted({end_of_turn, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
+    return sorted({*of_cache, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
+
+
+def cached_stop_ids(plan: dict[str, Any]) -> tuple[int, ...]:
+    """The ids that end an answer in a cache, its end-of-turn first; caches from before ``stop_ids`` name only that."""
+    return tuple(plan.get("stop_ids") or [plan["end_of_turn"]])
+
+
+def answer_as_cached(student: Any, tokenizer: Any, plan: dict[str, Any]) -> None:
+    """Make a student answer as its cache was made: asked with that chat template, ended by those ids.
+
+    Saved after this, its folder says so to transformers, vLLM and ``kd chat``, whatever it said before: a base model
+    that is trained from an instruct teacher has no template, and another end.
+    """
+    ends = cached_stop_ids(plan)
+    if plan.get("chat_template") is not None:
+        tokenizer.chat_template = plan["chat_template"]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    own = stop_ids(student, ends)
+    student.generation_config.eos_token_id = own if len(own) > 1 else own[0]
+    student.config.get_text_config().eos_token_id = ends[0]
 
 
 def check_tokenizer(student: str, cache: Cache) -> None:
-    """The student must read the very token ids that the cache holds."""
+    """The student must read the very token ids that the cache holds. What ends an answer may differ: it is the cache's."""
     from kdcache.prompts import load_tokenizer
 
     tokenizer = load_tokenizer(hashes.model_folder(student))
     mine, theirs = hashes.tokenizer_identity(tokenizer), cache.plan["tokenizer"]
-    differing = [name for name in theirs if mine[name] != theirs[name]]
+    differing = [name for name in hashes.SAME_IDS if mine[name] != theirs.get(name)]
     if differing:
         raise KDError(
             f"{student} has another tokenizer than the cache {cache.path} (teacher {cache.plan['fields']['teacher']}); what differs: "

@@ -22,6 +22,8 @@ class Example:
     row_id: str
     messages: tuple[dict[str, Any], ...]  # all before the last assistant turn
     completion: str | None = None
+    answer: dict[str, Any] | None = None  # the whole assistant turn, where it holds more than ``completion``
+    tools: tuple[dict[str, Any], ...] = ()  # functions that the chat template describes to the model
     group_id: str | None = None  # the problem; default: a hash of the prompt
     reference: str | None = None
     task: str | None = None
@@ -29,6 +31,12 @@ class Example:
     verifier: str | None = None
     prompt: str | None = None  # the prompt as plain text, for which the chat template is not asked
     content: tuple[str, ...] | None = None  # what duplicates are told by; default: the last user message
+
+    @property
+    def given(self) -> dict[str, Any] | None:
+        """The assistant's turn that stands in the row, whole; None if there is none."""
+        text = None if self.completion is None else {"role": "assistant", "content": self.completion}
+        return self.answer or text
 
 
 @dataclass(frozen=True)
@@ -120,13 +128,13 @@ def _finish(example: Example, number: int, prompt_format: str) -> Example | BadR
     def bad(reason: str) -> BadRow:
         return BadRow(example.source, example.row_id, f"row {number}: {reason}")
 
-    texts = [example.messages, example.completion, example.reference, example.verifier]
+    texts = [example.messages, example.completion, example.answer, example.tools, example.reference, example.verifier]
     try:
         json.dumps(texts, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         return bad("its text is not valid Unicode (half a surrogate pair)")
     if prompt_format == "chat" or example.prompt is not None:
         return example
-    if [m["role"] for m in example.messages] != ["user"] or not isinstance(example.messages[0].get("content"), str):
-        return bad("--prompt-format alpaca takes one user message, and no other turn")
+    if [m["role"] for m in example.messages] != ["user"] or example.tools or example.answer:
+        return bad("--prompt-format alpaca takes one user message and an answer of text, and nothing else")
     return replace(example, prompt=templates.alpaca(example.messages[0]["content"], language=example.language))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kdcache.errors import KDError, UsageError, first_line
+from kdcache.examples.messages import without_nulls
 
 Row = dict[str, Any]
 
@@ -51,7 +52,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(1024):
-                yield from batch.to_pylist()
+                yield from map(_without_fill, batch.to_pylist())
     except pa.ArrowException as error:
         raise KDError(f"{path}: not a Parquet file that can be read ({error})") from None
 
@@ -122,7 +123,12 @@ def hub(name: str, config: str | None = None, split: str | None = None) -> Itera
             f"loaded: {first_line(error)}"
         ) from None
     for rows in [loaded] if split else loaded.values():
-        yield from rows
+        yield from map(_without_fill, rows)
+
+
+def _without_fill(row: Row) -> Row:
+    """A row of an Arrow table without the null fields inside its columns, which stand there for other rows' sake."""
+    return {column: without_nulls(value) for column, value in row.items()}
 
 
 def is_hub_id(name: str) -> bool:

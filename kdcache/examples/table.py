@@ -1,17 +1,30 @@
 """Examples from a .jsonl or .parquet file or a Hub data set with ``prompt``/``completion`` or ``messages`` columns.
 
-Optional columns are taken over by name: id, group_id, reference, task, language, verifier.
+Optional columns are taken over by name: id, group_id, reference, task, language, verifier; tools beside messages.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
 from kdcache.examples import BadRow, Columns, Example, files
+from kdcache.examples import messages as chat
+from kdcache.examples.messages import Message
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table's row says: the prompt's messages, and the answer as text, or whole where it is more than text."""
+
+    messages: list[Message]
+    completion: str | None = None
+    answer: Message | None = None
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def read_file(path: Path, columns: Columns) -> Iterator[Example | BadRow]:
@@ -28,26 +41,26 @@ def read_hub(name: str, columns: Columns, split: str = "train") -> Iterator[Exam
 
 
 def _examples(rows: Iterable[dict[str, Any]], source: str, where: str, columns: Columns) -> Iterator[Example | BadRow]:
-    reader: Callable[[dict[str, Any]], tuple[list[dict[str, Any]], str | None] | str] | None = None
+    reader: Callable[[dict[str, Any]], Row | str] | None = None
     for number, row in enumerate(rows):
         if reader is None:
             reader = _row_reader(row, where, columns)
         row_id = str(row["id"]) if row.get("id") is not None else str(number)
-        answer = reader(row)
-        if isinstance(answer, str):
-            yield BadRow(source, row_id, f"row {number + 1}: {answer}")
+        found = reader(row)
+        if isinstance(found, str):
+            yield BadRow(source, row_id, f"row {number + 1}: {found}")
             continue
-        messages, completion = answer
-        if columns.system is not None:
-            messages = [{"role": "system", "content": columns.system}, *messages]
+        system = [] if columns.system is None else [{"role": "system", "content": columns.system}]
         verifier = row.get("verifier")
         yield Example(
             source=source,
             row_id=row_id,
-            messages=tuple(messages),
-            completion=completion,
+            messages=(*system, *found.messages),
+            completion=found.completion,
+            answer=found.answer,
+            tools=found.tools,
             group_id=_text(row.get("group_id")),
-            reference=_text(row.get("reference")) or completion,
+            reference=_text(row.get("reference")) or found.completion,
             task=_text(row.get("task")),
             language=_text(row.get("language")),
             verifier=json.dumps(verifier) if isinstance(verifier, dict | list) else _text(verifier),
@@ -58,8 +71,8 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def _row_reader(first: dict[str, Any], where: str, columns: Columns):
-    """How this table's rows are read, decided by the first: (messages, completion), or a reason as a string."""
+def _row_reader(first: dict[str, Any], where: str, columns: Columns) -> Callable[[dict[str, Any]], Row | str]:
+    """How this table's rows are read, decided by the first: as a Row, or a reason as a string."""
     found = ", ".join(first) or "none"
     for flag, column in (("--prompt-column", columns.prompt), ("--completion-column", columns.completion)):
         if column is not None and column not in first:
@@ -74,27 +87,24 @@ def _row_reader(first: dict[str, Any], where: str, columns: Columns):
             "Name them with --prompt-column and --completion-column."
         )
 
-    def from_pair(row: dict[str, Any]):
+    def from_pair(row: dict[str, Any]) -> Row | str:
         text, answer = row.get(prompt), row.get(completion)
         if not isinstance(text, str) or not text.strip():
             return f"no prompt (column {prompt!r} is {'missing' if text is None else 'empty or not text'})"
         if answer is not None and not isinstance(answer, str):
             return f"column {completion!r} is {type(answer).__name__}, expected text"
-        return [{"role": "user", "content": text}], answer
+        return Row([{"role": "user", "content": text}], answer)
 
     return from_pair
 
 
-def _from_messages(row: dict[str, Any]):
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        return "no prompt (column 'messages' is not a list of {role, content})"
-    messages = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    if messages[-1]["role"] == "assistant":
-        messages, answer = messages[:-1], messages[-1].get("content")
-        if answer is not None and not isinstance(answer, str):
-            return f"the answer is {type(answer).__name__}, expected text"
-        if not messages:
-            return "no prompt (column 'messages' holds only an assistant turn)"
-        return messages, answer
-    return messages, None
+def _from_messages(row: dict[str, Any]) -> Row | str:
+    try:
+        before, answer = chat.split_answer(chat.read(row.get("messages")))
+        tools = chat.tools(row.get("tools"))
+    except ValueError as error:
+        return str(error)
+    if answer is None:
+        return Row(before, tools=tools)
+    more_than_text = answer.keys() - {"role", "content"}
+    return Row(before, answer["content"] or None, answer if more_than_text else None, tools)

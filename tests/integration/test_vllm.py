@@ -26,9 +26,9 @@ def requests(smollm):
     prompts = Prompts(smollm, load_tokenizer(smollm))
     found = []
     for i, example in enumerate(examples.load("builtin", examples.Columns(), 8)):
-        ids = prompts.prompt_ids(prompts.render(example.messages))
-        found.append(Request(("x", f"given {i}"), ids, prompts.completion_ids(example.completion)))
-        found.append(Request(("x", f"sampled {i}"), ids, None, seed=i))
+        asked = prompts.ask(example.messages, example.given)
+        found.append(Request(("x", f"given {i}"), asked.prompt_ids, asked.completion_ids))
+        found.append(Request(("x", f"sampled {i}"), asked.prompt_ids, None, seed=i))
     say = prompts.prompt_ids(prompts.render([{"role": "user", "content": "Say just: yes"}]))
     return [
         *found,
@@ -180,10 +180,8 @@ from kdcache.teachers import EngineOptions, Request, load
 
 model = str(embedded.prepare())
 prompts = Prompts(model, load_tokenizer(model))
-requests = [
-    Request(("x", str(i)), prompts.prompt_ids(prompts.render(e.messages)), prompts.completion_ids(e.completion))
-    for i, e in enumerate(examples.load("builtin", examples.Columns(), 24))
-]
+asked = [prompts.ask(e.messages, e.given) for e in examples.load("builtin", examples.Columns(), 24)]
+requests = [Request(("x", str(i)), a.prompt_ids, a.completion_ids) for i, a in enumerate(asked)]
 teacher = load("vllm", EngineOptions(model, 8, 512, "float32", extra={"max_num_batched_tokens": 2048}))
 expected = {r.key: a for r, a in teacher.run(requests)}
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -11,15 +11,19 @@ def prompts(smollm):
     return Prompts(smollm, AutoTokenizer.from_pretrained(smollm))
 
 
+def completion_ids(prompts, text):
+    return prompts.ask([{"role": "user", "content": "Hi"}], {"role": "assistant", "content": text}).completion_ids
+
+
 def test_a_completion_ends_in_exactly_one_end_of_turn(prompts):
-    ids = prompts.completion_ids("Hello there.")
+    ids = completion_ids(prompts, "Hello there.")
     assert ids[-1] == prompts.end_of_turn == 2 and ids.count(2) == 1
-    assert prompts.completion_ids("Hello there.<|im_end|>") == ids
+    assert completion_ids(prompts, "Hello there.<|im_end|>") == ids
     assert prompts.decode(ids) == "Hello there."
 
 
 def test_an_empty_completion_has_no_ids(prompts):
-    assert prompts.completion_ids("") == []
+    assert completion_ids(prompts, "") == []
 
 
 def test_the_prompt_is_the_template_with_the_generation_prompt_and_no_second_bos(prompts):
@@ -38,5 +42,5 @@ def test_the_bytes_of_the_vocabulary_spell_the_text(prompts):
     table = vocab_table(prompts.tokenizer, 49160)
     data = table["bytes"].to_pylist()
     text = "¡Año nuevo! 三 🙂\n\tdef f(): pass"
-    assert b"".join(data[i] for i in prompts.completion_ids(text)[:-1]) == text.encode()
+    assert b"".join(data[i] for i in completion_ids(prompts, text)[:-1]) == text.encode()
     assert table.num_rows == 49160 and data[-1] is None and data[2] == b"<|im_end|>"
