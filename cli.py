@@ -260,6 +260,8 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         )
 
     _note(f"{plan.fields['teacher']} ({config.engine}, {plan.dtype}), {len(plan.examples)} examples -> {config.out}")
+    _note(f"template: {plan.prompts.facts.describe(plan.prompts.tokenizer)}")
+    _note(f"asks first: {_shortened(capture.first_asked(plan) or '')}")
     if plan.near_duplicates:
         _note(f"{plan.near_duplicates} of them nearly repeat a row of another split, and are dropped")
     with _CtrlC(lambda: line.last > 0) as interrupt:
@@ -1484,6 +1486,11 @@ def _check_extra(
             hint = hint.replace("; it is now nothing: ", ": ")
             raise click.UsageError(f"no option --{key.replace('_', '-')}, neither of this command nor of {whose}{hint}")
     return extra
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    """A long text without its middle."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _engine_extra(context: click.Context, engine: str) -> dict[str, Any]:
