@@ -70,6 +70,22 @@ unsafe_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def _trust(_: click.Context, __: click.Parameter, given: bool) -> None:
+    if given:
+        from kdcache import models
+
+        models.trust_remote_code()
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run the Python code that comes with a model, where one has some. It can do what you can.",
+)
+
+
 # --- phase one --------------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +223,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--dtype", default="auto", show_default=True, help="Of the teacher's weights.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing.")
+@trust_option
 @json_option
 @click.pass_context
 def cache_teacher(context: click.Context, **options: Any) -> None:
@@ -575,6 +592,10 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise click.UsageError(f"--config {path}: expected a mapping of options to values, as in `learning_rate: 2e-4`")
     given = {key.replace("-", "_"): _literal(value) for key, value in given.items()}
+    if "trust_remote_code" in given:
+        raise click.UsageError(
+            f"--config {path}: trust_remote_code is for the command line, so that no file can ask for it"
+        )
     own = {p.name for p in context.command.params if p.name not in ("config", "as_json", "dry_run", "overwrite")}
     several = {p.name for p in context.command.params if p.multiple}
     given = {key: [value] if key in several and not isinstance(value, list) else value for key, value in given.items()}
@@ -605,6 +626,7 @@ config_option = click.option(
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the student.")
 @click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
+@trust_option
 @json_option
 def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
     """Make a student: a checkpoint as it is, or some of the teacher's own layers.
@@ -672,6 +694,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 )
 @click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print samples, tokens, steps and memory; train nothing.")
+@trust_option
 @json_option
 @click.pass_context
 def train(context: click.Context, **options: Any) -> None:
@@ -761,6 +784,7 @@ def train(context: click.Context, **options: Any) -> None:
 @unsafe_option
 @click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print what would be learnt from; train nothing.")
+@trust_option
 @json_option
 @click.pass_context
 def grpo(context: click.Context, **options: Any) -> None:
@@ -854,6 +878,7 @@ def grpo(context: click.Context, **options: Any) -> None:
     show_default=True,
     help="Folder of what is measured, for kd compare; what is there with the same settings is not measured again.",
 )
+@trust_option
 @json_option
 def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure students on a cache's held-out split, beside the teacher, whose row comes from the cache.
@@ -962,6 +987,7 @@ def compare(
 )
 @click.option("--overwrite", is_flag=True, help="Delete a quantized student that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print the sizes before and (estimated) after; write nothing.")
+@trust_option
 @json_option
 def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Quantize a student's linear layers to 4 or 8 bits, and measure what that saves and what it costs.
@@ -1071,6 +1097,7 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
     "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
 )
 @click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
+@trust_option
 def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
     """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
 
@@ -1130,6 +1157,7 @@ def _address_file(url: str) -> Iterator[str]:
 @click.option("--system", help="System prompt.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@trust_option
 def chat(student: str, system: str | None, temperature: float, max_new_tokens: int) -> None:
     """Try a student by hand: one line, one answer; an empty line or Ctrl-D ends.
 

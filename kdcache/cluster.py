@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache import capture, hashes, lock
+from kdcache import capture, hashes, lock, models
 from kdcache.capture import Progress
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.plan import Plan, Shard
@@ -35,7 +35,7 @@ LOCAL = "local"
 MAX_LOSSES = 3
 REPORT_SECONDS = 0.5
 #: What a node's workers are told of the driver's environment; never a token or a key.
-PASSED_ON = ("VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "TORCH_", "HF_HUB_DISABLE_")
+PASSED_ON = ("VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "TORCH_", "HF_HUB_DISABLE_", models.TRUST)
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, sparsify, splits, storage
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache import embedded, examples, format, hashes, models, sparsify, splits, storage
+from kdcache.errors import KDError, UsageError
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
-from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts, load_tokenizer
+from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts
 from kdcache.storage import Location
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
@@ -137,7 +137,7 @@ class Plan:
         self.dtype = resolve_dtype(config.dtype, model_config["dtype"], config.engine)
         self.max_model_len = _max_model_len(config, model_config["max_position_embeddings"])
         self.date = self._date()
-        self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date)
+        self.prompts = Prompts(self.model, models.tokenizer(self.model), self.date)
         self.examples = self._load()
         if all(isinstance(example, BadRow) for example in self.examples):
             raise KDError(f"--examples {config.examples}: no row can be taken. {self.examples[0].reason}")  # type: ignore[union-attr]
@@ -197,6 +197,7 @@ class Plan:
     def _fingerprint_fields(self) -> dict[str, Any]:
         config = self.config
         sampled = config.mode != "score"
+        extra = config.engine_extra | ({"trust_remote_code": True} if models.code_is_trusted() else {})
         return {
             "format_version": format.FORMAT_VERSION,
             "teacher": _teacher_name(config.teacher),
@@ -206,7 +207,7 @@ class Plan:
             "engine": config.engine,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
-            "engine_options": {k: v for k, v in sorted(config.engine_extra.items()) if k not in SPEED_OPTIONS},
+            "engine_options": {k: v for k, v in sorted(extra.items()) if k not in SPEED_OPTIONS},
             "mode": config.mode,
             "seed": config.seed,
             "samples": config.samples if sampled else None,
@@ -369,12 +370,7 @@ def _group_id(example: Example) -> str:
 
 
 def _model_config(model: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except Exception as error:
-        raise KDError(f"{model}: not a model that transformers can read: {first_line(error)}") from None
+    config = models.config(model).get_text_config()
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),

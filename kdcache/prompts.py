@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from kdcache.errors import KDError, first_line
+from kdcache.errors import KDError
 
 COMPLETION_POLICY_VERSION = 1
 
@@ -51,16 +51,6 @@ class Prompts:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model folder; KDError in a sentence if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:
-        raise KDError(f"{model}: its tokenizer could not be loaded: {first_line(error)}") from None
 
 
 def _end_of_turn(model: str, tokenizer: Any) -> int:

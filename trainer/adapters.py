@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kdcache import models
 from kdcache.errors import UsageError, first_line
 from trainer.run import StudentConfig
 from trainer.student import load_student
@@ -36,8 +37,6 @@ def add(student: Any, config: StudentConfig) -> Any:
 
 def merge(config: StudentConfig, adapter: Path, out: Path) -> None:
     """Save the whole student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it."""
-    import peft
-
     student, tokenizer = load_student(config.student, config.dtype)
-    peft.PeftModel.from_pretrained(student, str(adapter)).merge_and_unload().save_pretrained(out)
+    models.with_adapter(student, adapter).merge_and_unload().save_pretrained(out)
     tokenizer.save_pretrained(out)

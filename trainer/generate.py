@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdcache import format, hashes
+from kdcache import format, hashes, models
 from kdcache.errors import KDError, UsageError
 from trainer.student import load_student, quantized_by, stop_ids
 
@@ -73,12 +73,11 @@ def answers(
 
 
 def _from_vllm(model: str, asks: Sequence[Ask], decoding: Decoding, progress: Callable[[int, int], None]) -> list[str]:
-    from kdcache.prompts import load_tokenizer
     from kdcache.teachers import EngineOptions, Refusal, Request, Sampling
     from kdcache.teachers.vllm import VLLMTeacher
 
     folder = hashes.model_folder(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = models.tokenizer(folder)
     engine = VLLMTeacher(
         EngineOptions(
             model=folder,

@@ -21,7 +21,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from kdcache import query, verifiers, writer
+from kdcache import models, query, verifiers, writer
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION
 from kdcache.reader import Cache, Sample
@@ -304,6 +304,7 @@ def _arguments(run: GrpoRun) -> Any:
         "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := run.config.teacher_weight) else [])],
         "disable_tqdm": True,
         **run.config.arguments,
+        "trust_remote_code": models.code_is_trusted(),
         "output_dir": str(run.config.output_dir),
     }
     try:

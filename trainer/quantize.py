@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import hashes, machine, writer
+from kdcache import hashes, machine, models, writer
 from kdcache.errors import KDError, UsageError, first_line
 from trainer import compare, footprint
 from trainer.batches import Units, open_caches, select
@@ -187,6 +187,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
                 seqlen=rows.shape[1],
                 device_map="cuda" if torch.cuda.is_available() else "cpu",
                 enable_torch_compile=False,
+                trust_remote_code=models.code_is_trusted(),  # its own default is True
             ).quantize_and_save(str(folder), format="llm_compressor")
         except Exception as error:
             raise KDError(f"AutoRound could not quantize {plan.config.student}: {first_line(error)}") from error
@@ -213,11 +214,9 @@ def calibration(units: Units) -> torch.Tensor:
 
 
 def _shape(student: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(hashes.model_folder(student))
+    config = models.config(hashes.model_folder(student))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        return models.untrained(config, dtype=config.dtype or torch.float32)
 
 
 def _linear(shape: Any) -> list[torch.nn.Linear]:
@@ -285,9 +284,7 @@ def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
 def _prompt(plan: Plan) -> list[int]:
     """Prompts of the test split, end to end, as long as is measured; tokens drawn at random where there is no cache."""
     if plan.test is None:
-        from transformers import AutoConfig
-
-        size = AutoConfig.from_pretrained(hashes.model_folder(plan.config.student)).get_text_config().vocab_size
+        size = models.config(hashes.model_folder(plan.config.student)).get_text_config().vocab_size
         return np.random.default_rng(0).integers(size, size=footprint.PROMPT_TOKENS).tolist()
     first = plan.test.load(np.arange(min(len(plan.test), footprint.PROMPT_TOKENS)))
     ids = np.concatenate([sample.prompt_ids for sample in first])

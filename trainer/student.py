@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from kdcache import hashes
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache import hashes, models
+from kdcache.errors import KDError, UsageError
 from kdcache.reader import Cache
 
 
@@ -99,10 +99,8 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
     """
     import transformers
 
-    from kdcache.prompts import load_tokenizer
-
     folder = hashes.model_folder(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = models.tokenizer(folder)
     options: dict[str, Any] = {}
     if weights is not None:
         device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
@@ -117,11 +115,7 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
     elif quantized_by(model) == "compressed-tensors":
         # It expands its weights at the first call anyway, but of the whole model only, and ours calls parts.
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    try:
-        student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except Exception as error:
-        raise KDError(f"{model}: the model could not be loaded: {first_line(error)}") from None
-    return student, tokenizer
+    return models.causal_lm(folder, dtype=dtype, **options), tokenizer
 
 
 def quantized_by(model: str) -> str | None:
@@ -138,9 +132,7 @@ def stop_ids(student: Any, end_of_turn: int) -> list[int]:
 
 def check_tokenizer(student: str, cache: Cache) -> None:
     """The student must read the very token ids that the cache holds."""
-    from kdcache.prompts import load_tokenizer
-
-    tokenizer = load_tokenizer(hashes.model_folder(student))
+    tokenizer = models.tokenizer(hashes.model_folder(student))
     mine, theirs = hashes.tokenizer_identity(tokenizer), cache.plan["tokenizer"]
     differing = [name for name in theirs if mine[name] != theirs[name]]
     if differing:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache import models
+from kdcache.errors import UsageError
 from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
 
 
@@ -29,11 +30,7 @@ class TransformersTeacher:
         self._k = options.capture_k
         self._options = options
         self._device = "cuda" if has_gpu() else "cpu"
-        try:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-        except Exception as error:
-            raise KDError(f"{options.model}: the model could not be loaded: {first_line(error)}") from None
-        self._model = model.to(self._device).eval()
+        self._model = models.causal_lm(options.model, dtype=options.dtype).to(self._device).eval()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         with self._torch.inference_mode():

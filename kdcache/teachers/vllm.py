@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from kdcache import models
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.teachers import Answer, EngineOptions, Refusal, Request, missing_engine, runs_on_gpu
 from kdcache.teachers.collector import ArrayCollector, Both
@@ -222,6 +223,7 @@ def _arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
     """Keyword arguments of ``vllm.LLM``."""
     arguments: dict[str, Any] = {
         "model": options.model,
+        "trust_remote_code": models.code_is_trusted(),
         "dtype": options.dtype,
         "max_model_len": options.max_model_len,
         "max_logprobs": options.capture_k,

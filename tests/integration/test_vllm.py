@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from kdcache import examples
-from kdcache.prompts import Prompts, load_tokenizer
+from kdcache import examples, models
+from kdcache.prompts import Prompts
 from kdcache.teachers import EngineOptions, Refusal, Request, Sampling, load
 
 pytestmark = pytest.mark.integration
@@ -23,7 +23,7 @@ K = 20
 @pytest.fixture(scope="module")
 def requests(smollm):
     """Given answers of each task, and sampled ones: short, so that some end and some are cut."""
-    prompts = Prompts(smollm, load_tokenizer(smollm))
+    prompts = Prompts(smollm, models.tokenizer(smollm))
     found = []
     for i, example in enumerate(examples.load("builtin", examples.Columns(), 8)):
         ids = prompts.prompt_ids(prompts.render(example.messages))
@@ -174,12 +174,12 @@ def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
 OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np
-from kdcache import embedded, examples
-from kdcache.prompts import Prompts, load_tokenizer
+from kdcache import embedded, examples, models
+from kdcache.prompts import Prompts
 from kdcache.teachers import EngineOptions, Request, load
 
 model = str(embedded.prepare())
-prompts = Prompts(model, load_tokenizer(model))
+prompts = Prompts(model, models.tokenizer(model))
 requests = [
     Request(("x", str(i)), prompts.prompt_ids(prompts.render(e.messages)), prompts.completion_ids(e.completion))
     for i, e in enumerate(examples.load("builtin", examples.Columns(), 24))
