@@ -1558,14 +1558,13 @@ def main() -> None:
     except KDError as error:
         click.echo(f"Error: {error}", err=True)
         code = error.exit_code
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "kdcache", "trainer", "cli"):
+    except ImportError as error:
+        from kdcache import extras
+
+        package = extras.missing_package(error)
+        if package in (None, "kdcache", "trainer", "cli"):
             raise
-        click.echo(
-            f"Error: {missing} is not installed. Phase one needs `pip install 'kdcache[teacher]'` (GPU) or", err=True
-        )
-        click.echo("`'kdcache[teacher-cpu]'`, phase two `pip install 'kdcache[train]'`.", err=True)
+        click.echo(f"Error: {extras.missing(package)}", err=True)
         code = 1
     except OSError as error:
         if error.filename is None and error.errno is None:

@@ -87,7 +87,18 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
 
 def peak_of(cache: Path, student: Path, out: Path, steps: int) -> int:
     """Peak memory of `kd train`."""
-    command = [sys.executable, "-m", "cli", "train", "--from-cache", cache, "--student", student, "--output-dir", out]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "train",
+        "--from-cache",
+        cache,
+        "--student",
+        student,
+        "--output-dir",
+        out,
+    ]
     command += [
         "--max-steps",
         steps,

@@ -113,7 +113,7 @@ def told(address: str, what: str, **parameters: Any) -> tuple[dict[str, Any], fl
 
 def first_page(cache: Path) -> tuple[subprocess.Popen, str, dict[str, float]]:
     """Start `kd view`; the process, its address, and seconds from the start to the address, the page, the first list."""
-    command = [sys.executable, "-m", "cli", "view", str(cache), "--no-browser", "--port", "0"]
+    command = [sys.executable, "-m", "kdcache", "view", str(cache), "--no-browser", "--port", "0"]
     begun = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout

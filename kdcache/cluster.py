@@ -305,10 +305,8 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
     """Ray, how many workers, GPUs of each; KDError if it is missing or has no room for one worker."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that it will be so one day
-    try:
-        import ray
-    except ImportError as error:
-        raise KDError(f"--ray needs Ray ({error}). Install it with `pip install 'kdcache[ray]'`") from None
+    import ray
+
     gpus = workers.gpus_each(plan)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kdcache import embedded, storage, writer
+from kdcache import embedded, extras, storage, writer
 from kdcache.errors import KDError, UsageError, first_line
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -34,6 +35,8 @@ def model_folder(model: str, revision: str | None = None) -> str:
         return model
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(f"{model}: no such folder; expected `embedded`, a model folder, or a Hub id like org/name")
+    if importlib.util.find_spec("transformers") is None:  # which has the Hub's client with it
+        raise extras.missing("transformers")
     from huggingface_hub import snapshot_download
 
     try:

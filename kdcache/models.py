@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kdcache import extras
 from kdcache.errors import KDError, first_line
 
 #: ``--trust-remote-code``, as the processes see it that a command starts (Ray's workers, measurements, steps of a recipe).
@@ -67,6 +68,8 @@ def _load(folder: str | Path, failed: str, load: Callable[..., Any], **options: 
     try:
         return load(folder, trust_remote_code=code_is_trusted(), **options)
     except Exception as error:
+        if isinstance(error, ImportError) and (package := extras.missing_package(error)):
+            raise extras.missing(package) from None
         reason = first_line(error)
         if not code_is_trusted() and "trust_remote_code" in str(error):
             reason = (

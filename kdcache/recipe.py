@@ -10,7 +10,6 @@ for each value of its variable.
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdcache import __main__ as kd
 from kdcache import format
 from kdcache.errors import KDError
 
@@ -99,8 +99,8 @@ def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | Non
             note("(done before)")
             continue
         begun = time.monotonic()
-        # cli.py by its path, so that a recipe runs from a checkout, from a wheel and from any folder.
-        code = subprocess.run([sys.executable, "-m", "cli", *step.arguments], env=_environment()).returncode
+        # By its path, so that a recipe runs from a checkout, from a wheel and from a folder that holds a cli.py of its own.
+        code = subprocess.run([sys.executable, "-P", kd.__file__, *step.arguments]).returncode
         if code == 130 or code == -2:
             raise KeyboardInterrupt
         if code:
@@ -112,10 +112,3 @@ def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | Non
         note(f"({time.monotonic() - begun:.0f} s)")
     end = recipe.get("end", "").replace("{out}", str(out)).strip()
     note(f"\n{end}\n\n({(time.monotonic() - started) / 60:.1f} minutes)".replace("\n\n\n", "\n"))
-
-
-def _environment() -> dict[str, str]:
-    import cli  # where it is, the child must find it too
-
-    folder = str(Path(cli.__file__).resolve().parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from kdcache import extras
 from kdcache.diskcache import number_from
 from kdcache.errors import KDError, UsageError, first_line
 
@@ -315,8 +316,7 @@ def _opened(scheme: str, process: int, timeout: float) -> Any:
         made = fsspec.filesystem(scheme, **options)
     except ImportError:
         package = _PACKAGES.get(scheme, "fsspec")
-        extra = "pip install 'kdcache[remote]'" if package in ("s3fs", "fsspec") else f"pip install {package}"
-        raise KDError(f"{scheme}:// needs the package {package}, which is not installed: {extra}") from None
+        raise KDError(f"{scheme}://: {extras.missing(package)}") from None
     except ValueError as error:
         raise UsageError(f"{scheme}://: {first_line(error)}") from None
     made.retries = 1 if scheme == "s3" else getattr(made, "retries", 1)  # the client below retries; twice multiplies

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import UsageError
 
 ENGINES = ("vllm", "transformers")
 
@@ -139,12 +139,3 @@ def _cpu_has_bfloat16() -> bool:
     except Exception:
         return False
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
-def missing_engine(engine: str, error: ImportError) -> KDError:
-    if engine == "vllm":
-        return KDError(
-            f"vLLM is not installed ({error}). Install it with `pip install 'kdcache[teacher]'` (GPU) or "
-            "`pip install 'kdcache[teacher-cpu]'`, or use --engine transformers."
-        )
-    return KDError(f"{engine} is not installed ({error}). Install it with `pip install 'kdcache[train]'`.")

@@ -12,16 +12,14 @@ import numpy as np
 
 from kdcache import models
 from kdcache.errors import UsageError
-from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
+from kdcache.teachers import Answer, EngineOptions, Request, has_gpu
 
 
 class TransformersTeacher:
     def __init__(self, options: EngineOptions):
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise missing_engine("transformers", error) from None
+        import torch
+        import transformers
+
         if options.extra:
             names = ", ".join("--" + name.replace("_", "-") for name in options.extra)
             raise UsageError(f"{names}: an option of vLLM; --engine transformers does not take it")

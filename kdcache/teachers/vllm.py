@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import models
+from kdcache import extras, models
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.teachers import Answer, EngineOptions, Refusal, Request, missing_engine, runs_on_gpu
+from kdcache.teachers import Answer, EngineOptions, Refusal, Request, runs_on_gpu
 from kdcache.teachers.collector import ArrayCollector, Both
 
 #: On a machine without a GPU: one process (loads in a few seconds, schedules deterministically), a small KV cache.
@@ -46,7 +46,7 @@ class VLLMTeacher:
             import vllm
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
-            raise missing_engine("vllm", error) from None
+            raise _not_there(error) from None
 
         self.version = f"vllm {vllm.__version__}"
         self._options = options
@@ -310,8 +310,14 @@ def engine_options() -> dict[str, Any]:
 
         from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:
-        raise missing_engine("vllm", error) from None
+        raise _not_there(error) from None
     return {f.name: f.default for f in dataclasses.fields(EngineArgs)}
+
+
+def _not_there(error: ImportError) -> KDError:
+    package = extras.missing_package(error)
+    why = extras.missing(package) if package else f"vLLM could not be imported: {first_line(error)}"
+    return KDError(f"{why}. Or use --engine transformers")
 
 
 def preferred_dtype(model_dtype: str | None) -> str:

@@ -38,7 +38,7 @@ HOSTILE = {
 @contextmanager
 def served(*arguments: object) -> Iterator[str]:
     """The address of the real `kd view`, which Ctrl-C ends with status 0."""
-    command = [sys.executable, "-m", "cli", "view", *map(str, arguments), "--no-browser", "--port", "0"]
+    command = [sys.executable, "-m", "kdcache", "view", *map(str, arguments), "--no-browser", "--port", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )

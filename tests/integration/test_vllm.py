@@ -150,7 +150,18 @@ def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, r
 
 
 def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--limit", "24", "--mode", "both", "--max-tokens", "16"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "cache-teacher",
+        "--limit",
+        "24",
+        "--mode",
+        "both",
+        "--max-tokens",
+        "16",
+    ]
     command += ["--rows-per-shard", "8", "--sparsify", "topk:16", "--out", str(tmp_path / "out"), "--max-num-seqs", "4"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -214,7 +225,17 @@ def test_an_engine_that_runs_out_of_memory_starts_again_with_half_the_batch_and_
 
 @pytest.mark.slow
 def test_ctrl_c_with_an_engine_in_a_process_of_its_own_finishes_the_shards_that_are_begun(tmp_path, smollm):
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--limit", "60", "--rows-per-shard", "10", "--sparsify"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "cache-teacher",
+        "--limit",
+        "60",
+        "--rows-per-shard",
+        "10",
+        "--sparsify",
+    ]
     command += ["topk:8", "--out", str(tmp_path / "out"), "--max-num-seqs", "4", "--max-model-len", "512"]
     process = subprocess.Popen(
         command,

@@ -287,7 +287,7 @@ def test_a_large_upload_in_parts_is_visible_once_it_is_whole(s3, buckets, tmp_pa
 @pytest.mark.slow
 def test_killed_in_the_middle_of_an_upload_nothing_half_is_visible(s3, buckets, tiny_model, rows_file):
     s3.fault = lambda method, path: "hold" if method == "PUT" and "train-00001" in path else None
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--teacher", tiny_model, "--examples", rows_file]
+    command = [sys.executable, "-m", "kdcache", "cache-teacher", "--teacher", tiny_model, "--examples", rows_file]
     command += [
         "--out",
         "s3://bucket/killed",

@@ -187,7 +187,18 @@ def test_killed_in_the_middle_the_same_command_completes_it(tiny_model, tmp_path
         "".join(json.dumps({"prompt": f"Number {i}", "completion": f"{i} " * 20}) + "\n" for i in range(400))
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--teacher", tiny_model, "--examples", rows, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "cache-teacher",
+        "--teacher",
+        tiny_model,
+        "--examples",
+        rows,
+        "--out",
+        out,
+    ]
     command = [*map(str, command), "--engine", "transformers", "--sparsify", "topk:8", "--rows-per-shard", "20"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:

@@ -28,7 +28,7 @@ def command(model, rows, out, *more):
 def start(*arguments, start_new_session=False, **environment):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-m", "cli", *arguments]
+    words = [sys.executable, "-m", "kdcache", *arguments]
     return subprocess.Popen(words, env=environment, start_new_session=start_new_session, **pipes)
 
 

@@ -287,7 +287,7 @@ def test_ctrl_c_once_finishes_the_shard_twice_stops(times, tiny_model, tmp_path)
     command = ["cache-teacher", "--teacher", tiny_model, "--examples", rows, "--out", tmp_path / "out"]
     command += ["--engine", "transformers", "--sparsify", "topk:8", "--rows-per-shard", "100"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "cli", *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "kdcache", *map(str, command)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     lines = []
     for line in process.stderr:

@@ -463,7 +463,7 @@ def test_json_has_no_infinity(kd, tiny_cache):
 
 
 def command(*arguments):
-    return [sys.executable, "-m", "cli", *map(str, arguments)]
+    return [sys.executable, "-m", "kdcache", *map(str, arguments)]
 
 
 @pytest.mark.parametrize("how", ["--json", "--csv", None])
