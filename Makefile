@@ -47,9 +47,8 @@ lock:
 	$(PYTHON) -m pip install --quiet uv
 	$(PYTHON) requirements/lock.py
 
-check-install:
-	$(PYTHON) -m pip install --quiet uv
-	$(PYTHON) requirements/resolve.py
+check-install: $(VENV)/ready-to-test
+	$(BIN)/python requirements/resolve.py
 
 clean:
 	rm -rf $(VENV)
