@@ -42,6 +42,8 @@ def missing_package(error: ImportError) -> str | None:
     """The package that an error is about: the one not found, or one of EXTRAS that a library asks for and is not there."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return error.name.partition(".")[0]
+    if isinstance(error.__cause__, ImportError):  # of a library that imports when it is first used
+        return missing_package(error.__cause__)
     words = re.findall(r"[a-z][a-z0-9_]+", str(error).lower().replace("-", "_"))
     known = {package for packages in EXTRAS.values() for package in packages}
     return next((word for word in words if word in known and importlib.util.find_spec(word) is None), None)

@@ -110,3 +110,9 @@ def test_a_library_that_asks_for_another_is_understood(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     error = ImportError("Using the `Trainer` with `PyTorch` requires `accelerate>=1.1.0`: Please run ...")
     assert extras.missing_package(error) == "accelerate"
+
+
+def test_a_library_that_imports_late_says_why_in_its_cause():
+    error = ModuleNotFoundError("Could not import module 'TrainingArguments'.")
+    error.__cause__ = ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+    assert extras.missing_package(error) == "accelerate"
