@@ -24,17 +24,16 @@ interpreter's own frames for it, or returns objects that equal everything, can p
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import math
 import re
-import secrets
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from kdcache import asserts
 from kdcache.errors import KDError
 from kdcache.sandbox import Limits, Outcome, Sandbox, side_by_side
 
@@ -336,36 +335,15 @@ def _checks(checker: str, test: dict[str, str], output: str, sandbox: Sandbox) -
     raise KDError(f"the checker fails: {_failure(outcome, '') or 'it prints no number'}")
 
 
-_SECRET = secrets.token_bytes(32)
-_HARNESS = """
-import json, os, sys, types
-
-def main():
-    task = json.loads(sys.stdin.buffer.read())
-    module = sys.modules["solution"] = types.ModuleType("solution")
-    number = 0
-    try:
-        for part in ("setup", "program"):
-            exec(compile(task[part], part, "exec"), module.__dict__)
-        for number, test in enumerate(task["tests"], 1):
-            exec(compile(test, "test", "exec"), module.__dict__)
-        said = "passed"
-    except BaseException as error:
-        said = f"{type(error).__name__} in " + (f"test {number}" if number else "the program")
-    os.write(1, f"{task['secret']}{said}".encode("utf-8", "replace"))
-    os._exit(0)
-
-main()
-"""
-
-
 def _verify_asserts(verifier: dict[str, Any], program: str, tests: list[str], sandbox: Sandbox) -> Verdict:
-    task = {"setup": verifier.get("setup") or "", "program": program, "tests": tests}
-    secret = hmac.new(_SECRET, json.dumps(task).encode(), hashlib.sha256).hexdigest()  # one a program: it can be cached
-    outcome = sandbox.run("python", _HARNESS, json.dumps(task | {"secret": secret}), _limits(verifier))
-    if failure := _failure(outcome, ""):
+    task = asserts.encode((verifier.get("setup") or "", tests), str)
+    jobs = [("judge", {"task": task}), ("program", {"program.py": program})]
+    judge, answer = sandbox.run_joined(Path(asserts.__file__).read_text(), jobs, _limits(verifier))
+    if failure := _failure(answer, ""):
         return Verdict(0.0, failure)
-    said = outcome.stdout.rpartition(secret)[2] if secret in outcome.stdout else "ended before its tests"
-    if said == "passed":
+    if failure := _failure(judge, ""):
+        return Verdict(0.0, f"{failure} in the tests")
+    result, reason = asserts.decode(judge.stdout, asserts.plain)
+    if result == "passed":
         return Verdict(1.0, f"passed {len(tests)} of {len(tests)} tests")
-    return Verdict(0.0, said)
+    return Verdict(None if result == "unjudged" else 0.0, reason or "ended before its tests did")
