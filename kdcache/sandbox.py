@@ -410,7 +410,9 @@ class _Box:
             raise KDError(f"the sandbox did not start: {errors.strip() or self.exceeded or 'it says nothing'}")
         code = self.code if self.code is None or self.code >= 0 else 128 - self.code
         exceeded = self.exceeded
-        if code == 128 + signal.SIGXCPU or (code == 128 + signal.SIGKILL and self.seconds > self.limits.cpu_seconds):
+        if code == 128 + signal.SIGXCPU or (
+            code == 128 + signal.SIGKILL and self.seconds > self.limits.cpu_seconds + 1
+        ):
             exceeded = exceeded or "timeout"
         status = exceeded or ("error" if code else "ok")
         if status == "error" and ("\nMemoryError" in errors or "std::bad_alloc" in errors):
