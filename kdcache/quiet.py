@@ -1,4 +1,4 @@
-"""What the libraries say that users are not shown: each message by name, with the reason. All others reach them."""
+"""What the libraries say that users are not shown: each message by its beginning, with the reason. All others reach them."""
 
 from __future__ import annotations
 
@@ -7,30 +7,43 @@ import os
 import re
 import warnings
 
-#: Progress bars are ours to show.
+#: Progress bars are ours to show; what vLLM reports below a warning is about itself.
 ENVIRONMENT = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
-#: (category, beginning of the message as a pattern, why it is hidden)
+#: (category, beginning of the message, why it is hidden)
 WARNINGS: tuple[tuple[type[Warning], str, str], ...] = ()
 
-#: (logger, beginning of the message as a pattern, why it is hidden)
-LOGGED: tuple[tuple[str, str, str], ...] = ()
+#: (logger, beginning of the message, why it is hidden)
+LOGGED: tuple[tuple[str, str, str], ...] = (
+    (
+        "bitsandbytes.backends.cpu.ops",
+        "Failed to load CPU gemm_4bit_forward from kernels-community",
+        "an optional kernel, looked for whenever the library is imported; the built-in one computes the same",
+    ),
+    (
+        "transformers.trainer",
+        "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+        "a head that is tied to the embeddings is stored once, under their name",
+    ),
+)
 
 
 class _Hide(logging.Filter):
-    def __init__(self, pattern: str):
+    """Drops the records of a logger that begin so."""
+
+    def __init__(self, beginning: str):
         super().__init__()
-        self._pattern = re.compile(pattern)
+        self._beginning = beginning
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self._pattern.match(record.getMessage()) is None
+        return not record.getMessage().startswith(self._beginning)
 
 
 def libraries() -> None:
     """Hide what is listed above, in this process. Called once, before the libraries are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for category, pattern, _ in WARNINGS:
-        warnings.filterwarnings("ignore", pattern, category)
-    for logger, pattern, _ in LOGGED:
-        logging.getLogger(logger).addFilter(_Hide(pattern))
+    for category, beginning, _ in WARNINGS:
+        warnings.filterwarnings("ignore", re.escape(beginning), category)
+    for logger, beginning, _ in LOGGED:
+        logging.getLogger(logger).addFilter(_Hide(beginning))

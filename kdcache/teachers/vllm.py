@@ -66,6 +66,10 @@ class VLLMTeacher:
                 self._llm = vllm.LLM(**self._arguments)
         except Exception as error:
             raise KDError(f"vLLM could not start: {_reason(error)}") from error
+        self._choose_collector()
+
+    def _choose_collector(self) -> None:
+        """Use the collector if it gives the same bits as vLLM's public way; else say so."""
         try:
             difference = self._collector_differs()
         except Exception as error:

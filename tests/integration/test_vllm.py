@@ -204,6 +204,21 @@ print(teacher._arguments["max_num_batched_tokens"], teacher._arguments["max_num_
 """
 
 
+def test_whoever_gets_the_slower_way_is_told_and_why(vllm_teacher, monkeypatch):
+    from kdcache.teachers import vllm
+
+    class OfAnotherVersion(vllm.ArrayCollector):
+        def arrays(self):
+            raise AttributeError("no attribute 'logprobs_tensors'")
+
+    said = []
+    monkeypatch.setattr(vllm, "ArrayCollector", OfAnotherVersion)
+    monkeypatch.setattr(vllm_teacher, "_say", said.append)
+    vllm_teacher._choose_collector()
+    collects, vllm_teacher.collects = vllm_teacher.collects, True
+    assert not collects and len(said) == 1 and "AttributeError: no attribute 'logprobs_tensors'" in said[0]
+
+
 @pytest.mark.slow
 def test_an_engine_that_runs_out_of_memory_starts_again_with_half_the_batch_and_loses_nothing(smollm):
     done = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], cwd=ROOT, capture_output=True, text=True)

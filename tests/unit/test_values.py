@@ -28,6 +28,8 @@ def refused(arguments) -> str | None:
     except KDError as error:
         assert error.exit_code in (1, 2)
         said = str(error)
+    except OSError as error:  # what the system says of a path, which main() prints
+        said = error.strerror
     else:
         return None
     assert said.strip() and len(said.splitlines()) == 1
