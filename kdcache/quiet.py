@@ -21,6 +21,11 @@ LOGGED: tuple[tuple[str, str, str], ...] = (
         "an optional kernel, looked for whenever the library is imported; the built-in one computes the same",
     ),
     (
+        "bitsandbytes.autograd._functions",
+        "MatMul8bitLt: inputs will be cast from",
+        "int8 says so at every layer; that it computes in float16 is what int8 is",
+    ),
+    (
         "transformers.trainer",
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
         "a head that is tied to the embeddings is stored once, under their name",
