@@ -11,7 +11,13 @@ import warnings
 ENVIRONMENT = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 #: (category, beginning of the message, why it is hidden)
-WARNINGS: tuple[tuple[type[Warning], str, str], ...] = ()
+WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+    (
+        UserWarning,
+        "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading already",
+        "weights in compressed-tensors' 4 bits are expanded as they are loaded, on purpose",
+    ),
+)
 
 #: (logger, beginning of the message, why it is hidden)
 LOGGED: tuple[tuple[str, str, str], ...] = (

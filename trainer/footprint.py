@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kdcache import hashes, machine
+from kdcache import hashes, machine, quiet
 from kdcache.errors import KDError
 from trainer.student import load_student
 

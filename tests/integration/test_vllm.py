@@ -126,20 +126,28 @@ def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm
             assert mine.dtype == other.dtype and np.array_equal(mine, other), name
 
 
-def test_a_collector_that_differs_is_not_used(vllm_teacher, monkeypatch):
+def test_a_collector_that_differs_or_fails_is_not_used_and_the_user_is_told_why(vllm_teacher, monkeypatch):
     from kdcache.teachers import collector
 
     def shifted(self):
         ids, logprobs, ranks = arrays(self)
         return ids, logprobs + 1e-7, ranks
 
-    arrays = collector.ArrayCollector.arrays
-    monkeypatch.setattr(collector.ArrayCollector, "arrays", shifted)
-    assert not vllm_teacher._collector_gives_the_same_bits()
-    monkeypatch.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
-    assert not vllm_teacher._collector_gives_the_same_bits()
-    monkeypatch.undo()
-    assert vllm_teacher._collector_gives_the_same_bits()
+    arrays, said, used = collector.ArrayCollector.arrays, [], []
+
+    def choose():
+        vllm_teacher._choose_collector()
+        used.append(vllm_teacher.collects)
+
+    monkeypatch.setattr(vllm_teacher, "_say", said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(collector.ArrayCollector, "arrays", shifted)
+        choose()
+        broken.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
+        choose()
+    choose()
+    assert used == [False, False, True] and len(said) == 2
+    assert "other values than the public way's" in said[0] and "no attribute 'no_such_thing'" in said[1]
 
 
 def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, requests):
@@ -202,21 +210,6 @@ for key in found:
     assert np.abs(found[key].token_logprobs - expected[key].token_logprobs).max() < 1e-3
 print(teacher._arguments["max_num_batched_tokens"], teacher._arguments["max_num_seqs"])
 """
-
-
-def test_whoever_gets_the_slower_way_is_told_and_why(vllm_teacher, monkeypatch):
-    from kdcache.teachers import vllm
-
-    class OfAnotherVersion(vllm.ArrayCollector):
-        def arrays(self):
-            raise AttributeError("no attribute 'logprobs_tensors'")
-
-    said = []
-    monkeypatch.setattr(vllm, "ArrayCollector", OfAnotherVersion)
-    monkeypatch.setattr(vllm_teacher, "_say", said.append)
-    vllm_teacher._choose_collector()
-    collects, vllm_teacher.collects = vllm_teacher.collects, True
-    assert not collects and len(said) == 1 and "AttributeError: no attribute 'logprobs_tensors'" in said[0]
 
 
 @pytest.mark.slow
