@@ -169,7 +169,7 @@ def entropy_unstored(sample: Sample, captured: Sequence[float] | np.ndarray) -> 
     """By supervised position: the entropy captured, less that of the candidates stored; nats.
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
-    and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
+    and student, and too little entropy of the teacher's own. Its KL would be too high by this, whoever the student is.
     """
     position = np.repeat(np.arange(len(sample.counts)), sample.counts)
     p = np.exp(sample.candidate_logprobs.astype(np.float64))

@@ -24,7 +24,7 @@ from kdcache.errors import KDError
 from trainer import metrics
 
 #: Settings that must be the same for two evaluations to stand in one table.
-COMPARED = ("caches", "split", "where", "max_length", "prompts_hash", "top_p", "max_new_tokens")
+COMPARED = ("measures", "caches", "split", "where", "max_length", "prompts_hash", "top_p", "max_new_tokens")
 TEACHER, COPY = "teacher (cache)", "copy the input"  # labels of rows that no model is behind
 EVALUATION_FILE = "evaluation.json"  # names the parts of an evaluation's folder
 

@@ -24,14 +24,15 @@ import pyarrow.parquet as pq
 import torch
 
 from kdcache import hashes, query, verifiers, writer
-from kdcache.errors import KDError
+from kdcache.bounds import MOST_SAMPLES, check_sampling, check_whole
+from kdcache.errors import KDError, UsageError
 from kdcache.format import SPLITS
-from kdcache.reader import Cache, Sample, entropy_unstored
+from kdcache.reader import Cache, Sample
 from kdcache.sandbox import Sandbox
 from trainer import generate, metrics
-from trainer.batches import IGNORE, Units, open_caches, pack, select
+from trainer.batches import Units, open_caches, select
 from trainer.compare import COPY, EVALUATION_FILE, TEACHER
-from trainer.distill import losses_of
+from trainer.forced import at_positions, sampled_from
 from trainer.fused import head_of
 from trainer.generate import Ask, Decoding
 from trainer.student import check_tokenizer, load_student
@@ -70,14 +71,34 @@ class Prompt:
     teacher: list[str] = field(repr=False)  # the teacher's own answers
 
 
+def _check(config: EvaluateConfig) -> None:
+    """UsageError for values that nothing could be measured with."""
+    for label, model in config.models:
+        if not label or not model:
+            raise UsageError(f"{label}={model}: expected a model, or LABEL=MODEL")
+    for temperature in config.temperatures or (0.0,):
+        check_sampling(temperature, config.top_p)
+    check_whole("--max-length", config.max_length, 1)
+    check_whole("--batch-size", config.batch_size, 1)
+    check_whole("--generate", config.generate, 0)
+    check_whole("--seeds", config.seeds, 1, MOST_SAMPLES)
+    check_whole("--max-new-tokens", config.max_new_tokens, 1)
+
+
 def label_of(argument: str) -> tuple[str, str]:
     """``label=model`` or a model, which is then its own label."""
     label, equals, model = argument.partition("=")
     return (label, model) if equals and not Path(argument).exists() else (argument, argument)
 
 
-def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Path:
-    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts."""
+def evaluate(
+    config: EvaluateConfig, progress: Progress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts.
+
+    ``say`` is told what the user should know of the engine that generates.
+    """
+    _check(config)
     if config.split not in SPLITS:
         raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
     caches = open_caches(config.from_cache)
@@ -92,6 +113,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     engine = generate.resolve(config.engine, [model for _, model in config.models], config.dtype) if prompts else None
     groups = _groups(config, caches)
     settings = {
+        "measures": MEASURES_VERSION,
         "caches": [cache.fingerprint for cache in caches],
         "split": config.split,
         "where": config.where,
@@ -119,14 +141,11 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     def entropies() -> dict[str, list[float]]:
         return dict(_rows(config, "sample_id, entropies"))
 
-    # A topk cache stores all that was captured: its KL needs no entropy beside it.
-    sampled = caches[0].plan["fields"]["sparsify"].startswith("threshold")
-
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
         at = lambda *numbers: progress(f"{label}: held-out KL", *numbers)  # noqa: E731
-        forced = _forced(model, units, groups, entropies(), sampled, config, at)
+        forced = _forced(model, units, groups, entropies(), sampled_from(caches[0]), config, at)
         texts = generate.answers(
-            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
+            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at), say
         )
         return forced, judged(asks, texts)
 
@@ -159,7 +178,7 @@ def _kept(
 ) -> dict[str, str]:
     """The folder with one model's measurements, made unless it is there; model.json is written last."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if label == model else label).strip("-.") or "model"
-    name = f"{slug}-{hashes.of_json(settings | {'measures': MEASURES_VERSION, 'model': model})[:8]}"
+    name = f"{slug}-{hashes.of_json(settings | {'model': model})[:8]}"
     if not (out / name / "model.json").is_file():
         forced, answers = measure()
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -204,7 +223,7 @@ def _groups(config: EvaluateConfig, caches: Sequence[Cache]) -> dict[str, str]:
     groups = dict(rows)
     if len(groups) < len(rows):
         raise KDError("the caches share samples, which would count twice; evaluate on each by itself")
-    for name in ("sampling", "sparsify", "samples"):
+    for name in ("sampling", "sparsify", "capture_k", "samples"):
         if len({str(cache.plan["fields"][name]) for cache in caches}) > 1:
             raise KDError(f"the caches differ in {name}; evaluate on each by itself")
     return groups
@@ -233,7 +252,7 @@ def _baseline(prompt: Prompt) -> str | None:
 
 # --- teacher-forced ---------------------------------------------------------------------------------------------------
 
-MEASURES_VERSION = 3
+MEASURES_VERSION = 4
 ENTROPIES = len(metrics.ENTROPY_EDGES_NATS) + 1  # buckets of them
 FORCED = pa.schema(
     [
@@ -252,35 +271,24 @@ def _forced(
     units: Units,
     groups: dict[str, str],
     entropies: dict[str, list[float]],
-    sampled: bool,
+    captured: int | None,
     config: EvaluateConfig,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
     """One row a sample, summed over its supervised positions. KL is to the distribution as it was captured."""
     student, _ = load_student(model, config.dtype)
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    head = head_of(student)
-    device, rows = next(student.parameters()).device, []
+    head, rows = head_of(student), []
     for first in range(0, len(units), config.batch_size):
         samples = units.load(np.arange(first, min(first + config.batch_size, len(units))))
-        batch = {name: value.to(device) for name, value in pack(samples, len(head.weight)).items()}
-        with torch.no_grad():
-            found = losses_of(student, head, batch, 0.0, "forward_kl")
-        labels = batch["shift_labels"][0]
-        measured = {
-            "kl": found.divergence,
-            "agreement": found.best == batch["candidate_ids"][:, 0],
-            "ce": found.ce,
-            "confidence": found.confidence.exp(),  # type: ignore[union-attr]
-            "right": found.best == labels[labels != IGNORE],
+        of_teacher = [np.array(entropies[sample.sample_id], dtype=np.float64) for sample in samples]
+        found = at_positions(student, head, samples, of_teacher, captured)
+        measured = {name: found[name] for name in ("kl", "agreement", "confidence", "right")} | {
+            "ce": -found["logprobs"]
         }
-        arrays = {name: value.cpu().numpy().astype(np.float64) for name, value in measured.items()}  # type: ignore[union-attr]
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
-        for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
-            mine = {name: array[low:high] for name, array in arrays.items()}
-            entropy = np.array(entropies[sample.sample_id], dtype=np.float64)
-            if sampled:
-                mine["kl"] = mine["kl"] - entropy_unstored(sample, entropy)
+        for sample, entropy, low, high in zip(samples, of_teacher, [0, *ends[:-1]], ends):
+            mine = {name: array[low:high].astype(np.float64) for name, array in measured.items()}
             rows.append(_summed(sample.sample_id, groups, entropy=entropy[sample.supervised], **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
