@@ -93,7 +93,8 @@ def select(
     columns: list[np.ndarray] = []  # [n, 4]: group, row, tokens, completion tokens
     too_long = 0
     for number, cache in enumerate(caches):
-        files, table = query.select_samples(cache.path, where, split)  # table [n, 4]: file, row, prompt, completion
+        # table [n, 4]: file, row, prompt, completion. Without a condition no SQL is needed to read three columns.
+        files, table = query.select_samples(cache.path, where, split) if where else cache.lengths(split)
         if max_length is not None:
             long = table[:, 2] + table[:, 3] > max_length
             too_long += int(long.sum())
