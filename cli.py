@@ -367,7 +367,9 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         _note(f"{report.unvouched} shards are in no manifest yet; kd cache info records them")
     if report.unprotected:
         first = f"(the first is {report.unprotected[0]})"
-        _note(f"not protected: {len(report.unprotected)} files are from before files had checksums of their own {first}")
+        _note(
+            f"not protected: {len(report.unprotected)} files are from before files had checksums of their own {first}"
+        )
     if report.set_aside:
         _note(f"{len(report.set_aside)} files were moved to {cache}/set-aside")
     if report.sound:

@@ -165,6 +165,7 @@ class Stream(torch.utils.data.IterableDataset):
         wanted = self.steps_per_epoch
         while wanted:
             epoch, first = divmod(self.step, self.steps_per_epoch)
+            before = wanted
             for mine in self._steps(epoch, first):
                 self.step += 1  # before the parts: a consumer need not come back after the last one
                 for samples in mine:
@@ -172,6 +173,8 @@ class Stream(torch.utils.data.IterableDataset):
                 wanted -= 1
                 if not wanted:
                     return
+            if wanted == before:  # else this would go round for ever
+                raise KDError("the shards have other samples than were selected: were they replaced meanwhile?", 3)
 
     def _steps(self, epoch: int, first: int) -> Iterator[list[list[Sample]]]:
         """This rank's parts of the global batches of an epoch, from the ``first`` on; what lies before is not read."""
