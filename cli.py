@@ -376,12 +376,12 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
     kd cache verify data/cache
     kd cache verify data/cache --repair      # then run the same kd cache-teacher command again
     """
-    from kdcache import integrity
+    from kdcache import format, integrity
 
     line = _ProgressLine("shards")
     report = integrity.verify(cache, lambda done, total: line.show(done, total, "", None))
     line.close()
-    if repair and report.problems:
+    if repair and not report.sound:
         integrity.repair(report)
     facts = {
         "cache": str(cache),
@@ -392,25 +392,34 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         "missing": len(report.missing),
         "bad": len(report.problems),
     }
+    problems = {integrity.printable(name): words for name, words in report.problems.items()}
     if as_json:
-        names = ("missing", "problems", "unvouched", "set_aside")
-        _print_facts(facts | {name: getattr(report, name) for name in names}, as_json)
+        names = ("missing", "unvouched", "unprotected", "set_aside")
+        _print_facts(facts | {"problems": problems} | {name: getattr(report, name) for name in names}, as_json)
     else:
-        for name, problems in report.problems.items():
-            click.echo(f"bad      {name}: {'; '.join(problems)}")
+        for name, words in problems.items():
+            click.echo(f"bad      {name}: {'; '.join(words)}")
         for name in report.missing:
             click.echo(f"missing  {name}")
         _print_facts(facts, as_json)
     if report.unvouched:
-        _note(f"{report.unvouched} shards were in no manifest: their pages were checked, their footers could not be")
+        _note(f"{report.unvouched} shards are in no manifest yet; kd cache info records them")
+    if report.unprotected:
+        first = f"(the first is {report.unprotected[0]})"
+        _note(
+            f"not protected: {len(report.unprotected)} files are from before files had checksums of their own {first}"
+        )
     if report.set_aside:
         _note(f"{len(report.set_aside)} files were moved to {cache}/set-aside")
     if report.sound:
         return
-    if report.missing or report.set_aside:
+    to_capture = report.missing or [name for name in report.set_aside if name != format.REWARDS_FILE]
+    if to_capture:
         _note("run the same kd cache-teacher command again: it redoes what is missing, and nothing else")
-    elif report.problems:
-        _note("--repair sets the bad files aside, so that the next capture redoes them")
+    if format.REWARDS_FILE in report.set_aside:
+        _note("run kd verify-answers again: it makes the rewards anew")
+    if report.problems and not repair:
+        _note("--repair sets the bad files aside, so that they can be made again")
     raise SystemExit(3)
 
 
@@ -480,12 +489,19 @@ def sql(
         if cache is None:
             raise click.UsageError("Missing argument 'CACHE'.")
         text = _query_text(query, file)
-        connection = queries.connect(cache)
-        changed = queries.changed_shards(cache)
-        if changed:
-            shards = "1 shard" if len(changed) == 1 else f"{len(changed)} shards"
-            first = f"(the first is {changed[0]})"
-            _note(f"warning: {shards} changed since the cache was last verified {first}; run: kd cache verify {cache}")
+        line = _ProgressLine("MB of shards checked")
+
+        def checked(done: int, total: int) -> None:
+            if total > 2e9:  # a second or more
+                line.show(done // 10**6, total // 10**6, "", None)
+
+        connection = queries.connect(cache, progress=checked)
+        line.close()
+        if unplanned := queries.unplanned_files(cache):
+            first = f"(the first is {unplanned[0]})"
+            _note(
+                f"warning: {len(unplanned)} files in data/ are in no plan and are not read {first}; run: kd cache verify {cache}"
+            )
         if text is not None:
             show(*queries.stream(connection, text))
         else:

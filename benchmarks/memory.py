@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from shared import peak_bytes
+from shared import peak_bytes, write_plan
 
 from kdcache import format, hashes, manifest, writer
 from kdcache.machine import cpu
@@ -75,7 +75,7 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
     }
     plan["tokenizer"] = tokenizer
     plan["shards"] = [{"name": format.shard_name("train", n), "examples": ROWS} for n in range(shards)]
-    writer.write_json(folder / "plan.json", plan)
+    write_plan(folder, plan)
     import pyarrow as pa
 
     names = pa.table(

@@ -327,7 +327,8 @@ def make_row(plan: Plan, sample: Sample, answer: Answer | Refusal) -> writer.Row
         return BadRow(fields["source"], sample.row_id, answer.reason)
     if not len(answer.completion_ids):
         return BadRow(fields["source"], sample.row_id, "the teacher answered nothing")
-    if not (np.isfinite(answer.token_logprobs).all() and np.isfinite(answer.logprobs[:, 0]).all()):
+    finite = np.isfinite(answer.token_logprobs).all() and np.isfinite(answer.logprobs[:, 0]).all()
+    if not finite or np.isnan(answer.logprobs).any():
         return BadRow(fields["source"], sample.row_id, "the teacher's log-probabilities are not finite numbers")
     if fields["origin"] == "sampled":
         fields["completion"] = plan.prompts.decode(answer.completion_ids)
@@ -348,6 +349,7 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
     metadata = {
         "format_version": format.FORMAT_VERSION,
         "fingerprint": plan.fingerprint,
+        "date": str(plan.date),
         "precision": config.precision,
         "sparsify": str(plan.sparsifier),
         "temperature": config.sampling.temperature,

@@ -7,7 +7,7 @@ machine, knows the same shards.
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, models, sparsify, splits, storage, verifiers
+from kdcache import embedded, examples, format, hashes, manifest, models, seal, sparsify, splits, storage, verifiers
 from kdcache.bounds import MOST_SAMPLES, MOST_SEED, check_sampling, check_whole
 from kdcache.errors import KDError, UsageError
 from kdcache.examples import BadRow, Columns, Example
@@ -181,11 +181,15 @@ class Plan:
         return found[: config.limit]
 
     def _date(self) -> date:
-        """The day that chat templates are told: the plan's, so that a capture resumed later renders the same prompts."""
-        try:
-            return date.fromisoformat(json.loads((self.config.out / "plan.json").read_text(encoding="utf-8"))["date"])
-        except (OSError, ValueError, KeyError):
-            return date.today()
+        """The day that chat templates are told: the plan's, so that a capture resumed later renders the same prompts.
+
+        Where plan.json was damaged and set aside, the shards say it too.
+        """
+        out = self.config.out
+        for said in (lambda: manifest.read_plan(out), lambda: next(manifest.shards_metadata(out))):
+            with contextlib.suppress(KDError, OSError, StopIteration, ValueError, KeyError, TypeError):
+                return date.fromisoformat(said()["date"])
+        return date.today()
 
     @property
     def samples_per_example(self) -> int:
@@ -277,7 +281,7 @@ class Plan:
         return [shard for shard in shards if shard.name.removeprefix("data/") not in there]
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        content = {
             "format_version": format.FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "fields": self.fields,
@@ -289,6 +293,7 @@ class Plan:
             "near_duplicates_dropped": self.near_duplicates,
             "shards": self._shards_as_json(),
         }
+        return seal.with_checksum(content)
 
     def _shards_as_json(self) -> list[dict[str, Any]]:
         return [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
@@ -304,16 +309,23 @@ class Plan:
         if plan.is_file():
             if self.config.overwrite if overwrite is None else overwrite:
                 return
-            old = json.loads(plan.read_text(encoding="utf-8"))
-            if old.get("fingerprint") != self.fingerprint:
-                differing = "\n  ".join(format.differing_fields(old.get("fields", {}), self.fields))
+            old = manifest.read_plan(out)
+            if old["fingerprint"] != self.fingerprint:
+                differing = "\n  ".join(format.differing_fields(old["fields"], self.fields))
                 raise KDError(
                     f"{out} holds a cache made differently (old -> new):\n  {differing}\n"
                     f"A cache does not grow and is never mixed. {ways_out}"
                 )
-            if old.get("shards") != self._shards_as_json():
+            if old["shards"] != self._shards_as_json():
                 raise KDError(
                     f"{out}/plan.json cuts the same examples into other shards than this version of kdcache does. {ways_out}"
+                )
+        elif manifest.plan_was_set_aside(out):
+            foreign = {m.get("fingerprint") for m in manifest.shards_metadata(out)} - {self.fingerprint}
+            if foreign:
+                raise KDError(
+                    f"{out} holds shards of a cache made differently (fingerprint {foreign.pop()}, this command's is "
+                    f"{self.fingerprint}): its plan.json was damaged and set aside; run the command that made it. {ways_out}"
                 )
         elif has_files:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")

@@ -19,7 +19,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from kdcache import format, manifest, storage
+from kdcache import digests, format, integrity, manifest, storage
 from kdcache.errors import KDError, first_line
 from kdcache.storage import Location
 
@@ -41,18 +41,27 @@ NO_REWARDS = (
 
 
 def connect(
-    cache: Location, memory_limit: str | None = None, views: Sequence[str] = VIEWS
+    cache: Location,
+    memory_limit: str | None = None,
+    views: Sequence[str] = VIEWS,
+    split: str | None = None,
+    progress: digests.Progress = lambda done, total: None,
 ) -> duckdb.DuckDBPyConnection:
     """An in-memory database with ``views`` over ``cache``, which can reach no other file.
 
-    DuckDB has no folder that can be read and not be written: that nothing is written is what ``stream`` sees to.
+    The views read the shards of the plan (of one split, if that has any), proved to be what was written: DuckDB looks at no checksum.
+    It has no folder that can be read and not be written: that nothing is written is what ``stream`` sees to.
     """
-    manifest.read_plan(cache)
-    if not any((cache / "data").glob("*.parquet")):
+    shards = integrity.readable_shards(cache, split, progress) or integrity.readable_shards(cache, None, progress)
+    if not shards:
         raise KDError(f"{cache} has no shard yet; run the same kd cache-teacher command to the end")
+    for view, name in (("vocab", integrity.VOCAB_FILE), ("rewards", format.REWARDS_FILE)):
+        if view in views and (cache / name).is_file():
+            integrity.check_table(cache, name)
     connection = duckdb.connect()
     folder = storage.duckdb_folder(connection, cache)
     connection.execute("SET VARIABLE cache = ?", [folder])
+    connection.execute("SET VARIABLE shards = ?", [[f"{folder}/{name}" for name in shards]])
     connection.execute("SET enable_progress_bar = false")
     if memory_limit:
         connection.execute("SET memory_limit = ?", [memory_limit])
@@ -125,7 +134,7 @@ def select(
 ) -> pa.Table:
     """``columns`` of the rows of a split that fulfil a user's condition; ``rest`` groups and orders them."""
     views = VIEWS if where else tuple(dict.fromkeys(("rewards", "samples", view)))
-    connection = connect(cache, memory_limit="512MB", views=views)
+    connection = connect(cache, memory_limit="512MB", views=views, split=None if where else split)
     condition = f"AND ({where}\n)" if where else ""  # the line break ends a comment
     sql = f"SELECT {columns} FROM {view} WHERE split = ? {condition} {rest}"
     try:
@@ -162,9 +171,9 @@ def sources(cache: Location, where: str | None) -> list[str]:
     return sorted(select(cache, "DISTINCT source", where, "train")["source"].to_pylist())
 
 
-def changed_shards(cache: Location) -> list[str]:
-    """The shards that are not as manifest.json recorded them, by size and time of change; none without a manifest."""
-    return [name for name, shard in manifest.recorded(cache).items() if not manifest.unchanged(cache / name, shard)]
+def unplanned_files(cache: Location) -> list[str]:
+    """What is in data/ and is not read, as the plan does not know it."""
+    return integrity.unplanned_files(manifest.read_plan(cache), storage.files(cache / "data"))
 
 
 # --- what a query may do ----------------------------------------------------------------------------------------------

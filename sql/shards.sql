@@ -5,7 +5,9 @@
 CREATE OR REPLACE VIEW shards AS
 WITH sizes AS (
     SELECT parse_filename(file_name) AS file, sum(total_compressed_size) AS bytes
-    FROM parquet_metadata(coalesce(getvariable('cache'), '.') || '/data/*.parquet')
+    FROM parquet_metadata(
+        coalesce(getvariable('shards'), [coalesce(getvariable('cache'), '.') || '/data/*.parquet'])
+    )
     GROUP BY ALL
 ), counts AS (
     SELECT

@@ -27,7 +27,7 @@ from kdcache.errors import UsageError, first_line
 from trainer import adapters, card
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
-from trainer.run import RUN_FILE, Run, begin
+from trainer.run import RUN_FILE, Run, begin, stop_unless_finite
 from trainer.student import load_student
 
 Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
@@ -162,6 +162,7 @@ class DistillTrainer(Trainer):
             logs |= {name: round(value / max(tokens, 1.0), 4) for name, value in sums.items()}
             self._tokens += tokens
             self._sums = {}
+        stop_unless_finite(logs, self.state.global_step, self.args.fp16)
         logs |= {"tokens": self._tokens, "seconds": round(time.monotonic() - self._begun, 2)}  # since the first step
         super().log(logs, *args, **kwargs)
 
@@ -316,6 +317,7 @@ def _training_arguments(run: Run) -> TrainingArguments:
         "greater_is_better": False,
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it shows a loss that is not finite as one that is
         "use_cpu": not torch.cuda.is_available(),
     }
     arguments = defaults | given

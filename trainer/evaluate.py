@@ -340,6 +340,10 @@ def _summed(
     confidence: np.ndarray,
     right: np.ndarray,
 ) -> dict[str, Any]:
+    for name, values in (("the teacher's entropy", entropy), ("the KL", kl), ("the cross-entropy", ce)):
+        if not np.isfinite(values).all():
+            position = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise KDError(f"sample {sample_id}: {name} at its supervised position {position} is {values[position]}", 3)
     bins = metrics.bin_of(confidence)
     buckets = np.searchsorted(metrics.ENTROPY_EDGES_NATS, entropy, side="right")
     return {

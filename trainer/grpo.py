@@ -28,7 +28,7 @@ from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
 from trainer import adapters, rewards
 from trainer.batches import select
-from trainer.run import RUN_FILE, StudentConfig, begin, bos_of, made_with, open_for, resume_point
+from trainer.run import RUN_FILE, StudentConfig, begin, bos_of, made_with, open_for, resume_point, stop_unless_finite
 from trainer.student import load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
@@ -196,6 +196,8 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "reward" not in logs:
             return
+        watched = {name: logs[name] for name in ("loss", "grad_norm", "reward") if name in logs}
+        stop_unless_finite(watched, state.global_step, args.fp16)
         if state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, logs)
         if self.guards is not None:
@@ -304,6 +306,7 @@ def _arguments(run: GrpoRun) -> Any:
         "gradient_checkpointing": False,
         "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := run.config.teacher_weight) else [])],
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
         **run.config.arguments,
         "trust_remote_code": models.code_is_trusted(),
         "output_dir": str(run.config.output_dir),

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -194,6 +194,19 @@ def bos_of(caches: Sequence[Cache]) -> dict[str, str]:
     """How the prompts of the caches begin, where that was chosen: `kd chat` asks the student in the same way."""
     chosen = [cache.plan["fields"]["bos"] for cache in caches if "bos" in cache.plan["fields"]]
     return {"bos": chosen[0]} if chosen else {}
+
+
+def stop_unless_finite(logs: Mapping[Any, Any], step: int, fp16: bool = False) -> None:
+    """KDError for a logged number that is not finite: nothing that is trained after it is worth keeping.
+
+    Gradients of float16 overflow now and then, and such a step is left out by itself.
+    """
+    for name, value in logs.items():
+        if isinstance(value, int | float) and not math.isfinite(value) and not (fp16 and name == "grad_norm"):
+            raise KDError(
+                f"step {step}: {name} is {value}, so the weights are no longer numbers; the last checkpoint is from before. "
+                "Lower --learning-rate, or look for what the cache holds with: kd cache verify"
+            )
 
 
 def made_with() -> dict[str, str]:
