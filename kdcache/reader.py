@@ -64,6 +64,7 @@ class Cache:
     def __init__(self, path: Location | str):
         self.path = storage.location(path)
         self.plan = manifest.read_plan(self.path)
+        storage.linked_files(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
         self._files = storage.files(self.path / "data")
         missing = [s["name"] for s in self.plan["shards"] if s["name"].removeprefix("data/") not in self._files]

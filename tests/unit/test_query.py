@@ -22,8 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, format, query
+from kdcache import capture, format, judging, query
 from kdcache.errors import KDError
+from kdcache.reader import Cache
+from trainer import batches, evaluate, grpo
 
 FILES = sorted(format.resource_folder("sql").glob("*.sql"))
 MACROS = {"captured_mass": "captured_mass(4)", "sample": "sample('rows:r3:g')"}
@@ -402,16 +404,109 @@ def test_a_condition_may_use_the_other_views_or_find_nothing(tiny_cache):
     assert chosen(tiny_cache, "false") == [] == chosen(tiny_cache, None, split="elsewhere")
 
 
-def test_a_condition_that_falls_differently_each_time_still_names_the_files_of_its_rows(tiny_cache):
-    every = set(chosen(tiny_cache, None))
-    assert all(set(chosen(tiny_cache, "random() < 0.1")) <= every for _ in range(20))
+HOSTILE = [
+    "true) OR (true",
+    "true) UNION SELECT file, file_row_number, 1, 1 FROM samples WHERE (true",
+    "true); COPY (SELECT 1) TO '{cache}/x'; SELECT (1",
+    "true; COPY (SELECT 1) TO '{cache}/x'",
+    "true) OR (split = 'test') -- ",
+    "true /*",
+    "*/ true /*",
+    "true) OR (true /* ",
+    "true\x00) OR (true",
+    "true\n) OR (\ntrue",
+    "1) OR split IN ('test', 'validation'",
+    "'a' = 'a'' OR ''a' OR split = 'test') OR ('",
+    "$$ true",
+    "",
+    " \n",
+    "-- nothing",
+    "true, false",
+    "true ORDER BY split",
+    "true LIMIT 1",
+    "true GROUP BY ALL",
+    "true QUALIFY true",
+    "true FROM samples",
+    "true UNION ALL SELECT true",
+    "SELECT true",
+    "true AS yes",
+    "origin = 'given' language",
+    "*",
+    "? = 1",
+    "$split = split",
+    "count(*) > 0",
+    "row_number() OVER () > 1",
+    "unnest([true])",
+    "random() < 2",
+    "sample_id IN (SELECT sample_id FROM samples USING SAMPLE 1)",
+    "setseed(0.5) IS NULL",
+    "write_log('x') IS NULL OR true",
+    "error('x') IS NULL",
+    "EXISTS (WITH t AS (COPY (SELECT 1) TO '{cache}/x') FROM t)",
+    "EXISTS (FROM query('FROM samples'))",
+    "EXISTS (FROM json_execute_serialized_sql('{{}}'))",
+    "EXISTS (FROM enable_profiling(save_location = '{cache}/x'))",
+    "EXISTS (FROM read_text('/etc/hostname'))",
+    "EXISTS (FROM HOSTILE)",
+]
 
 
-def test_a_condition_is_one_condition(copy):
+@pytest.mark.parametrize("where", HOSTILE)
+def test_what_is_not_one_condition_that_reads_is_refused_and_runs_nothing(where, copy):
     before = files_of(copy)
-    with pytest.raises(KDError):
-        query.select_samples(copy, f"true); COPY (SELECT 1) TO '{copy}/x'; SELECT (1", "train")
-    assert before == files_of(copy)
+    with pytest.raises(KDError, match="--where") as refusal:
+        query.select_samples(copy, where.format(cache=copy), "train")
+    assert (refusal.value.exit_code, files_of(copy)) == (2, before)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "true OR split = 'test'",
+        "split <> 'train' OR true",
+        "sample_id IN (SELECT sample_id FROM samples WHERE split = 'test') OR true",
+        "samples.split = 'test' OR samples.split = 'train'",
+        "(true) OR (true) -- ) OR (true",
+        "/* ( */ true",
+        "EXISTS (SELECT 1 FROM positions WHERE positions.sample_id = samples.sample_id)",
+    ],
+)
+def test_a_condition_chooses_all_of_its_split_and_nothing_of_another(where, tiny_cache):
+    assert chosen(tiny_cache, where) == chosen(tiny_cache, None) != []
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("orign = 'given'", "there is no column orign (is origin meant?); the view samples has sample_id, "),
+        ("count(*) > 1", "it holds no aggregate and no window function"),
+        ("lag(reward) OVER () = 1", "it holds no aggregate and no window function"),
+        ("reward = ?", "a condition has no parameters"),
+        ("origin = 'given' language", "after it stands more (language)"),
+        ("true) OR (true", "expected one condition, as in "),
+        ("random() < 0.1", "random says something else each time; hash(sample_id) % 10 = 0 draws"),
+        ("origin > 3", "Cannot compare values of type VARCHAR"),
+    ],
+)
+def test_a_condition_that_cannot_be_asked_is_explained_in_a_sentence(where, sentence, tiny_cache):
+    with pytest.raises(KDError) as refusal:
+        query.select_samples(tiny_cache, where, "train")
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+ASKING = {
+    "train": lambda cache, where: batches.select([Cache(cache)], "train", where),
+    "the student's card": lambda cache, where: query.sources(cache, where),
+    "evaluate": lambda cache, where: evaluate._prompts(evaluate.EvaluateConfig((), (cache,), cache, where=where)),
+    "grpo": lambda cache, where: grpo._choose(cache, Cache(cache).plan, where),
+    "verify-answers": lambda cache, where: judging.verify_answers(cache, where=where),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_condition_is_one_condition_wherever_it_is_taken(ask, copy):
+    with pytest.raises(KDError, match="expected one condition"):
+        ask(copy, "true) OR (true")
 
 
 # --- kd sql -----------------------------------------------------------------------------------------------------------
