@@ -19,8 +19,11 @@ class UsageError(KDError):
         super().__init__(message, exit_code=2)
 
 
-class Unstoppable(KeyboardInterrupt):
-    """Ctrl-C came, and a library does not react to it: only the end of the process ends its thread."""
+class Unstoppable(BaseException):
+    """Ctrl-C came, and a library does not react to it: only the end of the process ends its thread.
+
+    No KeyboardInterrupt, after which a program may go on.
+    """
 
 
 def first_line(error: BaseException) -> str:

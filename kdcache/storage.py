@@ -60,9 +60,7 @@ def real_file(path: Path, folder: Path) -> Path:
     """
     real, root = path.resolve(), folder.resolve()
     if not any(real.is_relative_to(inside) for inside in (root, *_blobs(root))):
-        raise KDError(
-            f"{path} is a link to {real}, which is outside of {folder} and so is not read; put the file itself there"
-        )
+        raise KDError(f"{path} is a link to {real}, which is outside of {folder}: put what it leads to in its place")
     return real
 
 

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, format, judging, query
+import cli
+from kdcache import capture, format, judging, publish, query
 from kdcache.errors import KDError
 from kdcache.reader import Cache
 from trainer import batches, evaluate, grpo
@@ -377,6 +378,75 @@ def test_only_the_views_asked_for_are_made(tiny_cache):
     assert connection.execute("SHOW TABLES").fetchall() == [("rewards",), ("samples",)]
 
 
+# --- where the files are ---------------------------------------------------------------------------------------------
+
+
+def chooses_and_reads(cache):
+    """How many samples SQL counts, training chooses, and the reader has."""
+    [(counted,)] = query.run(cache, "SELECT count(*) FROM samples JOIN shards USING (file) WHERE tokens > 0")[1]
+    units = [batches.select([Cache(cache)], split) for split in format.SPLITS]
+    return counted, sum(map(len, units)), sum(len(unit.load(np.arange(len(unit)))) for unit in units)
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a[", "a*c", "a?c", "[!a]", "it's", "two words", "*", "a\\c", "%41{x}"])
+def test_a_folder_may_have_any_name(name, tiny_cache, tmp_path):
+    for sibling in ("abc", "a[[]", "other"):
+        shutil.copytree(tiny_cache, tmp_path / sibling)
+    shutil.copytree(tiny_cache, tmp_path / name)
+    assert chooses_and_reads(tmp_path / name) == (78, 78, 78)
+
+
+def test_data_may_be_a_link_to_another_disk(copy, tmp_path):
+    (copy / "data").rename(tmp_path / "elsewhere")
+    (copy / "data").symlink_to(tmp_path / "elsewhere")
+    assert chooses_and_reads(copy) == (78, 78, 78)
+
+
+@pytest.fixture
+def snapshot(tiny_cache, tmp_path):
+    """A cache as the Hub's snapshot_download leaves it."""
+    repository = tmp_path / "datasets--me--cache"
+    folder = repository / "snapshots" / "0123abcd"
+    (folder / "data").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(path for path in sorted(tiny_cache.rglob("*")) if path.is_file()):
+        blob = shutil.copy(path, repository / "blobs" / f"{number:040x}")
+        link = folder / path.relative_to(tiny_cache)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def test_a_snapshot_of_the_hub_is_a_cache(snapshot):
+    assert chooses_and_reads(snapshot) == (78, 78, 78)
+    assert len(query.run(snapshot, "FROM vocab LIMIT 3")[1]) == 3
+    assert len(publish.prepare(snapshot, "me/again").files) > 5
+
+
+def test_a_snapshot_lets_no_query_read_what_else_is_in_the_blobs(snapshot):
+    other = snapshot.parent.parent / "blobs" / "other"
+    other.write_text("private")
+    with pytest.raises(KDError, match="disabled by configuration"):
+        query.run(snapshot, f"FROM read_text('{other}')")
+
+
+@pytest.mark.parametrize("read", [query.connect, Cache, lambda cache: publish.prepare(cache, "me/it")])
+@pytest.mark.parametrize("name", ["vocab.parquet", "plan.json", "data/train-00000.parquet"])
+def test_a_link_that_leads_elsewhere_is_refused_by_name(name, read, copy, snapshot, tmp_path):
+    for cache in (copy, snapshot):
+        target = (cache / name).resolve().rename(tmp_path / "elsewhere")
+        (cache / name).unlink(missing_ok=True)
+        (cache / name).symlink_to(target)
+        with pytest.raises(KDError, match=rf"{name} is a link to {target}, which is outside"):
+            read(cache)
+
+
+def test_a_linked_data_folder_is_not_pushed(copy, tmp_path):
+    (copy / "data").rename(tmp_path / "elsewhere")
+    (copy / "data").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(KDError, match="data is a link to"):
+        publish.prepare(copy, "me/it")
+
+
 # --- choosing samples -------------------------------------------------------------------------------------------------
 
 
@@ -557,6 +627,24 @@ def test_json_has_no_infinity(kd, tiny_cache):
     assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}
 
 
+def test_a_name_that_stands_twice_gets_a_number_as_in_a_table_of_the_query(kd, tiny_cache):
+    sql = "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS b, 5 AS a"
+    assert json.loads(kd("sql", tiny_cache, sql, "--json").stdout) == {"a": 1, "a_2": 2, "a_1": 3, "b": 4, "a_3": 5}
+
+
+def test_a_table_is_printed_while_its_rows_come(capsys):
+    printed = []
+
+    def rows():
+        for number in range(3000):
+            if number == 2000:
+                printed.append(len(capsys.readouterr().out.splitlines()))
+            yield (number,)
+
+    cli._print_table(["n"], rows())
+    assert printed[0] > 1000
+
+
 def command(*arguments):
     return [sys.executable, "-m", "cli", *map(str, arguments)]
 
@@ -578,15 +666,13 @@ def test_shards_that_changed_since_the_last_verify_are_warned_of(kd, copy):
     assert query.changed_shards(copy) == [second]
     with open(copy / first, "ab") as file:
         file.write(b" ")
-    (copy / second).unlink()
     assert sorted(query.changed_shards(copy)) == [first, second]
-    (copy / first).unlink()
-    done = kd("sql", copy, "SELECT 1 AS one")
-    named = json.loads((copy / "manifest.json").read_text())["shards"]
-    earliest = next(shard["name"] for shard in named if shard["name"] in (first, second))
-    assert done.stderr == (
-        f"warning: 2 shards changed since the cache was last verified (the first is {earliest}); "
-        f"run: kd cache verify {copy}\n"
+    (copy / first).write_bytes((copy / first).read_bytes()[:-1])
+    (copy / second).unlink()
+    assert (query.changed_shards(copy), query.missing_shards(copy)) == ([first], [second])
+    assert kd("sql", copy, "SELECT 1 AS one").stderr == (
+        f"warning: 1 shard changed since the cache was last verified (the first is {first}); run: kd cache verify {copy}\n"
+        f"warning: 1 shard is missing (the first is {second}); what is asked is answered without them\n"
     )
     for manifest in ("[]", "{", '{"shards": 1}', '{"shards": [{}]}'):
         (copy / "manifest.json").write_text(manifest)
@@ -673,6 +759,15 @@ def test_the_prompt_takes_queries_until_ctrl_d(tiny_cache):
     kd.until("kd> ", again="\x03")
     kd.type("\x04")
     assert kd.process.wait(60) == 0
+
+
+def test_ctrl_c_ends_a_query_that_does_not_react_to_it(tiny_cache):
+    kd = Terminal(tiny_cache)
+    kd.until("kd> ")
+    kd.type("SELECT levenshtein(repeat('a', 400000), repeat('b', 400000)) AS b;\n")
+    kd.until("AS b;\r\n")
+    kd.until("kd ends without waiting", again="\x03")
+    assert kd.process.wait(60) == 130
 
 
 def test_a_prompt_keeps_the_verifier_that_one_of_its_rows_names(tiny_model, tmp_path):
