@@ -416,7 +416,7 @@ class _SQLCommand(click.Command):
     "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
 )
 @click.option("--list", "list_views", is_flag=True, help="List the views, with what each answers.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, exact in a file or a pipe.")
 @json_option
 def sql(
     cache: Path | None, query: str | None, file: Path | None, list_views: bool, as_csv: bool, as_json: bool
@@ -1269,18 +1269,25 @@ def _print_rows(
         for row in rows:
             click.echo(json_text(dict(zip(names, map(_finite, row))), default=_plain))
     elif as_csv:
-        writer = csv.writer(_ToTerminal() if sys.stdout.isatty() else sys.stdout, lineterminator="\n")
+        writer = csv.writer(_CsvLines(), lineterminator="\r\n")
         writer.writerow(names)
         writer.writerows(rows)
     else:
         _print_table(names, rows, width)
 
 
-class _ToTerminal:
-    """CSV that is looked at. In a file or a pipe it is exact."""
+class _CsvLines:
+    """Takes rows that end in CR LF, so that a cell with one of the two is quoted, and ends them in LF.
 
-    def write(self, text: str) -> int:
-        return sys.stdout.write(printable(text, keep="\n\t"))
+    In a file or a pipe CSV is exact; on a terminal it is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+
+    def write(self, row: str) -> int:
+        line = row.removesuffix("\r\n") + "\n"
+        return sys.stdout.write(printable(line, keep="\n\t") if self.terminal else line)
 
 
 @contextlib.contextmanager
