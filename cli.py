@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
+import itertools
 import json
 import math
 import os
@@ -24,7 +26,8 @@ from typing import Any
 import click
 
 from kdcache import __version__, quiet
-from kdcache.errors import KDError
+from kdcache.errors import KDError, Unstoppable
+from kdcache.printable import json_text, printable
 
 EXTRA_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -326,7 +329,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     if found["rejected"]:
         _note(f"{found['rejected']} rows could not be taken; why is in {config.out}/rejected.jsonl, the first:")
         first = json.loads((config.out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        _note(f"  {first['source']}:{first['row_id']}: {first['reason']}")
+        _note(printable(f"  {first['source']}:{first['row_id']}: {first['reason']}"))
     if not found["rows"]:
         raise KDError("no sample could be taken, so the cache is empty")
     _print_facts(
@@ -398,9 +401,9 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         _print_facts(facts | {"problems": problems} | {name: getattr(report, name) for name in names}, as_json)
     else:
         for name, words in problems.items():
-            click.echo(f"bad      {name}: {'; '.join(words)}")
+            _say(f"bad      {name}: {'; '.join(words)}")
         for name in report.missing:
-            click.echo(f"missing  {name}")
+            _say(f"missing  {name}")
         _print_facts(facts, as_json)
     if report.unvouched:
         _note(f"{report.unvouched} shards are in no manifest yet; kd cache info records them")
@@ -461,7 +464,7 @@ class _SQLCommand(click.Command):
     "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
 )
 @click.option("--list", "list_views", is_flag=True, help="List the views, with what each answers.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, exact in a file or a pipe.")
 @json_option
 def sql(
     cache: Path | None, query: str | None, file: Path | None, list_views: bool, as_csv: bool, as_json: bool
@@ -502,6 +505,9 @@ def sql(
             _note(
                 f"warning: {len(unplanned)} files in data/ are in no plan and are not read {first}; run: kd cache verify {cache}"
             )
+        if missing := queries.missing_shards(cache):
+            shards = "1 shard is" if len(missing) == 1 else f"{len(missing)} shards are"
+            _note(f"warning: {shards} missing (the first is {missing[0]}); what is asked is answered without them")
         if text is not None:
             show(*queries.stream(connection, text))
         else:
@@ -550,7 +556,7 @@ def _sql_prompt(answer: Callable[[str], None], show_views: Callable[[], None], c
             _note("")
             return
         except KDError as error:
-            click.echo(f"Error: {error}", err=True)
+            _note(f"Error: {error}")
         except KeyboardInterrupt:
             text = ""
             _note("")
@@ -948,7 +954,7 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     line.close()
     found = comparison.rows([out])
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        click.echo(json_text(found, indent=2))
     else:
         _print_table(*comparison.wide(found))
         _note(f"intervals and retention: kd compare {out}")
@@ -991,7 +997,7 @@ def compare(
     if metrics:
         found = [row for row in found if row["metric"] in metrics]
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        click.echo(json_text(found, indent=2))
     else:
         (_print_markdown if markdown else _print_table)(*comparison.long(found))
         _note(f"written: {', '.join(map(str, written))}")
@@ -1052,10 +1058,10 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     record = quantizing.quantize(plan, lambda what, done, total: line.show(done, total, what, None))
     line.close()
     if as_json:
-        click.echo(json.dumps(record, ensure_ascii=False, indent=2))
+        click.echo(json_text(record, indent=2))
     elif record["measured"]:
         _print_table(*quantizing.table(record["measured"]["rows"]))
-        click.echo(f"\n{record['measured']['verdict']}")
+        _say(f"\n{record['measured']['verdict']}")
     else:
         _print_facts(plan.facts(), as_json)
 
@@ -1123,7 +1129,7 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
     }
     if dry_run and not as_json:
         for name, size in asked.files.items():
-            click.echo(f"{size:>15,}  {name}")
+            _say(f"{size:>15,}  {name}")
     if not dry_run:
         facts["url"] = publish.push(asked)
     _print_facts(facts | ({"names": list(asked.files)} if as_json else {}), as_json)
@@ -1226,7 +1232,7 @@ def chat(student: str, system: str | None, temperature: float, max_new_tokens: i
         if not line:
             return
         for piece in conversation.answer(line):
-            click.echo(piece, nl=False)
+            click.echo(printable(piece, keep="\n\t") if sys.stdout.isatty() else piece, nl=False)
         click.echo()
 
 
@@ -1279,7 +1285,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
         return
     for step in recipes.steps(recipes.load(recipe), out, data_path):
         _check_command(step.arguments)
-        click.echo(f"# {step.name}\n{step.command}\n")
+        _say(f"# {step.name}\n{step.command}\n")
 
 
 def _check_command(arguments: list[str]) -> None:
@@ -1303,7 +1309,12 @@ def _check_command(arguments: list[str]) -> None:
 
 
 def _note(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(printable(text, keep="\n\t"), err=True)
+
+
+def _say(text: str) -> None:
+    """Lines for people on stdout. Data for programs (JSON, CSV) goes its own way."""
+    click.echo(printable(text, keep="\n\t"))
 
 
 def _note_device() -> None:
@@ -1318,9 +1329,11 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: a tail of -inf becomes null."""
+    """JSON has no infinity, and no key but text: a tail of -inf becomes null."""
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
+    if isinstance(value, dict):
+        return {str(key): _finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -1329,7 +1342,7 @@ def _cell(value: Any, width: int) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    text = str(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    text = printable(str(value))
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -1338,13 +1351,27 @@ def _print_rows(
 ) -> None:
     if as_json:
         for row in rows:
-            click.echo(json.dumps(dict(zip(names, map(_finite, row))), ensure_ascii=False, default=_plain))
+            click.echo(json_text(dict(zip(names, map(_finite, row))), default=_plain))
     elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer = csv.writer(_CsvLines(), lineterminator="\r\n")
         writer.writerow(names)
         writer.writerows(rows)
     else:
-        _print_table(names, list(rows), width)
+        _print_table(names, rows, width)
+
+
+class _CsvLines:
+    """Takes rows that end in CR LF, so that a cell with one of the two is quoted, and ends them in LF.
+
+    In a file or a pipe CSV is exact; on a terminal it is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+
+    def write(self, row: str) -> int:
+        line = row.removesuffix("\r\n") + "\n"
+        return sys.stdout.write(printable(line, keep="\n\t") if self.terminal else line)
 
 
 @contextlib.contextmanager
@@ -1357,9 +1384,15 @@ def _reader_may_leave() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
-def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 64) -> None:
-    cells = [[_cell(value, width) for value in row] for row in rows]
-    numeric = [all(isinstance(r[i], int | float | type(None)) for r in rows) for i in range(len(names))]  # type: ignore[index]
+WIDTHS_FROM = 1000  # rows that the widths of a table's columns are taken from: the others are not held in memory
+
+
+def _print_table(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 64) -> None:
+    rest = iter(rows)
+    first = list(itertools.islice(rest, WIDTHS_FROM))
+    names = [printable(name) for name in names]
+    cells = [[_cell(value, width) for value in row] for row in first]
+    numeric = [all(isinstance(r[i], int | float | type(None)) for r in first) for i in range(len(names))]  # type: ignore[index]
     widths = [max([len(n), *(len(r[i]) for r in cells)]) for i, n in enumerate(names)]
 
     def line(values: Sequence[str]) -> str:
@@ -1367,7 +1400,7 @@ def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int
 
     click.echo(line(names))
     click.echo("  ".join("-" * w for w in widths))
-    for row in cells:
+    for row in itertools.chain(cells, ([_cell(value, width) for value in row] for row in rest)):
         click.echo(line(row))
 
 
@@ -1378,14 +1411,14 @@ def _print_markdown(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False, indent=2, default=_plain))
+        click.echo(json_text(facts, indent=2, default=_plain))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         if isinstance(value, dict):
             shown = ", ".join(f"{k} {v}" for k, v in value.items())
-        click.echo(f"{name.replace('_', ' ').ljust(width)}  {shown if shown is not None else '-'}")
+        click.echo(printable(f"{name.replace('_', ' ').ljust(width)}  {shown if shown is not None else '-'}"))
 
 
 class _ProgressLine:
@@ -1412,7 +1445,7 @@ class _ProgressLine:
             if eta_seconds is None or done >= total
             else f"  ETA {int(eta_seconds // 60)}:{int(eta_seconds % 60):02d}"
         )
-        text = f"{done:,}/{total:,} {self.unit}  {middle}{eta}"
+        text = printable(f"{done:,}/{total:,} {self.unit}  {middle}{eta}")
         sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else text + "\n")
         sys.stderr.flush()
 
@@ -1588,13 +1621,20 @@ def main() -> None:
         kd(prog_name="kd", standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
+    except Unstoppable:
+        _note("DuckDB does not react to Ctrl-C in this query: kd ends without waiting for it")
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)  # an exit in good order would wait for what does not end
     except KeyboardInterrupt:
         code = 130
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        _note(shown.getvalue().rstrip("\n"))
         code = 2
     except KDError as error:
-        click.echo(f"Error: {error}", err=True)
+        _note(f"Error: {error}")
         code = error.exit_code
     except ImportError as error:
         from kdcache import extras
@@ -1607,7 +1647,7 @@ def main() -> None:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        click.echo(f"Error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), err=True)
+        _note(f"Error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
         code = 1
     else:
         code = 0

@@ -72,6 +72,7 @@ class Cache:
     def __init__(self, path: Location | str):
         self.path = storage.location(path)
         self.plan = manifest.read_plan(self.path)
+        storage.linked_files(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
         self._files = storage.files(self.path / "data")
         self._proved: set[str] = set()  # splits

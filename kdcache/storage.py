@@ -50,6 +50,43 @@ def files(folder: Location) -> dict[str, Any]:
     return {path.name: path for path in found if not path.name.startswith(".")}
 
 
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def real_file(path: Path, folder: Path) -> Path:
+    """The file behind a name in ``folder``. KDError if a link leads out of it, by name.
+
+    A snapshot of the Hub's own cache is made of links into the ``blobs`` beside it: those are the folder's files.
+    """
+    real, root = path.resolve(), folder.resolve()
+    if not any(real.is_relative_to(inside) for inside in (root, *_blobs(root))):
+        raise KDError(f"{path} is a link to {real}, which is outside of {folder}: put what it leads to in its place")
+    return real
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the files of a Hub snapshot are (REPO/snapshots/REVISION/... -> REPO/blobs); nothing for another folder."""
+    return [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and (p.parent / "blobs").is_dir()]
+
+
+def linked_files(cache: Location) -> list[Path]:
+    """The real files of those of a cache's files that are links. KDError for one that leads elsewhere.
+
+    ``data`` may be a link to a folder anywhere, as on a larger disk; what is in it may not lead on to another.
+    """
+    if isinstance(cache, RemotePath):
+        return []
+    data = cache / "data"
+    shards = [path for path in data.glob("*.parquet") if path.is_symlink() or data.is_symlink()]
+    return [
+        *(real_file(path, data if data.is_symlink() else cache) for path in shards),
+        *(real_file(path, cache) for name in _READ if (path := cache / name).is_symlink()),
+    ]
+
+
+_READ = ("plan.json", "manifest.json", "vocab.parquet", "rewards.parquet", "rejected.jsonl")
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +193,11 @@ def raise_remote_error(error: Exception) -> None:
     """Raise what went wrong in the file system given to DuckDB, which hands it on as text; nothing if that is not it."""
     if found := re.search(r"KDError: ([^\n]*)", str(error)):
         raise KDError(found[1]) from None
+
+
+def duckdb_pattern(path: str) -> str:
+    """What DuckDB takes for this path and no other: it reads ``*``, ``?`` and ``[`` in a name as a pattern."""
+    return re.sub(r"([*?[])", r"[\1]", path)
 
 
 def duckdb_folder(connection: Any, cache: Location) -> str:

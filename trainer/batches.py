@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kdcache import query
-from kdcache.errors import KDError
+from kdcache.errors import KDError, UsageError
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
 
@@ -411,9 +411,12 @@ def _fit_to_head(
 
 
 def open_caches(paths: Sequence[Location]) -> list[Cache]:
-    """The caches to train on together: all of one tokenizer."""
+    """The caches to train on together: all of one tokenizer, and none twice."""
     caches = [Cache(path) for path in paths]
-    for cache in caches[1:]:
+    for number, cache in enumerate(caches):
+        same = next((other for other in caches[:number] if other.fingerprint == cache.fingerprint), None)
+        if same is not None:
+            raise UsageError(f"--from-cache {cache.path} is {same.path} once more, and its samples would count twice")
         if cache.plan["tokenizer"] != caches[0].plan["tokenizer"]:
             raise KDError(f"{cache.path} and {caches[0].path} were made with different tokenizers and cannot be mixed")
     return caches

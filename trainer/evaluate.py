@@ -14,7 +14,7 @@ import gc
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,7 @@ class Prompt:
     prompt_id: str
     group_id: str
     ids: list[int]
-    reference: str | None
-    verifier: str | None
+    judges: tuple[tuple[str | None, str | None], ...]  # (verifier, reference), one or more: the best verdict counts
     teacher: list[str] = field(repr=False)  # the teacher's own answers
 
 
@@ -109,7 +108,7 @@ def evaluate(
         raise KDError(f"the {config.split} split has no sample to evaluate on (--where, --max-length, --split-ratios?)")
     decoding, temperatures, seeds = _decoding(config, caches[0])
     prompts = _prompts(config)
-    sandbox = verifiers.sandbox_for((prompt.verifier for prompt in prompts), config.unsafe_exec)
+    sandbox = verifiers.sandbox_for((verifier for p in prompts for verifier, _ in p.judges), config.unsafe_exec)
     engine = generate.resolve(config.engine, [model for _, model in config.models], config.dtype) if prompts else None
     groups = _groups(config, caches)
     settings = {
@@ -201,17 +200,27 @@ def _rows(
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
-    """Each prompt of the split once, in the order of its hash; where the teacher answered some, only those."""
+    """Each prompt of the split once, in the order of its hash; where the teacher answered some, only those.
+
+    A prompt may stand in several rows, and in several caches. It is judged by the best of what they say of it, and
+    nothing here depends on the order in which DuckDB's threads find them.
+    """
     if config.generate == 0:
         return []
     rows = _rows(
         config,
-        "prompt_id, any_value(group_id), any_value(prompt_ids), any_value(reference), any_value(verifier), "
-        "list(completion ORDER BY sample_index) FILTER (origin = 'sampled')",
+        "prompt_id, min(group_id), first(prompt_ids ORDER BY sample_id), "
+        "list(DISTINCT {verifier: verifier, reference: reference} ORDER BY {verifier: verifier, reference: reference}), "
+        "list(completion ORDER BY sample_index, sample_id) FILTER (origin = 'sampled')",
         "GROUP BY prompt_id ORDER BY prompt_id",
         length="prompt_tokens",  # however long the teacher's answers are
     )
-    prompts = [Prompt(name, group, ids, ref, verifier, own or []) for name, group, ids, ref, verifier, own in rows]
+    by_id: dict[str, Prompt] = {}
+    for name, group, ids, judges, own in rows:
+        known = by_id.get(name, Prompt(name, group, ids, (), []))
+        pairs = dict.fromkeys([*known.judges, *((judge["verifier"], judge["reference"]) for judge in judges)])
+        by_id[name] = replace(known, judges=tuple(pairs), teacher=[*known.teacher, *(own or [])])
+    prompts = [by_id[name] for name in sorted(by_id)]
     if any(prompt.teacher for prompt in prompts):
         prompts = [prompt for prompt in prompts if prompt.teacher]
     return prompts[: config.generate]
@@ -246,8 +255,14 @@ def _decoding(config: EvaluateConfig, cache: Cache) -> tuple[Decoding, tuple[flo
 
 def _baseline(prompt: Prompt) -> str | None:
     """What a student would answer that only copies the problem, where the data set says what that is."""
-    found = json.loads(prompt.verifier) if prompt.verifier else {}
-    return found.get("baseline") if isinstance(found, dict) else None
+    for verifier, _ in prompt.judges:
+        try:
+            found = json.loads(verifier or "{}")
+        except ValueError:  # no verifier: its verdict will say so
+            continue
+        if isinstance(found, dict) and found.get("baseline") is not None:
+            return found["baseline"]
+    return None
 
 
 # --- teacher-forced ---------------------------------------------------------------------------------------------------
@@ -378,13 +393,18 @@ ANSWERS = pa.schema(
 def _judge(
     prompts: list[Prompt], asks: Sequence[Ask], texts: Sequence[str], is_teacher: bool, sandbox: Sandbox | None
 ) -> pa.Table:
-    """One row an answer, with its scores; null where there is nothing to compare with."""
+    """One row an answer, with its scores; null where there is nothing to compare with, the best where there is more than one."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     of = [by_id[ask.prompt_id] for ask in asks]
-    verdicts = verifiers.verify_many([(p.verifier, text, p.reference) for p, text in zip(of, texts)], sandbox)
+    verdicts = iter(
+        verifiers.verify_many(
+            [(v, text, reference) for p, text in zip(of, texts) for v, reference in p.judges], sandbox
+        )
+    )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for ask, prompt, text, verdict in zip(asks, of, texts, verdicts):
+        for ask, prompt, text in zip(asks, of, texts):
+            verdict = _best([next(verdicts) for _ in prompt.judges])
             row: dict[str, Any] = {
                 "prompt_id": prompt.prompt_id,
                 "group_id": prompt.group_id,
@@ -394,12 +414,18 @@ def _judge(
                 "reward": verdict.reward,
                 "reason": verdict.reason,
             }
-            if prompt.reference is not None:
-                row["rougeL"] = metrics.rouge_l(text, prompt.reference)
-                row["rougeL_paper"] = metrics.rouge_l_of_the_paper(text, prompt.reference)
-                row["exact"] = metrics.exact(verifiers.answer_in(text, prompt.verifier), prompt.reference)
+            known = [(verifier, reference) for verifier, reference in prompt.judges if reference is not None]
+            if known:
+                row["rougeL"] = max(metrics.rouge_l(text, reference) for _, reference in known)
+                row["rougeL_paper"] = max(metrics.rouge_l_of_the_paper(text, reference) for _, reference in known)
+                row["exact"] = max(metrics.exact(verifiers.answer_in(text, verifier), ref) for verifier, ref in known)
             if prompt.teacher and not is_teacher:
                 row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
             yield row
 
     return pa.Table.from_pylist(list(rows()), ANSWERS)
+
+
+def _best(verdicts: Sequence[verifiers.Verdict]) -> verifiers.Verdict:
+    """The first of those with the highest reward; one that could not be judged only where no other was."""
+    return max(verdicts, key=lambda verdict: -1.0 if verdict.reward is None else verdict.reward)

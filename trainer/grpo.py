@@ -147,7 +147,7 @@ def _default_where(config: GrpoConfig) -> str | None:
 
 def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Prompt]:
     columns = "prompt, prompt_ids, verifier, reference, traces"
-    rest = "AND verifier IS NOT NULL ORDER BY prompt_id"
+    rest = "AND verifier IS NOT NULL ORDER BY prompt_id, source"
     found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()
     reasoned = plan["fields"].get("reasoning") is not None
     return [

@@ -229,9 +229,11 @@ def _worst(found: Found, methods: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _texts(cache: Path, split: str, sample_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    wanted = ", ".join("'" + name.replace("'", "''") + "'" for name in sample_ids) or "NULL"
     columns = "sample_id, prompt_id, origin, prompt, completion, reference"
-    rows = query.select(cache, columns, None, split, f"AND sample_id IN ({wanted})").to_pylist()
+    wanted = {"ids": list(sample_ids)}
+    rows = query.select(
+        cache, columns, None, split, "AND list_contains($ids::VARCHAR[], sample_id)", parameters=wanted
+    ).to_pylist()
     return {row.pop("sample_id"): row for row in rows}
 
 

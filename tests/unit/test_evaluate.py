@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +14,11 @@ from conftest import capture_plan
 
 from kdcache import capture
 from kdcache.errors import KDError
-from trainer import compare, metrics
+from kdcache.teachers import Sampling
+from trainer import batches, compare, metrics
+from trainer import evaluate as evaluation
 from trainer.evaluate import EvaluateConfig, evaluate
+from trainer.generate import Ask
 from trainer.student import parse_layers
 
 
@@ -287,6 +292,67 @@ def test_chat_answers_a_line(kd, tiny_model):
     assert done.stdout.endswith("\n")
 
 
+# --- several references of one prompt -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def referenced(tiny_model, tmp_path_factory):
+    """Three prompts of 14 rows each, whose references are all wrong but for one, the model's own greedy answer."""
+    folder = tmp_path_factory.mktemp("referenced")
+    greedy = {"mode": "sample", "sampling": Sampling(temperature=0.0, max_tokens=8), "split_ratios": (1.0, 0.0, 0.0)}
+
+    def cached(name, rows):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plan = capture_plan(tiny_model, folder / f"{name}.jsonl", folder / name, rows_per_shard=4, **greedy)
+        capture.run(plan)
+        return folder / name
+
+    prompts = [{"id": f"p{n}", "prompt": f"Say something about {n}."} for n in range(3)]
+    answers = {
+        row["sample_id"].split(":")[1]: row["completion"]
+        for path in (cached("asked", prompts) / "data").glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+    rows = [
+        row
+        | {
+            "id": f"{row['id']}-{n}",
+            "reference": answers[row["id"]] if n == 6 else f"another {n}",
+            "verifier": {"kind": "exact"},
+        }
+        for row in prompts
+        for n in range(14)
+    ]
+    return cached("referenced", rows)
+
+
+def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
+    referenced, tiny_model, tmp_path, monkeypatch
+):
+    connect = duckdb.connect
+    monkeypatch.setattr(duckdb, "connect", lambda: connect(config={"threads": 8}))
+    tables = []
+    for number in range(5):
+        config = evaluation.EvaluateConfig(
+            (("same", tiny_model),), (referenced,), tmp_path / str(number), split="train", engine="transformers"
+        )
+        tables.append(compare.rows([evaluation.evaluate(config)]))
+    assert tables == [tables[0]] * 5
+
+
+def test_the_best_of_several_references_counts(referenced, tiny_model):
+    prompts = evaluation._prompts(evaluation.EvaluateConfig((), (referenced,), referenced, split="train"))
+    asks = [Ask(prompt.prompt_id, prompt.ids, 0.0, 0) for prompt in prompts]
+    answers = evaluation._judge(prompts, asks, [prompt.teacher[0] for prompt in prompts], False, None)
+    assert {(row["rougeL"], row["exact"], row["reward"]) for row in answers.to_pylist()} == {(1, 1, 1)}
+
+
+def test_one_cache_named_twice_is_refused(tiny_cache, tmp_path):
+    again = shutil.copytree(tiny_cache, tmp_path / "again")
+    with pytest.raises(KDError, match="its samples would count twice"):
+        batches.open_caches([tiny_cache, again])
+
+
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
@@ -294,8 +360,6 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
     import time
 
     from kdcache.sandbox import Sandbox
-    from trainer import evaluate
-    from trainer.generate import Ask
 
     adds = {
         "kind": "stdio",
@@ -303,7 +367,7 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
         "tests": [{"input": "1 2", "output": "3"}, {"input": "5 5", "output": "10"}],
     }
     prompts = [
-        evaluate.Prompt(name, name, [], None, json.dumps(adds | {"time_limit_seconds": 0.3}), ["x"])
+        evaluation.Prompt(name, name, [], ((json.dumps(adds | {"time_limit_seconds": 0.3}), None),), ["x"])
         for name in ("easy", "hard")
     ]
     good, wrong = "print(sum(map(int, input().split())))", "print(3)"
@@ -314,9 +378,9 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
     asked = [(name, program) for name, some in programs.items() for program in some] + more
     asks = [Ask(name, [], 1.0, number) for number, (name, _) in enumerate(asked)]
     started = time.monotonic()
-    table = evaluate._judge(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], False, Sandbox())
+    table = evaluation._judge(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], False, Sandbox())
     assert time.monotonic() - started < 60
     assert [row["reward"] for row in table.to_pylist()] == [1, 1, 0, 1] + 6 * [0]
-    sums = compare._sums(evaluate.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
+    sums = compare._sums(evaluation.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
     found = metrics.values({name: value.sum(axis=0) for name, value in sums.items()})
     assert found["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and found["pass@4"] == pytest.approx((1 + 0) / 2)
