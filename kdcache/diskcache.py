@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from kdcache import embedded
 from kdcache.errors import UsageError
 
 try:
@@ -38,8 +39,8 @@ _patience_seconds = 60.0  # ranks begin apart: one imports, another does not
 
 def folder() -> Path:
     """KDCACHE_DISK_CACHE, else ``remote`` in kdcache's folder of the user."""
-    home = Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
-    return Path(os.environ.get("KDCACHE_DISK_CACHE") or home / "remote")
+    named = os.environ.get("KDCACHE_DISK_CACHE")
+    return Path(os.path.expanduser(named)) if named else embedded.home() / "remote"
 
 
 def limit_bytes() -> int:

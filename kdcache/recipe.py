@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache import format
+from kdcache import folders, format
 from kdcache.errors import KDError
 
 
@@ -81,7 +81,7 @@ def steps(recipe: dict[str, Any], out: Path, data_path: Path | None = None) -> l
                 Step(
                     filled(step["name"], str(out)),
                     filled(step["run"], shlex.quote(str(out))),
-                    Path(filled(makes, str(out))) if makes else None,
+                    Path(os.path.expanduser(filled(makes, str(out)))) if makes else None,
                 )
             )
     return found
@@ -90,6 +90,7 @@ def steps(recipe: dict[str, Any], out: Path, data_path: Path | None = None) -> l
 def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | None = None) -> None:
     """Run a recipe's steps in order, into ``out``; KDError names the step that failed."""
     recipe = load(name)
+    folders.check_place(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     todo = steps(recipe, out, data_path)

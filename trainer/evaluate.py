@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from kdcache import hashes, query, verifiers, writer
+from kdcache import folders, hashes, query, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.format import SPLITS
 from kdcache.reader import Cache, Sample, entropy_unstored
@@ -73,11 +74,17 @@ class Prompt:
 def label_of(argument: str) -> tuple[str, str]:
     """``label=model`` or a model, which is then its own label."""
     label, equals, model = argument.partition("=")
-    return (label, model) if equals and not Path(argument).exists() else (argument, argument)
+    return (label, os.path.expanduser(model)) if equals and not Path(argument).exists() else (argument, argument)
 
 
 def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Path:
     """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts."""
+    with folders.held(config.out, folders.EVALUATION):
+        folders.check_writable(config.out, folders.EVALUATION)
+        return _evaluate(config, progress)
+
+
+def _evaluate(config: EvaluateConfig, progress: Progress) -> Path:
     if config.split not in SPLITS:
         raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
     caches = open_caches(config.from_cache)

@@ -143,7 +143,7 @@ def test_wrong_use_is_one_clear_sentence(student, nf4, tmp_path):
     assert not (tmp_path / "o").exists() and not (tmp_path / "again").exists()
 
 
-def test_killed_while_it_saves_it_leaves_nothing_under_the_final_name(student, tmp_path):
+def test_killed_while_it_saves_it_leaves_nothing_that_loads_and_no_obstacle(student, tmp_path):
     killed = f"""
 import os
 from pathlib import Path
@@ -153,5 +153,7 @@ quantize.quantize(quantize.prepare(quantize.QuantizeConfig({student!r}, Path("ou
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == -9 and not (tmp_path / "out").exists()
-    assert any(tmp_path.glob(".out-*/model.safetensors"))  # it was at it
+    assert done.returncode == -9 and not list((tmp_path / "out").glob("[!.]*"))
+    assert any((tmp_path / "out").glob(".kdcache/new/model.safetensors"))  # it was at it
+    made(student, tmp_path / "out", measure=False)
+    assert (tmp_path / "out/config.json").is_file() and not list((tmp_path / "out").glob(".*"))
