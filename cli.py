@@ -630,7 +630,7 @@ config_option = click.option(
     "--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all]."
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the student.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
+@click.option("--overwrite", is_flag=True, help="Replace a student that this command made.")
 @json_option
 def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
     """Make a student: a checkpoint as it is, or some of the teacher's own layers.
