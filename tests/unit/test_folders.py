@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 import pytest
-from conftest import ROOT, capture_plan, run_kd
+from conftest import ROOT, capture_plan
 
 import cli
 from kdcache import capture, folders, lock
@@ -168,9 +168,18 @@ def test_init_student_replaces_a_student_that_it_made_and_none_that_is_not_marke
 def finished(tiny_cache, tiny_model, tmp_path_factory):
     """A finished run. Not to be changed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    run_kd(
-        out.parent,
-        *("train", "--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", out, "--max-steps", 1),
+    kd(
+        [
+            "train",
+            "--from-cache",
+            str(tiny_cache),
+            "--student",
+            tiny_model,
+            "--output-dir",
+            str(out),
+            "--max-steps",
+            "1",
+        ]
     )
     return out
 
