@@ -51,6 +51,30 @@ def kd() -> None:
     """
 
 
+def _expanded(value: Any) -> Any:
+    """A path with ~ as the home folder, once and for all: a shell leaves it in --out=~/x, and libraries expand it or not."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+class _PathType(click.Path):
+    """A path of this machine."""
+
+    def __init__(self, **options: Any):
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return super().convert(_expanded(value), parameter, context)
+
+
+class _NameOrPathType(click.ParamType):
+    """A name (of a model, a data set, a recipe) or a path."""
+
+    name = "text"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return _expanded(str(value))
+
+
 class _LocationType(click.ParamType):
     """Where a cache is: a folder, or a URL of an object store."""
 
@@ -61,10 +85,10 @@ class _LocationType(click.ParamType):
 
         if value == "":
             self.fail("expected a folder, or a URL of an object store; found an empty text", parameter, context)
-        return storage.location(value)
+        return storage.location(_expanded(value))
 
 
-LOCATION = _LocationType()
+LOCATION, PATH, NAME_OR_PATH = _LocationType(), _PathType(), _NameOrPathType()
 
 
 class FiniteRange(click.FloatRange):
@@ -107,6 +131,7 @@ trust_option = click.option(
 @kd.command("cache-teacher", context_settings=EXTRA_OPTIONS)
 @click.option(
     "--teacher",
+    type=NAME_OR_PATH,
     default="embedded",
     show_default=True,
     help="Hub id, model folder, or `embedded` (SmolLM2-135M-Instruct).",
@@ -114,6 +139,7 @@ trust_option = click.option(
 @click.option("--revision", help="Branch, tag or commit of a Hub teacher.")
 @click.option(
     "--examples",
+    type=NAME_OR_PATH,
     default="builtin",
     show_default=True,
     help="`builtin`; `dolly`, `dolly-es`, `bugnet-python`, `bugnet-cpp`, `pytorrent`, `codeforces-cots`, "
@@ -121,6 +147,7 @@ trust_option = click.option(
 )
 @click.option(
     "--data-path",
+    type=NAME_OR_PATH,
     help="File or folder (or another Hub id) of a named data set, in its own layout [default: its Hub id].",
 )
 @click.option(
@@ -460,9 +487,7 @@ class _SQLCommand(click.Command):
 @kd.command("sql", cls=_SQLCommand)
 @click.argument("cache", type=LOCATION, required=False)
 @click.argument("query", required=False)
-@click.option(
-    "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
-)
+@click.option("--file", type=_PathType(exists=True, dir_okay=False), help="Read the query from a file.")
 @click.option("--list", "list_views", is_flag=True, help="List the views, with what each answers.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV, exact in a file or a pipe.")
 @json_option
@@ -649,7 +674,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 
 config_option = click.option(
     "--config",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_PathType(exists=True, dir_okay=False),
     is_eager=True,
     expose_value=False,
     callback=_read_config,
@@ -661,6 +686,7 @@ config_option = click.option(
 @click.option(
     "--from",
     "base",
+    type=NAME_OR_PATH,
     default="embedded",
     show_default=True,
     help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.",
@@ -668,8 +694,8 @@ config_option = click.option(
 @click.option(
     "--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all]."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the student.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
+@click.option("--out", type=PATH, required=True, help="Folder of the student.")
+@click.option("--overwrite", is_flag=True, help="Replace a student that this command made.")
 @trust_option
 @json_option
 def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
@@ -687,8 +713,8 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 @kd.command("train", context_settings=EXTRA_OPTIONS)
 @config_option
 @from_cache_option
-@click.option("--student", required=True, help="Hub id or folder of the student to start from.")
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--student", type=NAME_OR_PATH, required=True, help="Hub id or folder of the student to start from.")
+@click.option("--output-dir", type=PATH, required=True, help="Folder of the run.")
 @click.option(
     "--method",
     type=click.Choice(["kd", "sft"]),
@@ -792,8 +818,8 @@ def train(context: click.Context, **options: Any) -> None:
 @kd.command("grpo", context_settings=EXTRA_OPTIONS)
 @config_option
 @from_cache_option
-@click.option("--student", required=True, help="Hub id or folder of the student to start from.")
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--student", type=NAME_OR_PATH, required=True, help="Hub id or folder of the student to start from.")
+@click.option("--output-dir", type=PATH, required=True, help="Folder of the run.")
 @click.option(
     "--where",
     help="SQL condition on the view prompts [default: success > 0 AND success < 1, the prompts that the teacher's own answers "
@@ -881,7 +907,7 @@ def grpo(context: click.Context, **options: Any) -> None:
 
 
 @kd.command("evaluate", context_settings=CONTEXT)
-@click.argument("models", nargs=-1, required=True)
+@click.argument("models", nargs=-1, required=True, type=NAME_OR_PATH)
 @from_cache_option
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @where_option
@@ -919,7 +945,7 @@ def grpo(context: click.Context, **options: Any) -> None:
 @unsafe_option
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("data/evaluation"),
     show_default=True,
     help="Folder of what is measured, for kd compare; what is there with the same settings is not measured again.",
@@ -961,11 +987,11 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
 
 
 @kd.command("compare", context_settings=CONTEXT)
-@click.argument("evaluations", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("evaluations", nargs=-1, required=True, type=PATH)
 @click.option("--against", help="Label of a model to take the differences to, as in --against sft.")
 @click.option("--metric", "metrics", multiple=True, help="Show this metric alone; give it again for several.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of comparison.json and .csv [default: the first].")
+@click.option("--out", type=PATH, help="Folder of comparison.json and .csv [default: the first].")
 @json_option
 def compare(
     evaluations: tuple[Path, ...],
@@ -1004,8 +1030,8 @@ def compare(
 
 
 @kd.command("quantize", context_settings=CONTEXT)
-@click.argument("student")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the quantized student.")
+@click.argument("student", type=NAME_OR_PATH)
+@click.option("--out", type=PATH, required=True, help="Folder of the quantized student.")
 @click.option(
     "--format",
     type=click.Choice(["nf4", "fp4", "int8", "w4a16"]),
@@ -1067,11 +1093,11 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
 
 
 @kd.command("report", context_settings=CONTEXT)
-@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=PATH)
 @click.option("--cache", type=LOCATION, help="The cache they come from [default: the one among the folders].")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("data/report"),
     show_default=True,
     help="Folder of report.html, report.json and plots/*.csv.",
@@ -1104,7 +1130,7 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
 
 
 @kd.command("push", context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("repo_id", metavar="REPO")
 @click.option("--public", is_flag=True, help="Make the repository public [default: private].")
 @click.option("--dry-run", is_flag=True, help="Print what would go; send nothing.")
@@ -1139,7 +1165,9 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
 @click.argument("cache", type=LOCATION)
 @click.option("--sample", help="Open this sample_id first.")
 @click.option(
-    "--student", help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed."
+    "--student",
+    type=NAME_OR_PATH,
+    help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
@@ -1201,7 +1229,7 @@ def _address_file(url: str) -> Iterator[str]:
 
 
 @kd.command("chat", context_settings=CONTEXT)
-@click.argument("student")
+@click.argument("student", type=NAME_OR_PATH)
 @click.option("--system", help="System prompt.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
@@ -1239,7 +1267,7 @@ def chat(student: str, system: str | None, temperature: float, max_new_tokens: i
 @kd.command("demo", context_settings=CONTEXT)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("data/demo"),
     show_default=True,
     help="Folder of everything it makes.",
@@ -1259,11 +1287,11 @@ def demo(out: Path) -> None:
 
 
 @kd.command("run", context_settings=CONTEXT)
-@click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of everything it makes [default: data/RECIPE].")
+@click.argument("recipe", type=NAME_OR_PATH)
+@click.option("--out", type=PATH, help="Folder of everything it makes [default: data/RECIPE].")
 @click.option(
     "--data-path",
-    type=click.Path(path_type=Path, exists=True),
+    type=_PathType(exists=True),
     help="The data set's file or folder; without it the recipe takes it from the Hub.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the commands, each checked; run none.")
@@ -1557,7 +1585,7 @@ def _literal(value: Any) -> Any:
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
     except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return value
+        return _expanded(value)
 
 
 def _nearest(name: str, names: Iterable[str], cutoff: float = 0.84) -> str | None:

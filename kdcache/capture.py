@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdcache import format, judging, lock, machine, manifest, sparsify, storage, verifiers, writer
+from kdcache import folders, format, judging, lock, machine, manifest, sparsify, storage, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
@@ -83,7 +84,7 @@ def run(
     Once ``stop`` says so, no further shard is begun: those begun are finished, and the manifest is not complete.
     ``say`` is told what the user should know of the engine.
     """
-    with lock.held(plan.config.out):
+    with folders.held(plan.config.out, folders.CACHE):
         _work(plan, progress, stop, say)
         return sum_up(plan)
 
@@ -119,7 +120,7 @@ def run_slice(
 
 def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> Progress:
     """Write the shards that are this process's and are missing."""
-    plan.check_folder()
+    check_folder(plan)
     todo = plan.todo()
     state = expected(plan, todo)
     sandbox = sandbox_for(plan) if todo else None
@@ -128,8 +129,26 @@ def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], b
     prepare(plan)
     if teacher is not None:
         state.started = time.monotonic()
-        fill(plan, todo, teacher, state, progress, stop, sandbox)
+        fill(plan, todo, teacher, state, begun(plan, progress), stop, sandbox)
     return state
+
+
+def begun(plan: Plan, progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """``progress`` that also deletes the old cache, which was set aside, at the first answer."""
+
+    def shown(state: Progress) -> None:
+        folders.drop(plan.config.out)
+        progress(state)
+
+    return shown
+
+
+def check_folder(plan: Plan) -> None:
+    """Refuse a folder that is something else; delete a claim under which no shard was ever written."""
+    plan.check_folder()
+    if plan.finds_stale_claim() and not plan.config.overwrite:
+        assert isinstance(plan.config.out, Path)
+        folders.delete(plan.config.out, folders.CACHE)
 
 
 def expected(plan: Plan, todo: list[Shard]) -> Progress:
@@ -147,6 +166,8 @@ def prepare(plan: Plan) -> None:
     out = plan.config.out
     one_at_a_time = lock.held(out, ".lock-claim", wait=True) if plan.config.plan_slice else contextlib.nullcontext()
     with one_at_a_time:
+        if plan.config.plan_slice:
+            folders.recover(out, folders.CACHE)
         claim_folder(plan)
         missing = plan.missing(plan.shards)
         if missing:
@@ -167,7 +188,11 @@ def claim_folder(plan: Plan) -> None:
     """Make the folder this plan's: everything that is fixed before the first row is run."""
     out = plan.config.out
     if plan.config.overwrite and (out / "plan.json").is_file():
-        empty(out)
+        plan.check_folder()  # again: starting the engine took its time
+        if isinstance(out, Path):
+            folders.set_aside(out)
+        else:
+            empty(out)
     out.mkdir(parents=True, exist_ok=True)
     if not writer.create_json(out / "plan.json", plan.as_json()):
         plan.check_folder(overwrite=False)  # it may have come from another run while the engine started
@@ -181,13 +206,10 @@ def claim_folder(plan: Plan) -> None:
 
 
 def empty(cache: Location) -> None:
-    """Delete a cache's files, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
-    paths: list[Any] = list(cache.iterdir())
-    for path in sorted(paths, key=lambda path: path.name == "plan.json"):
-        if path.is_dir():
-            storage.remove_tree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    """Delete a remote cache, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
+    assert not isinstance(cache, Path)
+    for path in sorted(cache.below(), key=lambda path: path.name == "plan.json"):
+        path.unlink(missing_ok=True)
 
 
 class Background:

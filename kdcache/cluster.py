@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache import capture, hashes, lock, models
+from kdcache import capture, folders, hashes, models
 from kdcache.capture import Progress
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.plan import Plan, Shard
@@ -166,14 +166,14 @@ def run(
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """``capture.run`` by several workers: do what is missing of a plan, and return the manifest."""
-    with lock.held(plan.config.out):
-        plan.check_folder()
+    with folders.held(plan.config.out, folders.CACHE):
+        capture.check_folder(plan)
         todo = plan.todo()
         if not todo:
             capture.prepare(plan)
         else:
             with _connected(plan, workers) as (ray, count, gpus):
-                _Driver(ray, plan, todo, gpus).work(count, progress, stop, say)
+                _Driver(ray, plan, todo, gpus).work(count, capture.begun(plan, progress), stop, say)
         return capture.sum_up(plan)
 
 

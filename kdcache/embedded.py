@@ -27,7 +27,7 @@ _RECIPE = 1  # raise when the preparation changes, so that an old folder is not 
 
 def home() -> Path:
     """Where kdcache keeps what it prepares once."""
-    return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
+    return Path(os.path.expanduser(os.environ.get("KDCACHE_HOME") or "~/.cache/kdcache"))
 
 
 def _gguf_folder() -> Path:

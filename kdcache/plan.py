@@ -16,11 +16,25 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, manifest, models, seal, sparsify, splits, storage, verifiers
+from kdcache import (
+    embedded,
+    examples,
+    folders,
+    format,
+    hashes,
+    manifest,
+    models,
+    seal,
+    sparsify,
+    splits,
+    storage,
+    verifiers,
+)
 from kdcache.bounds import MOST_SAMPLES, MOST_SEED, check_sampling, check_whole
 from kdcache.errors import KDError, UsageError
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
+from kdcache.folders import CACHE
 from kdcache.prompts import COMPLETION_POLICY_VERSION, Prompts
 from kdcache.storage import Location
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
@@ -302,12 +316,19 @@ class Plan:
         """Refuse a folder that is something else, or (unless it is to be overwritten) a cache with another fingerprint."""
         out, plan = self.config.out, self.config.out / "plan.json"
         ways_out = "Use another --out, or --overwrite to delete what is there."
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file; expected a folder")
+        folders.check_place(out, "--out")
         # Before plan.json is looked for: whoever else makes this cache makes that first.
-        has_files = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
+        if isinstance(out, Path):
+            has_files = not folders.is_empty(out)
+        else:
+            has_files = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
         if plan.is_file():
             if self.config.overwrite if overwrite is None else overwrite:
+                config = self.config
+                reads = [self.model, config.examples, *([config.data_path] if config.data_path else [])]
+                folders.check_deletable(out, CACHE, reads)
+                return
+            if overwrite is None and self.finds_stale_claim():
                 return
             old = manifest.read_plan(out)
             if old["fingerprint"] != self.fingerprint:
@@ -329,6 +350,20 @@ class Plan:
                 )
         elif has_files:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
+
+    def finds_stale_claim(self) -> bool:
+        """Whether the folder is another plan's that never wrote a shard: of a start that failed, and may be corrected.
+
+        Slices share a folder, and a store has no lock: there another process may be about to write the first.
+        """
+        out = self.config.out
+        if self.config.plan_slice is not None or not isinstance(out, Path) or not folders.holds(out, CACHE):
+            return False
+        return (
+            f'"{self.fingerprint}"' not in (out / CACHE.marker).read_text(encoding="utf-8", errors="replace")
+            and not folders.has_results(out, CACHE)
+            and folders.foreign(out, CACHE) is None
+        )
 
     def _prompt(self, example: Example) -> tuple[str, list[int]]:
         """The prompt as text and ids. Plain text is tokenised as without a chat template."""

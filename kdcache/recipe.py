@@ -10,6 +10,7 @@ for each value of its variable.
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import __main__ as kd
-from kdcache import format
+from kdcache import folders, format
 from kdcache.errors import KDError
 
 
@@ -81,7 +82,7 @@ def steps(recipe: dict[str, Any], out: Path, data_path: Path | None = None) -> l
                 Step(
                     filled(step["name"], str(out)),
                     filled(step["run"], shlex.quote(str(out))),
-                    Path(filled(makes, str(out))) if makes else None,
+                    Path(os.path.expanduser(filled(makes, str(out)))) if makes else None,
                 )
             )
     return found
@@ -90,6 +91,7 @@ def steps(recipe: dict[str, Any], out: Path, data_path: Path | None = None) -> l
 def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | None = None) -> None:
     """Run a recipe's steps in order, into ``out``; KDError names the step that failed."""
     recipe = load(name)
+    folders.check_place(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     todo = steps(recipe, out, data_path)

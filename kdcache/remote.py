@@ -205,13 +205,12 @@ class RemotePath:
             _filesystem(self.url).cp_file(self.url, target.url)
         self.unlink()
 
-    def remove_tree(self) -> None:
-        """Delete everything below."""
-        with self._speaking("deleted"):
+    def below(self) -> list[RemotePath]:
+        """Every object below this folder."""
+        with self._speaking("listed"):
             paths = _filesystem(self.url).find(self.url)
         scheme = self.url.partition("://")[0]
-        for path in paths:
-            RemotePath(f"{scheme}://{path.lstrip('/')}").unlink(missing_ok=True)
+        return [RemotePath(f"{scheme}://{path.lstrip('/')}") for path in paths]
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object store has no folders."""

@@ -135,13 +135,6 @@ def _fsync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def remove_tree(folder: Location) -> None:
-    if isinstance(folder, RemotePath):
-        folder.remove_tree()
-    else:
-        shutil.rmtree(folder)
-
-
 def free_bytes(folder: Location) -> int:
     """Free where files are written: of a remote location, in the temporary folder they are staged in."""
     path = Path(tempfile.gettempdir()) if isinstance(folder, RemotePath) else folder.absolute()

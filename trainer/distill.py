@@ -27,10 +27,8 @@ from kdcache.errors import UsageError, first_line
 from trainer import adapters, card
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
-from trainer.run import RUN_FILE, Run, begin, stop_unless_finite
+from trainer.run import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
 from trainer.student import load_student
-
-Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
 
 # --- the loss, inside the student's forward ---------------------------------------------------------------------------
 
@@ -213,6 +211,7 @@ class _Report(TrainerCallback):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+@alone
 def train(run: Run, report: Report) -> dict[str, Any]:
     """Train, keep the best checkpoint by the validation split, and save it as a Hugging Face folder."""
     config = run.config
@@ -224,8 +223,6 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     model = adapters.add(student, config)
     if run.compile is not None:  # the layers alone: the loss is three matrix products already
         student.base_model.compile(dynamic=True, **run.compile)
-    if arguments.process_index == 0:
-        begin(config, run.record)
 
     step, logged = 0, []
     if run.checkpoint:
@@ -246,10 +243,8 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     held_out = None
     if len(run.validation):
         held_out = lambda: in_order(run.validation, head_rows, arguments.per_device_eval_batch_size, rank, ranks)  # noqa: E731
-    callbacks: list[TrainerCallback] = [_Report(report)]
+    callbacks: list[TrainerCallback] = [Begun(), _Report(report)]
     if config.early_stopping_patience is not None:
-        if held_out is None:
-            raise UsageError("--early-stopping-patience needs a validation split, and the cache's is empty")
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     trainer = DistillTrainer(
         stream,
@@ -262,6 +257,8 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if arguments.process_index == 0:
+        begin(run)  # last of all: what fails before this has changed nothing
     trainer.train(resume_from_checkpoint=run.checkpoint)
     _leave(run, trainer)
     return {

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from kdcache import hashes, query, verifiers, writer
+from kdcache import folders, hashes, query, verifiers, writer
 from kdcache.bounds import MOST_SAMPLES, check_sampling, check_whole
 from kdcache.errors import KDError, UsageError
 from kdcache.format import SPLITS
@@ -87,7 +88,7 @@ def _check(config: EvaluateConfig) -> None:
 def label_of(argument: str) -> tuple[str, str]:
     """``label=model`` or a model, which is then its own label."""
     label, equals, model = argument.partition("=")
-    return (label, model) if equals and not Path(argument).exists() else (argument, argument)
+    return (label, os.path.expanduser(model)) if equals and not Path(argument).exists() else (argument, argument)
 
 
 def evaluate(
@@ -98,6 +99,12 @@ def evaluate(
     ``say`` is told what the user should know of the engine that generates.
     """
     _check(config)
+    with folders.held(config.out, folders.EVALUATION):
+        folders.check_writable(config.out, folders.EVALUATION)
+        return _evaluate(config, progress, say)
+
+
+def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], None]) -> Path:
     if config.split not in SPLITS:
         raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
     caches = open_caches(config.from_cache)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,13 +29,23 @@ from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
 from trainer import adapters, rewards
 from trainer.batches import select
-from trainer.run import RUN_FILE, StudentConfig, begin, bos_of, made_with, open_for, resume_point, stop_unless_finite
+from trainer.run import (
+    RUN_FILE,
+    Begun,
+    Report,
+    StudentConfig,
+    alone,
+    begin,
+    bos_of,
+    made_with,
+    open_for,
+    resume_point,
+    stop_unless_finite,
+)
 from trainer.student import load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
 GUIDES = ("prefix",)
-
-Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class GrpoRun:
     end_of_turn: int
     record: dict[str, Any]
     checkpoint: str | None
+    resume: Callable[[], str | None]  # finds ``checkpoint``, once more when the folder's lock is held
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -126,13 +138,15 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         "finished": False,
         **bos_of(caches),
     }
+    resume = partial(resume_point, config, record, _settings, "kd grpo")
     return GrpoRun(
         config,
         prompts,
         where,
         caches[0].plan["end_of_turn"],
         record,
-        resume_point(config, record, _settings, "kd grpo"),
+        resume(),
+        resume,
     )
 
 
@@ -222,6 +236,7 @@ def _success_of(checkpoint: str | None) -> float:
     return next((float(logs["success"]) for logs in reversed(state["log_history"]) if "success" in logs), 0.0)
 
 
+@alone
 def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     """Train, and save the student as a Hugging Face folder. ``rewards.Collapsed`` if a guard stops it."""
     import datasets
@@ -240,8 +255,6 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     own_eos = tokenizer.eos_token
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
     student.generation_config.eos_token_id = stops
-    if arguments.process_index == 0:
-        begin(config, run.record)
     trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
         run,
         sandbox,
@@ -250,9 +263,11 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         args=arguments,
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt.text} for prompt in run.prompts]),
         processing_class=tokenizer,
-        callbacks=[_Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
+        callbacks=[Begun(), _Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
     )
     trainer.success = _success_of(run.checkpoint)
+    if arguments.process_index == 0:
+        begin(run)  # last of all: what fails before this has changed nothing
     try:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     except rewards.Collapsed:

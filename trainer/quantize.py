@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import hashes, machine, models, writer
+from kdcache import folders, hashes, machine, models, writer
 from kdcache.errors import KDError, UsageError, first_line
 from trainer import compare, footprint
 from trainer.batches import Units, open_caches, select
 from trainer.evaluate import EvaluateConfig, evaluate
-from trainer.student import check_tokenizer, load_student, quantized_by, whole_folder
+from trainer.student import check_tokenizer, load_student, quantized_by
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
-RECORD, TABLE = "quantization.json", "quantization.csv"
+RECORD, TABLE = folders.QUANTIZED.marker, "quantization.csv"
 MAX_LENGTH = 2048
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 64, 512
 ANSWERS = 256  # prompts to answer at most, greedily
@@ -59,7 +59,7 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """A quantization that can be done. ``made``: it is there already, and only the measuring is to do."""
+    """A quantization that can be done."""
 
     config: QuantizeConfig
     dtype: str  # of the student, and of what stays
@@ -67,7 +67,6 @@ class Plan:
     train: Units | None
     test: Units | None
     record: dict[str, Any]
-    made: bool
     sizes: dict[str, int]
 
     def facts(self) -> dict[str, Any]:
@@ -106,21 +105,21 @@ def prepare(config: QuantizeConfig) -> Plan:
         "calibrated_on": [cache.fingerprint for cache in train.caches] if train and config.format == "w4a16" else None,
     }
     record = {"settings": settings, "student": config.student, "meaning": FORMATS[config.format], "measured": None}
-    made = _made(config, settings)
-    return Plan(config, dtype, group_size, train, test, record, made, _sizes(shape, config.format, group_size))
+    _is_made(config, settings)  # or it is refused
+    return Plan(config, dtype, group_size, train, test, record, _sizes(shape, config.format, group_size))
 
 
-def _made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
-    """Is the folder there, and only not measured? KDError if it holds anything else."""
+def _is_made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
+    """Whether the quantized student is there already, and not measured yet; KDError if the folder holds anything else."""
     out = config.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    found = json.loads((out / RECORD).read_text(encoding="utf-8")) if (out / RECORD).is_file() else None
+    folders.check_place(out, "--out")
     if config.overwrite:
-        if found is None:
-            raise KDError(f"--overwrite: {out} holds no quantized student; delete it yourself if that is meant")
+        folders.check_deletable(out, folders.QUANTIZED, reads=[config.student, *config.from_cache])
         return False
-    if found is not None and found["settings"] == settings and found["measured"] is None and config.measure:
+    if folders.is_empty(out):
+        return False
+    found = json.loads((out / RECORD).read_text(encoding="utf-8")) if folders.holds(out, folders.QUANTIZED) else None
+    if found is not None and found["settings"] == settings and found["measured"] is None:
         return True
     raise KDError(f"--out {out} is not empty; use another, or --overwrite")
 
@@ -128,17 +127,18 @@ def _made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
 def quantize(plan: Plan, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Save the quantized student and, if asked, measure both; returns what quantization.json says."""
     out = plan.config.out
-    if not plan.made:
-        with whole_folder(out) as scratch:
-            _save(plan, scratch, progress)
-            writer.write_text(scratch / "README.md", _card(plan))
-            writer.write_json(scratch / RECORD, plan.record)
-    if not plan.config.measure:
-        return plan.record
-    record = plan.record | {"measured": _measure(plan, progress)}
-    writer.write_csv(out / TABLE, *table(record["measured"]["rows"], exact=True))
-    writer.write_json(out / RECORD, record)
-    return record
+    with folders.held(out, folders.QUANTIZED):
+        if not _is_made(plan.config, plan.record["settings"]):  # again, now that nobody else writes there
+            with folders.whole(out, folders.QUANTIZED) as scratch:
+                _save(plan, scratch, progress)
+                writer.write_text(scratch / "README.md", _card(plan))
+                writer.write_json(scratch / RECORD, plan.record)
+        if not plan.config.measure:
+            return plan.record
+        record = plan.record | {"measured": _measure(plan, progress)}
+        writer.write_csv(out / TABLE, *table(record["measured"]["rows"], exact=True))
+        writer.write_json(out / RECORD, record)
+        return record
 
 
 def _card(plan: Plan) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdcache import __version__, manifest, query, writer
+from kdcache import __version__, folders, manifest, query, writer
 from kdcache.errors import KDError
 from trainer import compare, metrics
 from trainer.run import CONFIG_FILE, RUN_FILE
@@ -286,14 +286,16 @@ def write(found: Found, out: Path, progress: Progress = lambda _: None) -> Path:
     """report.html, report.json and plots/*.csv in ``out``; the page last."""
     from trainer import figures as drawn
 
-    data = gather(found, progress)
-    progress("drawing")
-    figures = drawn.of(data)
-    (out / "plots").mkdir(parents=True, exist_ok=True)
-    for figure in figures:
-        writer.write_csv(out / "plots" / f"{figure.name}.csv", figure.columns, figure.rows)
-    writer.write_json(out / "report.json", data)
-    writer.write_text(out / "report.html", _render(data, {figure.name: figure for figure in figures}))
+    with folders.held(out, folders.REPORT):
+        folders.check_writable(out, folders.REPORT)
+        data = gather(found, progress)
+        progress("drawing")
+        figures = drawn.of(data)
+        (out / "plots").mkdir(exist_ok=True)
+        for figure in figures:
+            writer.write_csv(out / "plots" / f"{figure.name}.csv", figure.columns, figure.rows)
+        writer.write_json(out / "report.json", data)
+        writer.write_text(out / "report.html", _render(data, {figure.name: figure for figure in figures}))
     return out / "report.html"
 
 

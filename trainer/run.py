@@ -9,17 +9,17 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from kdcache import machine, writer
+from kdcache import folders, machine, writer
 from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
@@ -28,7 +28,7 @@ from trainer import losses
 from trainer.batches import Units, open_caches, select
 from trainer.student import check_tokenizer, quantized_by
 
-RUN_FILE = "kdcache.json"
+RUN_FILE = folders.RUN.marker
 CONFIG_FILE = "run.yaml"
 METHODS = ("kd", "sft")
 SAMPLES_PER_DEVICE = 8
@@ -95,6 +95,7 @@ class Run:
     compile: dict[str, Any] | None  # for torch.compile
     record: dict[str, Any]
     checkpoint: str | None
+    resume: Callable[[], str | None]  # finds ``checkpoint``, once more when the folder's lock is held
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -116,7 +117,7 @@ class Run:
 
 
 def open_for(config: StudentConfig) -> list[Cache]:
-    """The caches, once it is clear that the student can be trained on them, and will not be deleted first."""
+    """Open the caches, after checking that this student can train on them and that --overwrite may delete what is there."""
     if config.load_in_4bit and config.lora_r is None:
         raise UsageError(
             "--load-in-4bit needs --lora-r: weights of 4 bits cannot be trained, what LoRA adds to them can"
@@ -126,13 +127,11 @@ def open_for(config: StudentConfig) -> list[Cache]:
             f"{config.student} is quantized, and such weights cannot be trained: train the student that it was made from "
             "(--load-in-4bit --lora-r 16 for QLoRA)"
         )
+    folders.check_place(config.output_dir, "--output-dir")
+    if config.overwrite:
+        _check_deletable(config)
     caches = open_caches(config.from_cache)
     check_tokenizer(config.student, caches[0])
-    student = Path(config.student).resolve()
-    if config.overwrite and config.output_dir.resolve() in (student, *student.parents):
-        raise UsageError(
-            f"--overwrite would delete the student {student}: it is inside --output-dir {config.output_dir}"
-        )
     return caches
 
 
@@ -155,6 +154,8 @@ def prepare(config: TrainConfig) -> Run:
             f"no sample to train on: the train split is empty, or {condition}--max-length {config.max_length} leave nothing of it"
         )
     validation = select(caches, "validation", config.where, config.max_length, cut)
+    if config.early_stopping_patience is not None and not len(validation):
+        raise UsageError("--early-stopping-patience needs a validation split, and the cache's is empty")
     arguments = dict(config.arguments)
     _check_arguments(arguments)
     samples_per_device = arguments.get("per_device_train_batch_size", SAMPLES_PER_DEVICE)
@@ -173,6 +174,7 @@ def prepare(config: TrainConfig) -> Run:
         "finished": False,
         **bos_of(caches),
     }
+    resume = partial(resume_point, config, record, _settings, "kd train")
     return Run(
         config,
         train,
@@ -186,7 +188,8 @@ def prepare(config: TrainConfig) -> Run:
         compile=_take_compile(arguments),
         arguments=arguments,
         record=record,
-        checkpoint=resume_point(config, record, _settings, "kd train"),
+        checkpoint=resume(),
+        resume=resume,
     )
 
 
@@ -214,21 +217,66 @@ def made_with() -> dict[str, str]:
     return {"device": machine.device(), **machine.versions()}
 
 
-def begin(config: StudentConfig, record: dict[str, Any]) -> None:
-    """Make the folder of a run: empty under --overwrite, with what was asked for and what it was resolved to."""
-    folder = config.output_dir
-    if config.overwrite and folder.is_dir():
-        _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer.write_json(folder / RUN_FILE, record)
+class Resolved(Protocol):
+    """What ``alone`` and ``begin`` need of a run."""
+
+    @property
+    def config(self) -> StudentConfig: ...
+    @property
+    def record(self) -> dict[str, Any]: ...
+    @property
+    def checkpoint(self) -> str | None: ...
+    @property
+    def resume(self) -> Callable[[], str | None]: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=Resolved)
+Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
+
+
+def alone(train: Callable[[AnyRun, Report], dict[str, Any]]) -> Callable[[AnyRun, Report], dict[str, Any]]:
+    """``train`` while its first rank holds the lock of the run's folder: KDError if another process writes there.
+
+    What ``begin`` set aside is deleted when the first step is done (``Begun``), and put back by an error before that.
+    """
+
+    @wraps(train)
+    def holding(run: AnyRun, report: Report) -> dict[str, Any]:
+        folder = run.config.output_dir
+        if os.environ.get("RANK", "0") != "0":  # one process holds it for all that torchrun started
+            return train(run, report)
+        with folders.held(folder, folders.RUN, "--output-dir"):
+            if run.resume() != run.checkpoint:
+                raise KDError(f"another process wrote to --output-dir {folder} just now; run the same command again")
+            return train(run, report)
+
+    return holding
+
+
+class Begun(TrainerCallback):
+    """Deletes what ``begin`` set aside once a step is done: the most that can go wrong has gone well by then."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folders.drop(Path(args.output_dir))
+
+
+def begin(run: Resolved) -> None:
+    """Write what was asked for and what it was resolved to, after all that can be checked; old contents are set aside.
+
+    Without a checkpoint there is nothing to continue: what a start left that failed before its first one goes too.
+    """
+    config, folder = run.config, run.config.output_dir
+    if config.overwrite:
+        _check_deletable(config)  # again: loading took its time
+    if run.checkpoint is None and (config.overwrite or folders.foreign(folder, folders.RUN) is None):
+        folders.set_aside(folder)
+    writer.write_json(folder / RUN_FILE, run.record)
     (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
 
 
-def _clear(folder: Path) -> None:
-    """Delete what a run left; refuse a folder that holds no run."""
-    if not (folder / RUN_FILE).is_file() and get_last_checkpoint(str(folder)) is None and any(folder.iterdir()):
-        raise KDError(f"--overwrite: {folder} holds no run; delete it yourself if that is meant")
-    shutil.rmtree(folder)
+def _check_deletable(config: StudentConfig) -> None:
+    folders.check_deletable(config.output_dir, folders.RUN, [config.student, *config.from_cache], flag="--output-dir")
 
 
 def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -272,25 +320,19 @@ def resume_point(
 ) -> str | None:
     """The checkpoint to go on from. KDError if the folder holds something else: ``settings`` of a record must be the same."""
     folder = config.output_dir
-    if config.overwrite or not folder.exists():
+    if config.overwrite or folders.is_empty(folder):
         return None
-    if not folder.is_dir():
-        raise UsageError(f"--output-dir {folder} is a file; expected a folder")
     checkpoint = get_last_checkpoint(str(folder))
     found = next(
         (f for f in (folder / RUN_FILE, *([Path(checkpoint) / RUN_FILE] if checkpoint else [])) if f.is_file()), None
     )
     if found is None:
-        if any(folder.iterdir()):
-            raise KDError(
-                f"--output-dir {folder} is not empty and holds no run of {command}; use another, or --overwrite"
-            )
-        return None
+        raise KDError(f"--output-dir {folder} is not empty and holds no run of {command}; use another")
     old = json.loads(found.read_text(encoding="utf-8"))
     if old.get("finished"):
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
     differing = differing_fields(settings(old), settings(record))
-    if differing:
+    if differing and folders.has_results(folder, folders.RUN):  # else there is nothing to lose
         raise KDError(
             f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
             + "\n  ".join(differing)

@@ -5,17 +5,14 @@ kd init-student --from embedded --keep-layers 20 --out data/student
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcache import hashes, models
+from kdcache import __version__, folders, hashes, models, writer
 from kdcache.errors import KDError, UsageError
 from kdcache.prompts import ids_in
 from kdcache.reader import Cache
@@ -23,38 +20,28 @@ from kdcache.reader import Cache
 
 def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Save a student made of ``base`` (all of it, or the layers named by ``keep_layers``) to ``out``."""
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        raise KDError(f"--out {out} is not empty; use another, or --overwrite")
-    model, tokenizer = load_student(base, "auto")
-    depth = model.config.get_text_config().num_hidden_layers
-    kept = list(range(depth))
-    if keep_layers is not None:
-        kept = parse_layers(keep_layers, depth)
-        _keep(model, kept)
-    with whole_folder(out) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+    with folders.held(out, folders.STUDENT):
+        if overwrite:
+            folders.check_deletable(out, folders.STUDENT, reads=[base])
+        elif not folders.is_empty(out):
+            raise KDError(f"--out {out} is not empty; use another, or --overwrite")
+        model, tokenizer = load_student(base, "auto")
+        depth = model.config.get_text_config().num_hidden_layers
+        kept = list(range(depth))
+        if keep_layers is not None:
+            kept = parse_layers(keep_layers, depth)
+            _keep(model, kept)
+        with folders.whole(out, folders.STUDENT) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            made = {"kdcache": __version__, "from": base, "kept": kept, "of": depth}
+            writer.write_json(scratch / folders.STUDENT.marker, made)
     return {
         "student": str(out),
         "layers": f"{len(kept)} of {depth}",
         "kept": ",".join(map(str, kept)),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when all is saved: under its final name a folder holds all of the student."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def parse_layers(spec: str, depth: int) -> list[int]:

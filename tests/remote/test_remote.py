@@ -128,6 +128,9 @@ def test_other_file_systems_of_fsspec_serve_as_well(tiny_model, rows_file, tiny_
     assert [s.sample_id for s in there] == [s.sample_id for s in here]
     capture.run(capture_plan(tiny_model, rows_file, where, overwrite=True, limit=2))
     assert manifest.summary(where)["samples"] == 4, "--overwrite deleted the rest"
+    (where / "notes.txt").upload(rows_file)
+    with pytest.raises(KDError, match=r"would delete memory://caches/tiny/notes.txt, which kdcache did not write"):
+        capture.run(capture_plan(tiny_model, rows_file, where, overwrite=True))
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -252,7 +252,7 @@ def test_report_to_none_and_the_student_inside_the_run_are_handled(train, kd, ti
     train(tmp_path / "run", "--report-to", "none", "--max-steps", 2)
     assert not list((tmp_path / "run").rglob("events.out.tfevents.*"))
     common = ("train", "--from-cache", tiny_cache, "--student", tmp_path / "run", "--output-dir", tmp_path / "run")
-    assert "would delete the student" in kd(*common, "--overwrite", code=2).stderr
+    assert "which is read" in kd(*common, "--overwrite", code=2).stderr
     assert (tmp_path / "run/model.safetensors").exists()
 
 
