@@ -701,6 +701,8 @@ def train(context: click.Context, **options: Any) -> None:
     if first_rank:
         facts = resolved.facts().items()
         _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+        for note in resolved.notes:
+            _note(note)
     from trainer import distill
 
     show = _StepLine(resolved.checkpoint)
@@ -788,6 +790,8 @@ def grpo(context: click.Context, **options: Any) -> None:
         return
     facts = resolved.facts().items()
     _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+    for note in resolved.notes:
+        _note(note)
     show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:

@@ -26,7 +26,7 @@ from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
-from trainer import adapters, rewards
+from trainer import adapters, checkpoints, rewards
 from trainer.batches import select
 from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
 from trainer.student import load_student, stop_ids
@@ -71,6 +71,7 @@ class GrpoRun:
     end_of_turn: int
     record: dict[str, Any]
     checkpoint: str | None
+    notes: Sequence[str]  # on what it goes on from
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -125,13 +126,15 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         "made_with": made_with(),
         "finished": False,
     }
+    resume = resume_point(config, record, _settings, "kd grpo")
     return GrpoRun(
         config,
         prompts,
         where,
         caches[0].plan["end_of_turn"],
         record,
-        resume_point(config, record, _settings, "kd grpo"),
+        str(resume.checkpoint) if resume.checkpoint else None,
+        resume.notes,
     )
 
 
@@ -238,7 +241,9 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
     student.generation_config.eos_token_id = stops
     if arguments.process_index == 0:
-        begin(config, run.record)
+        with checkpoints.saving(config.output_dir, 0):
+            begin(config, run.record)
+        checkpoints.sweep(config.output_dir)
     trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
         run,
         sandbox,
@@ -256,15 +261,18 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         trainer._save_checkpoint(trainer.model, trial=None)  # --no-guards goes on from here
         raise
     tokenizer.eos_token = own_eos
-    if config.lora_r is not None:
-        trainer.save_model(str(config.output_dir / adapters.FOLDER))
-        if arguments.process_index == 0:
-            adapters.merge(config, config.output_dir / adapters.FOLDER, config.output_dir)
-    else:
-        trainer.save_model(str(config.output_dir))
-    if arguments.process_index == 0:
-        trainer.save_state()
-        writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
+    first, adapted = arguments.process_index == 0, config.lora_r is not None
+    with checkpoints.whole_student(
+        config.output_dir, checkpoints.size_of(trainer.model.parameters()), first
+    ) as scratch:
+        trainer.save_model(str(scratch / adapters.FOLDER if adapted else scratch))  # by all ranks: shards are gathered
+        if first and adapted:
+            adapters.merge(config, scratch / adapters.FOLDER, scratch)
+        if first:
+            trainer.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+    if first:
+        with checkpoints.saving(config.output_dir, 0):
+            writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
     return {"output_dir": str(config.output_dir), "steps": trainer.state.global_step, "success": trainer.success}
 
 
@@ -281,7 +289,7 @@ def trainer_class(use_vllm: bool) -> Any:
         from trl import GRPOTrainer
     finally:
         import_utils.is_vllm_available = asked
-    return type("CachedGRPO", (FromCache, GRPOTrainer), {})
+    return type("CachedGRPO", (checkpoints.WholeCheckpoints, FromCache, GRPOTrainer), {})
 
 
 def argument_names() -> list[str]:

@@ -24,8 +24,9 @@ from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
 from kdcache.storage import Location
-from trainer import losses
+from trainer import checkpoints, losses
 from trainer.batches import Units, open_caches, select
+from trainer.checkpoints import Resume
 from trainer.student import check_tokenizer, quantized_by
 
 RUN_FILE = "kdcache.json"
@@ -95,6 +96,7 @@ class Run:
     compile: dict[str, Any] | None  # for torch.compile
     record: dict[str, Any]
     checkpoint: str | None
+    notes: Sequence[str]  # on what it goes on from
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -172,6 +174,7 @@ def prepare(config: TrainConfig) -> Run:
         "made_with": made_with(),
         "finished": False,
     }
+    resume = resume_point(config, record, _settings, "kd train")
     return Run(
         config,
         train,
@@ -185,7 +188,8 @@ def prepare(config: TrainConfig) -> Run:
         compile=_take_compile(arguments),
         arguments=arguments,
         record=record,
-        checkpoint=resume_point(config, record, _settings, "kd train"),
+        checkpoint=str(resume.checkpoint) if resume.checkpoint else None,
+        notes=resume.notes,
     )
 
 
@@ -201,7 +205,7 @@ def begin(config: StudentConfig, record: dict[str, Any]) -> None:
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     writer.write_json(folder / RUN_FILE, record)
-    (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
+    writer.write_text(folder / CONFIG_FILE, config.as_yaml())
 
 
 def _clear(folder: Path) -> None:
@@ -249,34 +253,38 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
 
 def resume_point(
     config: StudentConfig, record: dict[str, Any], settings: Callable[[dict[str, Any]], dict[str, Any]], command: str
-) -> str | None:
+) -> Resume:
     """The checkpoint to go on from. KDError if the folder holds something else: ``settings`` of a record must be the same."""
     folder = config.output_dir
     if config.overwrite or not folder.exists():
-        return None
+        return Resume()
     if not folder.is_dir():
         raise UsageError(f"--output-dir {folder} is a file; expected a folder")
-    checkpoint = get_last_checkpoint(str(folder))
-    found = next(
-        (f for f in (folder / RUN_FILE, *([Path(checkpoint) / RUN_FILE] if checkpoint else [])) if f.is_file()), None
-    )
+    records = [place / RUN_FILE for place in (folder, *checkpoints.listed(folder))]
+    found = next((path for path in records if path.is_file()), None)
     if found is None:
-        if any(folder.iterdir()):
+        if not all(checkpoints.is_leftover(path) for path in folder.iterdir()):
             raise KDError(
                 f"--output-dir {folder} is not empty and holds no run of {command}; use another, or --overwrite"
             )
-        return None
-    old = json.loads(found.read_text(encoding="utf-8"))
-    if old.get("finished"):
+        return Resume()
+    try:
+        old = json.loads(found.read_text(encoding="utf-8"))
+        finished, old_settings = old.get("finished"), settings(old)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise KDError(
+            f"{found} is damaged: it holds no record of a run; use another --output-dir, or --overwrite"
+        ) from None
+    if finished:
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    differing = differing_fields(settings(old), settings(record))
+    differing = differing_fields(old_settings, settings(record))
     if differing:
         raise KDError(
             f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
             + "\n  ".join(differing)
             + "\nUse the same settings to continue it, another folder, or --overwrite."
         )
-    return checkpoint
+    return checkpoints.to_continue(folder, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
