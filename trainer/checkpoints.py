@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerState
+from safetensors import safe_open
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -252,7 +252,14 @@ class WholeCheckpoints(Base):
         self._use_cache = getattr(config, "use_cache", None)  # Trainer sets it to False, for training
         super().__init__(*args, **kwargs)
         self._whole_step: int | None = None  # of the last whole checkpoint
-        self.add_callback(_Best(self))
+        self._ended = False  # where the checkpoint that training continues at was the last one
+        self.add_callback(_Begin(self))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self._ended:
+            self.control.should_training_stop = True  # Trainer looks at it after a step, and there is none left
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self._whole_step == self.state.global_step:
@@ -302,14 +309,21 @@ class WholeCheckpoints(Base):
         return size_of(weights) * (2 if self.is_fsdp_enabled else 1) + sum(size_of(s.values()) for s in remembered)
 
 
-class _Best(TrainerCallback):
-    """Where training goes on: the best checkpoint is found by its step, as a run's folder may have been moved."""
+class _Begin(TrainerCallback):
+    """What Trainer does not see for itself in the checkpoint that training continues at.
+
+    The best checkpoint is found by its step, as a run's folder may have been moved. A run that was interrupted after its
+    last step has only its student to save.
+    """
 
     def __init__(self, trainer: WholeCheckpoints):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._whole_step = state.global_step
+        stopping = [c for c in self.trainer.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback)]
+        impatient = any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in stopping)
+        self.trainer._ended = impatient or 0 < state.max_steps <= state.global_step
         if not state.best_global_step:
             return
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
@@ -381,7 +395,7 @@ def saving(what: Path, size: int) -> Iterator[None]:
         raise _disk_full(what, folder, size)
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raise no other class for it
         code, text = getattr(error, "errno", None), str(error)
         if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
             r"No space left|quota exceeded|File too large", text
