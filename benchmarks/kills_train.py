@@ -292,15 +292,22 @@ def own_namespace() -> str:
     return how
 
 
+def stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def full_disks(course: Course, disks: int, chance: random.Random) -> dict[str, Any]:
     """Runs on disks that are too small; each is made larger, and the same command has to finish."""
     found: dict[str, Any] = {"disks": 0, "full": 0, "before_writing": 0, "while_writing": 0, "failures": []}
-    whole = sum(path.stat().st_size for path in (course.scratch / f"{course.name}-whole").rglob("*") if path.is_file())
+    undisturbed = course.scratch / f"{course.name}-whole"
+    whole, checkpoint = stored(undisturbed), stored(undisturbed / "checkpoint-4")
     while found["full"] < disks:
         found["disks"] += 1
         mount = course.scratch / "disk"
         mount.mkdir(exist_ok=True)
         size = chance.randint(1 << 16, int(whole * 1.4)) & -4096
+        if chance.random() < 0.5:  # just less than a number of checkpoints: found out only while writing
+            size = chance.randint(1, 3) * checkpoint - chance.randint(1 << 12, 3 << 20) & -4096
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "disk", str(mount)], check=True)
         try:
             for attempt in range(2):  # the second finds it as full as the first
@@ -312,7 +319,7 @@ def full_disks(course: Course, disks: int, chance: random.Random) -> dict[str, A
                     found["failures"].append(f"{size} bytes: exit code {code}: {text[-3000:]}")
                 if attempt == 0:
                     found["full"] += 1
-                    kind = "before_writing" if "could not be saved" in text else "while_writing"
+                    kind = "before_writing" if "needs at least" in text else "while_writing"
                     found[kind] += 1
             subprocess.run(["mount", "-o", f"remount,size={4 * whole}", str(mount)], check=True)
             failure = course.finished(mount / "run")

@@ -391,27 +391,30 @@ def saving(what: Path, size: int) -> Iterator[None]:
     ``size``: the bytes that are needed at least. They are looked for before anything is written.
     """
     folder = what.parent if what.name.startswith("checkpoint-") else what
-    if size > storage.free_bytes(folder):
-        raise _disk_full(what, folder, size)
+    free = storage.free_bytes(folder)
+    if size > free:
+        raise _disk_full(
+            what, folder, f"it needs at least {size / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free there"
+        )
     try:
         yield
     except Exception as error:  # tokenizers raise no other class for it
-        code, text = getattr(error, "errno", None), str(error)
-        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
-            r"No space left|quota exceeded|File too large", text
-        ):
-            raise _disk_full(what, folder, size) from None
+        text = str(error)
+        refused = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         # torch's own writer does not hand on why the system refused it.
-        if "PytorchStreamWriter" in text or "inline_container" in text:
-            raise _disk_full(what, folder, size) from None
+        if refused or re.search(
+            r"No space left|quota exceeded|File too large|PytorchStreamWriter|inline_container", text
+        ):
+            raise _disk_full(
+                what, folder, f"it needs more than the {free / 1e6:,.1f} MB that were free there"
+            ) from None
         raise
 
 
-def _disk_full(what: Path, folder: Path, size: int) -> KDError:
+def _disk_full(what: Path, folder: Path, why: str) -> KDError:
     earlier = listed(folder) if folder.is_dir() else []
     newest = next((path.name for path in earlier if path != what and not is_half(path)), None)
     where = f"at {newest}" if newest else "at its beginning"
     return KDError(
-        f"{what} could not be saved, as the disk is full: it needs {size / 1e6:,.1f} MB or more, and {folder} has "
-        f"{storage.free_bytes(folder) / 1e6:,.1f} MB free. Make room and run the same command again: it continues {where}"
+        f"{what} could not be saved, as the disk is full: {why}. Make room and run the same command again: it continues {where}"
     )
