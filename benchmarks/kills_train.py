@@ -238,7 +238,7 @@ def moments(method: str, cache: Path, student: Path, scratch: Path, chance: rand
 
     def one(trainer: Any, last: int | None) -> dict[str, Any]:
         shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(before, out)
+        shutil.copytree(before, out, copy_function=os.link)  # what is there is deleted, or left as it is
         code = wait(fork(lambda: saved(trainer, Operations(out, last, chance)), log))
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(log.read_text())

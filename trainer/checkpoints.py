@@ -237,7 +237,7 @@ def _rotate(folder: Path, limit: int | None, best: str | None) -> None:
     checkpoints = listed(folder)
     kept = {checkpoints[0].name, *([Path(best).name] if best else [])}
     others = [checkpoint for checkpoint in checkpoints if checkpoint.name not in kept]
-    for checkpoint in others[max(limit - len(kept), 0) :] if limit else []:
+    for checkpoint in others[max(limit - len(kept), 0) :] if limit else ():
         _discard(checkpoint)
 
 

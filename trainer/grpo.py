@@ -28,7 +28,7 @@ from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
 from trainer import adapters, checkpoints, rewards
 from trainer.batches import select
-from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
+from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point, steps_asked_for
 from trainer.student import load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
@@ -97,6 +97,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
             f"--teacher-weight {config.teacher_weight}: expected 0 to {rewards.MOST_TEACHER_WEIGHT}, so that it cannot outweigh "
             "being right"
         )
+    steps_asked_for(config.arguments)
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
     prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]

@@ -144,6 +144,7 @@ def prepare(config: TrainConfig) -> Run:
         raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
     if not 0.0 <= config.alpha <= 1.0:
         raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
+    max_steps = steps_asked_for(config.arguments)
     caches = open_for(config)
     alpha = config.alpha if config.method == "kd" else 0.0
     for cache in caches:
@@ -163,8 +164,7 @@ def prepare(config: TrainConfig) -> Run:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = samples_per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
-    max_steps = arguments.get("max_steps", -1)
-    if max_steps <= 0:
+    if max_steps is None:
         max_steps = math.ceil(arguments.get("num_train_epochs", 3) * steps_per_epoch)
     record = {
         "format_version": FORMAT_VERSION,
@@ -249,6 +249,16 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
         if name in arguments and arguments[name] <= 0:
             raise UsageError(f"--{name.replace('_', '-')} {arguments[name]}: expected more than 0")
+
+
+def steps_asked_for(arguments: dict[str, Any]) -> int | None:
+    """--max-steps; None if it was not given, or is -1, its default. transformers also takes 0 and -7 for "not given"."""
+    steps = arguments.get("max_steps", -1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or (steps < 1 and steps != -1):
+        raise UsageError(
+            f"--max-steps {steps}: expected a whole number of at least 1; leave it out for --num-train-epochs"
+        )
+    return None if steps == -1 else steps
 
 
 def resume_point(
