@@ -677,7 +677,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 def train(context: click.Context, **options: Any) -> None:
     """Train a student from the cache alone (phase two). The teacher is never loaded.
 
-    Run the same command again after an interruption: it continues at the last checkpoint. Other options are
+    Run the same command again after an interruption: it continues at the last whole checkpoint. Other options are
     transformers.TrainingArguments', by their names: --learning-rate 1e-4, --num-train-epochs 1,
     --per-device-train-batch-size 8, --gradient-accumulation-steps 4, --bf16, --report-to tensorboard, ...
 

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors import safe_open
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
-from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -38,6 +39,7 @@ else:
 FILES_FILE = "files.json"
 SCRATCH = ".saving"  # where a run's student is written before its files get their names
 UNFINISHED = "it was not saved to its end"
+_FSDP_WEIGHTS = f"{FSDP_MODEL_NAME}.bin"  # under FSDP, beside the model
 _DISCARDED = ".discarded"  # ends the name of a checkpoint that is being deleted
 
 
@@ -159,10 +161,9 @@ def _unreadable(checkpoint: Path) -> str | None:
     """What is missing or cannot be read of what Trainer needs: weights, optimizer, learning rate, random state, its own state."""
     names = {path.name for path in checkpoint.iterdir()}
     weights = sorted(names & {SAFE_WEIGHTS_NAME, ADAPTER_SAFE_WEIGHTS_NAME})
-    sharded = any(name.startswith("pytorch_model_fsdp") for name in names)
-    if not weights and not sharded and SAFE_WEIGHTS_INDEX_NAME not in names:
+    if not weights and not names & {SAFE_WEIGHTS_INDEX_NAME, _FSDP_WEIGHTS}:
         return f"{SAFE_WEIGHTS_NAME} is missing"
-    if not any(name in (OPTIMIZER_NAME, OPTIMIZER_NAME_BIN) or name.startswith("optimizer_") for name in names):
+    if not names & {OPTIMIZER_NAME, OPTIMIZER_NAME_BIN}:
         return f"{OPTIMIZER_NAME} is missing (--save-only-model leaves weights that cannot be trained further)"
     if SCHEDULER_NAME not in names:
         return f"{SCHEDULER_NAME} is missing"
@@ -183,7 +184,7 @@ def _unreadable(checkpoint: Path) -> str | None:
         for name in weights:
             with safe_open(checkpoint / name, framework="pt"):
                 pass
-        tensors = {OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, "scaler.pt", "pytorch_model_fsdp.bin"} & names
+        tensors = {OPTIMIZER_NAME, OPTIMIZER_NAME_BIN, SCHEDULER_NAME, SCALER_NAME, _FSDP_WEIGHTS} & names
         for name in (*sorted(tensors), *states):
             with safe_globals():  # never anything but tensors and numbers: a pickle can hold a program
                 torch.load(checkpoint / name, map_location="cpu", mmap=True, weights_only=True)
