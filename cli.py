@@ -770,7 +770,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 def train(context: click.Context, **options: Any) -> None:
     """Train a student from the cache alone (phase two). The teacher is never loaded.
 
-    Run the same command again after an interruption: it continues at the last checkpoint. Other options are
+    Run the same command again after an interruption: it continues at the last whole checkpoint. Other options are
     transformers.TrainingArguments', by their names: --learning-rate 1e-4, --num-train-epochs 1,
     --per-device-train-batch-size 8, --gradient-accumulation-steps 4, --bf16, --report-to tensorboard, ...
 
@@ -795,6 +795,8 @@ def train(context: click.Context, **options: Any) -> None:
         facts = resolved.facts().items()
         _note_device()
         _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+        for note in resolved.notes:
+            _note(note)
     from trainer import distill
 
     show = _StepLine(resolved.checkpoint)
@@ -884,6 +886,8 @@ def grpo(context: click.Context, **options: Any) -> None:
     _note_device()
     facts = resolved.facts().items()
     _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+    for note in resolved.notes:
+        _note(note)
     show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:

@@ -89,7 +89,10 @@ COMPARISON = Kind("comparison", "comparison.json", '"interval"', ("comparison.js
 REPORT = Kind("report", "report.json", '"kdcache"', ("report.html", "report.json", "plots/*.csv"))
 
 #: What a folder holds besides: locks, half-written files, contents that were moved; and what file managers leave.
-_OURS = (".lock", ".lock-*", ".kdcache", ".*.[0-9]*.tmp", ".DS_Store", "Thumbs.db")
+_OURS = (
+    *(".lock", ".lock-*", ".kdcache", ".*.[0-9]*.tmp", ".saving", ".checkpoint-*.discarded"),
+    *(".DS_Store", "Thumbs.db"),
+)
 _HIDDEN = ".kdcache"
 
 

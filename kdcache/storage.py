@@ -113,7 +113,7 @@ def create(temporary: Path, path: Location) -> bool:
         return False
     except OSError:  # a file system without hard links: rename is atomic too, and the slice's shards are equal
         os.replace(temporary, path)
-    _fsync_folder(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -123,12 +123,14 @@ def replace(temporary: Path, path: Location) -> None:
         path.upload(temporary)
         return
     os.replace(temporary, path)
-    _fsync_folder(path.parent)
+    sync(path.parent)
 
 
-def _fsync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names."""
+    # Not every file system lets a folder be synced.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

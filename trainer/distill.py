@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache import writer
 from kdcache.errors import UsageError, first_line
-from trainer import adapters, card
+from trainer import adapters, card, checkpoints
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
 from trainer.run import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
@@ -119,7 +120,7 @@ def measure(student: Any, batches: Iterable[Batch]) -> dict[str, float]:
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(checkpoints.WholeCheckpoints, Trainer):
     """Trainer with our stream of batches and our held-out metrics; everything else is its own."""
 
     def __init__(
@@ -275,18 +276,21 @@ def _ranks_a_node(ranks: int) -> int:
     return here if here * nodes == ranks else 1
 
 
-def _leave(run: Run, trainer: DistillTrainer) -> None:
+def _leave(run: Run, trainer: Any) -> None:
     """What a run leaves: a whole student that transformers and vLLM load, its card, its history; the record last."""
-    out = run.config.output_dir
-    trainer.save_state()
+    out, first = run.config.output_dir, trainer.args.process_index == 0
     adapted = run.config.lora_r is not None
-    trainer.save_model(str(out / adapters.FOLDER if adapted else out))  # by all ranks: shards are gathered
-    if trainer.args.process_index == 0:
-        if adapted:
-            adapters.merge(run.config, out / adapters.FOLDER, out)
-        (out / "README.md").write_text(card.render(run, trainer.state.log_history), encoding="utf-8")
+    with checkpoints.whole_student(out, checkpoints.size_of(trainer.model.parameters()), first) as scratch:
+        trainer.save_model(str(scratch / adapters.FOLDER if adapted else scratch))  # by all ranks: shards are gathered
+        if first:
+            if adapted:
+                adapters.merge(run.config, scratch / adapters.FOLDER, scratch)
+            trainer.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+            (scratch / "README.md").write_text(card.render(run, trainer.state.log_history), encoding="utf-8")
+    if first:
         record = {**run.record, "finished": True, "history": trainer.state.log_history}
-        writer.write_json(out / RUN_FILE, record)
+        with checkpoints.saving(out, 0):
+            writer.write_json(out / RUN_FILE, record)
     trainer.accelerator.wait_for_everyone()
 
 

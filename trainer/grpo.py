@@ -27,8 +27,9 @@ from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import FORMAT_VERSION
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
-from trainer import adapters, rewards
+from trainer import adapters, checkpoints, rewards
 from trainer.batches import select
+from trainer.checkpoints import Resume
 from trainer.run import (
     RUN_FILE,
     Begun,
@@ -40,6 +41,7 @@ from trainer.run import (
     made_with,
     open_for,
     resume_point,
+    steps_asked_for,
     stop_unless_finite,
 )
 from trainer.student import load_student, stop_ids
@@ -82,7 +84,8 @@ class GrpoRun:
     end_of_turn: int
     record: dict[str, Any]
     checkpoint: str | None
-    resume: Callable[[], str | None]  # finds ``checkpoint``, once more when the folder's lock is held
+    resume: Callable[[], Resume]  # finds ``checkpoint``, once more when the folder's lock is held
+    notes: Sequence[str]  # on what it goes on from
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -108,6 +111,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
             f"--teacher-weight {config.teacher_weight}: expected 0 to {rewards.MOST_TEACHER_WEIGHT}, so that it cannot outweigh "
             "being right"
         )
+    steps_asked_for(config.arguments)
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
     prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
@@ -139,14 +143,16 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         **bos_of(caches),
     }
     resume = partial(resume_point, config, record, _settings, "kd grpo")
+    found = resume()
     return GrpoRun(
         config,
         prompts,
         where,
         caches[0].plan["end_of_turn"],
         record,
-        resume(),
+        found.path,
         resume,
+        found.notes,
     )
 
 
@@ -274,15 +280,18 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
         trainer._save_checkpoint(trainer.model, trial=None)  # --no-guards goes on from here
         raise
     tokenizer.eos_token = own_eos
-    if config.lora_r is not None:
-        trainer.save_model(str(config.output_dir / adapters.FOLDER))
-        if arguments.process_index == 0:
-            adapters.merge(config, config.output_dir / adapters.FOLDER, config.output_dir)
-    else:
-        trainer.save_model(str(config.output_dir))
-    if arguments.process_index == 0:
-        trainer.save_state()
-        writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
+    first, adapted = arguments.process_index == 0, config.lora_r is not None
+    with checkpoints.whole_student(
+        config.output_dir, checkpoints.size_of(trainer.model.parameters()), first
+    ) as scratch:
+        trainer.save_model(str(scratch / adapters.FOLDER if adapted else scratch))  # by all ranks: shards are gathered
+        if first and adapted:
+            adapters.merge(config, scratch / adapters.FOLDER, scratch)
+        if first:
+            trainer.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+    if first:
+        with checkpoints.saving(config.output_dir, 0):
+            writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
     return {"output_dir": str(config.output_dir), "steps": trainer.state.global_step, "success": trainer.success}
 
 
@@ -299,7 +308,7 @@ def trainer_class(use_vllm: bool) -> Any:
         from trl import GRPOTrainer
     finally:
         import_utils.is_vllm_available = asked
-    return type("CachedGRPO", (FromCache, GRPOTrainer), {})
+    return type("CachedGRPO", (checkpoints.WholeCheckpoints, FromCache, GRPOTrainer), {})
 
 
 def argument_names() -> list[str]:

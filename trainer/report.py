@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from transformers.trainer_utils import get_last_checkpoint
 
 from kdcache import __version__, folders, manifest, query, writer
 from kdcache.errors import KDError
-from trainer import compare, metrics
+from trainer import checkpoints, compare, metrics
 from trainer.run import CONFIG_FILE, RUN_FILE
 
 WORST = 20  # samples shown side by side
@@ -119,8 +118,8 @@ def _labels(evaluations: Sequence[Path]) -> list[tuple[str, str]]:
 def _run(folder: Path, labels: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """One training run: what was asked for, and its history."""
     record = _json(folder / RUN_FILE)
-    places = [folder, *map(Path, filter(None, [get_last_checkpoint(str(folder))]))]
-    states = [place / "trainer_state.json" for place in places if (place / "trainer_state.json").is_file()]
+    saved = [checkpoint for checkpoint in checkpoints.listed(folder) if not checkpoints.is_half(checkpoint)]
+    states = [place / "trainer_state.json" for place in (folder, *saved) if (place / "trainer_state.json").is_file()]
     history = _json(states[0])["log_history"] if states else []
     method = record.get("method", record["config"].get("method"))
     finished = [entry["train_runtime"] for entry in history if "train_runtime" in entry]

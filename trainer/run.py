@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
 from transformers import TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from kdcache import folders, machine, writer
 from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
 from kdcache.storage import Location
-from trainer import losses
+from trainer import checkpoints, losses
 from trainer.batches import Units, open_caches, select
+from trainer.checkpoints import Resume
 from trainer.student import check_tokenizer, quantized_by
 
 RUN_FILE = folders.RUN.marker
@@ -95,7 +95,8 @@ class Run:
     compile: dict[str, Any] | None  # for torch.compile
     record: dict[str, Any]
     checkpoint: str | None
-    resume: Callable[[], str | None]  # finds ``checkpoint``, once more when the folder's lock is held
+    resume: Callable[[], Resume]  # finds ``checkpoint``, once more when the folder's lock is held
+    notes: Sequence[str]  # on what it goes on from
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -141,6 +142,7 @@ def prepare(config: TrainConfig) -> Run:
         raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
     if not 0.0 <= config.alpha <= 1.0:
         raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
+    max_steps = steps_asked_for(config.arguments)
     caches = open_for(config)
     alpha = config.alpha if config.method == "kd" else 0.0
     for cache in caches:
@@ -162,8 +164,7 @@ def prepare(config: TrainConfig) -> Run:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     samples_per_step = samples_per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
-    max_steps = arguments.get("max_steps", -1)
-    if max_steps <= 0:
+    if max_steps is None:
         max_steps = math.ceil(arguments.get("num_train_epochs", 3) * steps_per_epoch)
     record = {
         "format_version": FORMAT_VERSION,
@@ -175,6 +176,7 @@ def prepare(config: TrainConfig) -> Run:
         **bos_of(caches),
     }
     resume = partial(resume_point, config, record, _settings, "kd train")
+    found = resume()
     return Run(
         config,
         train,
@@ -188,8 +190,9 @@ def prepare(config: TrainConfig) -> Run:
         compile=_take_compile(arguments),
         arguments=arguments,
         record=record,
-        checkpoint=resume(),
+        checkpoint=found.path,
         resume=resume,
+        notes=found.notes,
     )
 
 
@@ -227,7 +230,7 @@ class Resolved(Protocol):
     @property
     def checkpoint(self) -> str | None: ...
     @property
-    def resume(self) -> Callable[[], str | None]: ...
+    def resume(self) -> Callable[[], Resume]: ...
 
 
 AnyRun = TypeVar("AnyRun", bound=Resolved)
@@ -246,7 +249,7 @@ def alone(train: Callable[[AnyRun, Report], dict[str, Any]]) -> Callable[[AnyRun
         if os.environ.get("RANK", "0") != "0":  # one process holds it for all that torchrun started
             return train(run, report)
         with folders.held(folder, folders.RUN, "--output-dir"):
-            if run.resume() != run.checkpoint:
+            if run.resume().path != run.checkpoint:
                 raise KDError(f"another process wrote to --output-dir {folder} just now; run the same command again")
             return train(run, report)
 
@@ -271,8 +274,10 @@ def begin(run: Resolved) -> None:
         _check_deletable(config)  # again: loading took its time
     if run.checkpoint is None and (config.overwrite or folders.foreign(folder, folders.RUN) is None):
         folders.set_aside(folder)
-    writer.write_json(folder / RUN_FILE, run.record)
-    (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
+    with checkpoints.saving(folder, 0):
+        writer.write_json(folder / RUN_FILE, run.record)
+        writer.write_text(folder / CONFIG_FILE, config.as_yaml())
+    checkpoints.sweep(folder)
 
 
 def _check_deletable(config: StudentConfig) -> None:
@@ -315,30 +320,44 @@ def _check_arguments(arguments: dict[str, Any]) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {arguments[name]}: expected more than 0")
 
 
+def steps_asked_for(arguments: dict[str, Any]) -> int | None:
+    """--max-steps; None if it was not given, or is -1, its default. transformers also takes 0 and -7 for "not given"."""
+    steps = arguments.get("max_steps", -1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or (steps < 1 and steps != -1):
+        raise UsageError(
+            f"--max-steps {steps}: expected a whole number of at least 1; leave it out for --num-train-epochs"
+        )
+    return None if steps == -1 else steps
+
+
 def resume_point(
     config: StudentConfig, record: dict[str, Any], settings: Callable[[dict[str, Any]], dict[str, Any]], command: str
-) -> str | None:
+) -> Resume:
     """The checkpoint to go on from. KDError if the folder holds something else: ``settings`` of a record must be the same."""
     folder = config.output_dir
     if config.overwrite or folders.is_empty(folder):
-        return None
-    checkpoint = get_last_checkpoint(str(folder))
-    found = next(
-        (f for f in (folder / RUN_FILE, *([Path(checkpoint) / RUN_FILE] if checkpoint else [])) if f.is_file()), None
-    )
+        return Resume()
+    records = [place / RUN_FILE for place in (folder, *checkpoints.listed(folder))]
+    found = next((path for path in records if path.is_file()), None)
     if found is None:
         raise KDError(f"--output-dir {folder} is not empty and holds no run of {command}; use another")
-    old = json.loads(found.read_text(encoding="utf-8"))
-    if old.get("finished"):
+    try:
+        old = json.loads(found.read_text(encoding="utf-8"))
+        finished, old_settings = old.get("finished"), settings(old)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise KDError(
+            f"{found} is damaged: it holds no record of a run; use another --output-dir, or --overwrite"
+        ) from None
+    if finished:
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    differing = differing_fields(settings(old), settings(record))
+    differing = differing_fields(old_settings, settings(record))
     if differing and folders.has_results(folder, folders.RUN):  # else there is nothing to lose
         raise KDError(
             f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
             + "\n  ".join(differing)
             + "\nUse the same settings to continue it, another folder, or --overwrite."
         )
-    return checkpoint
+    return checkpoints.to_continue(folder, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
