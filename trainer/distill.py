@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kdcache import writer
 from kdcache.errors import UsageError, first_line
-from trainer import adapters, card
+from trainer import adapters, card, parallel
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
 from trainer.run import RUN_FILE, Run, begin
@@ -140,6 +140,11 @@ class DistillTrainer(Trainer):
         self._tokens, self._begun = before["tokens"], time.monotonic() - before["seconds"]
         self.add_callback(_Steps(stream.steps_per_epoch))
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        parallel.prepare(self.args)
+        super().create_accelerator_and_postprocess()
+        parallel.check(self.args, self.accelerator)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         # A generator of its own: it would draw from the one that dropout goes on with after a resume.
