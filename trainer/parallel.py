@@ -26,16 +26,21 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def wanted(arguments: Mapping[str, Any]) -> bool:
+    """Whether FSDP2 was asked for."""
+    return bool(arguments.get("fsdp"))
+
+
 def mode(arguments: Mapping[str, Any]) -> str | None:
     """What a run says of itself: ``FSDP2, 2 processes``. None where there is one process. UsageError where it cannot be."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not arguments.get("fsdp"):
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not wanted(arguments):
         raise UsageError("the launcher's environment asks for FSDP (ACCELERATE_USE_FSDP): ask for it with --fsdp alone")
-    if arguments.get("fsdp") and processes() == 1:
+    if wanted(arguments) and processes() == 1:
         raise UsageError(
             "--fsdp shards a student over several processes, and this is one: start it with torchrun --nproc-per-node N, "
             "or leave --fsdp out"
         )
-    return None if processes() == 1 else f"{'FSDP2' if arguments.get('fsdp') else 'DDP'}, {processes()} processes"
+    return None if processes() == 1 else f"{'FSDP2' if wanted(arguments) else 'DDP'}, {processes()} processes"
 
 
 def prepare(arguments: TrainingArguments) -> None:
