@@ -183,7 +183,7 @@ class DistillTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, parallel.without_tied(self.model, state_dict))
         writer.write_json(Path(output_dir or str(self.args.output_dir)) / RUN_FILE, self.record)
 
 

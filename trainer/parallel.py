@@ -69,3 +69,11 @@ def check(arguments: TrainingArguments, accelerator: Accelerator) -> None:
             f"FSDP2 was {'' if arguments.fsdp else 'not '}asked for, and accelerate chose {accelerator.distributed_type.value}: "
             "this machine or its launcher's environment cannot be used so"
         )
+
+
+def without_tied(student: Any, weights: Any) -> Any:
+    """What is saved of ``weights``, which FSDP2 gathers by name: a matrix that is tied to another is saved once, under one name."""
+    if weights is None:
+        return None
+    tied = getattr(student, "all_tied_weights_keys", None) or {}
+    return {name: weight for name, weight in weights.items() if tied.get(name) not in weights}

@@ -43,6 +43,9 @@ class FromCache(Base):
         super().create_accelerator_and_postprocess()
         parallel.check(self.args, self.accelerator)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, parallel.without_tied(self.model, state_dict))
+
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self.prompts_by_text[text].ids) for text in prompts], None, {}
 

@@ -47,33 +47,29 @@ def check_grpo(tiny_model, tmp_path_factory):
     return check
 
 
-def answers(check, names, values):
-    """How each field takes each value: None, or the error. Anything but a KDError fails the test."""
-    found = {}
+@pytest.fixture(scope="module", params=["train", "grpo"])
+def answers(request):
+    """What each option of a command says to each absurd value: None where it takes it. Only a KDError is an answer."""
+    check = request.getfixturevalue("check_training" if request.param == "train" else "check_grpo")
+    names = run.training_argument_names() if request.param == "train" else grpo.argument_names()
+    said = {}
     for name in names:
-        for value in values:
+        for number, value in enumerate(ABSURD):
             try:
                 check(**{name: value})
-                found[name, repr(value)] = None
+                said[name, number] = None
             except KDError as error:
-                found[name, repr(value)] = str(error)
-    return found
+                said[name, number] = str(error)
+    return said
 
 
-def test_absurd_values_of_training_options_are_taken_or_refused_in_a_sentence(check_training):
-    found = answers(check_training, run.training_argument_names(), ABSURD)
-    assert all(said is None or (len(said) < 400 and "\n" not in said) for said in found.values())
+def test_absurd_values_are_taken_or_refused_in_one_sentence(answers):
+    assert [said for said in answers.values() if said is not None and (len(said) > 400 or "\n" in said)] == []
 
 
-def test_absurd_values_of_grpo_options_are_taken_or_refused_in_a_sentence(check_grpo):
-    found = answers(check_grpo, grpo.argument_names(), ABSURD)
-    assert all(said is None or (len(said) < 400 and "\n" not in said) for said in found.values())
-
-
-def test_no_option_takes_what_is_not_finite(check_training, check_grpo):
-    found = answers(check_training, run.training_argument_names(), NOT_FINITE)
-    found |= answers(check_grpo, grpo.argument_names(), NOT_FINITE)
-    assert [name for name, said in found.items() if said is None] == []
+def test_no_option_takes_what_is_not_finite(answers):
+    first = len(ABSURD) - len(NOT_FINITE)
+    assert [name for (name, number), said in answers.items() if number >= first and said is None] == []
 
 
 @pytest.mark.parametrize(
