@@ -1525,7 +1525,7 @@ def _let_first_rank_speak() -> None:
     One that a single rank meets, such as a file that its machine lacks, is printed by that rank.
     """
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)
+        time.sleep(30)
 
 
 def main() -> None:

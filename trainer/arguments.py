@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import Trainer, TrainingArguments
-from transformers.generation.configuration_utils import ALL_CACHE_IMPLEMENTATIONS
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -189,7 +188,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
     "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "hccl", "cncl", "mccl", "xccl"),
     "metric_for_best_model": tuple(f"{prefix}{name}" for prefix in ("eval_", "") for name in ("kl", "ce", "agreement")),
-    "cache_implementation": tuple(ALL_CACHE_IMPLEMENTATIONS),
+    "cache_implementation": ("dynamic", "static"),  # others need a GPU or more libraries
     "vllm_mode": ("colocate", "server"),
     "vllm_model_impl": ("vllm", "transformers"),
     "loss_type": ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"),
@@ -197,6 +196,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "scale_rewards": ("group", "batch", "none"),
     "vllm_importance_sampling_mode": ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
 }
+
+#: transformers' generate takes no whole number for these.
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 #: What a field takes where its annotation says something else.
 _TYPES: dict[str, Any] = {
@@ -238,6 +240,8 @@ def _checked(name: str, value: Any, annotation: Any, choices: Iterable[str] | No
         except ValueError as error:
             raise UsageError(f"{flag(name)} {value}: not JSON: {error}") from None
     _check_finite(name, value)
+    if name in _FLOATS and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST:
+        value = float(value)
     if str in wanted and isinstance(value, int | float) and not {int, float, bool} & wanted:
         value = str(value)  # a name made of digits
     if not _fits(value, annotation):

@@ -115,6 +115,7 @@ def test_training_options_that_cannot_be_are_refused_by_name(check_training, giv
         ({"num_generations": 3}, "must be divisible"),
         ({"loss_type": "bogus"}, "expected one of grpo"),
         ({"temperature": 0}, "more than 0"),
+        ({"cache_implementation": "quantized"}, "expected one of dynamic, static"),
         ({"eval_strategy": "steps"}, "use kd evaluate"),
         ({"per_device_train_batch_size": 64}, "answers 32 prompts"),
         ({"max_completion_length": 100_000}, "the student knows 512 positions"),
@@ -150,6 +151,11 @@ def test_numbers_of_lora_that_mean_nothing_are_refused(tiny_model, tmp_path, cha
 
 def test_the_largest_rank_of_lora_is_allowed(tiny_model, tmp_path):
     arguments.check_lora(run.TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
+
+
+def test_whole_numbers_reach_generation_as_it_takes_them(check_grpo):
+    made = check_grpo(temperature=1, repetition_penalty=2)
+    assert isinstance(made.temperature, float) and isinstance(made.repetition_penalty, float)
 
 
 def test_every_refused_option_is_one_that_the_library_has():
