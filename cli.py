@@ -874,7 +874,8 @@ def grpo(context: click.Context, **options: Any) -> None:
     quiet.libraries()
     from trainer import grpo as reinforcement
 
-    _warn_of_unsafe(options["unsafe_exec"])
+    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    _warn_of_unsafe(options["unsafe_exec"] and first_rank)
     extra = _grpo_extra(context)
     config = reinforcement.GrpoConfig(
         arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
@@ -883,11 +884,12 @@ def grpo(context: click.Context, **options: Any) -> None:
     if options["dry_run"]:
         _print_facts(resolved.facts(), options["as_json"])
         return
-    _note_device()
-    facts = resolved.facts().items()
-    _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
-    for note in resolved.notes:
-        _note(note)
+    if first_rank:
+        _note_device()
+        facts = resolved.facts().items()
+        _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+        for note in resolved.notes:
+            _note(note)
     show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
@@ -905,9 +907,11 @@ def grpo(context: click.Context, **options: Any) -> None:
     try:
         found = reinforcement.train(resolved, report)
     except KeyboardInterrupt:
-        _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
+        if first_rank:
+            _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
         raise
-    _print_facts(found, options["as_json"])
+    if first_rank:
+        _print_facts(found, options["as_json"])
 
 
 @kd.command("evaluate", context_settings=CONTEXT)
@@ -1646,6 +1650,15 @@ def _library_extra(
     return _check_extra(context.meta.get("kd.config", {}) | _extra_options(context), known, whose, own, renamed)
 
 
+def _let_first_rank_speak() -> None:
+    """Wait in another rank than the first: an error that all meet is printed once, as torchrun ends the others by then.
+
+    One that a single rank meets, such as a file that its machine lacks, is printed by that rank.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)
+
+
 def main() -> None:
     """The `kd` command: user errors become one sentence and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -1661,11 +1674,13 @@ def main() -> None:
     except KeyboardInterrupt:
         code = 130
     except click.ClickException as error:
+        _let_first_rank_speak()
         shown = io.StringIO()
         error.show(shown)
         _note(shown.getvalue().rstrip("\n"))
         code = 2
     except KDError as error:
+        _let_first_rank_speak()
         _note(f"Error: {error}")
         code = error.exit_code
     except ImportError as error:

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache import writer
-from kdcache.errors import UsageError, first_line
-from trainer import adapters, card, checkpoints
+from trainer import adapters, card, checkpoints, parallel
+from trainer.arguments import for_training
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
 from trainer.run import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
@@ -140,6 +140,11 @@ class DistillTrainer(checkpoints.WholeCheckpoints, Trainer):
         self.add_callback(_Steps(stream.steps_per_epoch))
         self.remove_callback(PrinterCallback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        parallel.prepare(self.args)
+        super().create_accelerator_and_postprocess()
+        parallel.check(self.args, self.accelerator)
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         # A generator of its own: it would draw from the one that dropout goes on with after a resume.
         return torch.utils.data.DataLoader(self.stream, batch_size=None, generator=torch.Generator())
@@ -177,7 +182,7 @@ class DistillTrainer(checkpoints.WholeCheckpoints, Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, parallel.without_tied(self.model, state_dict))
         writer.write_json(Path(output_dir or str(self.args.output_dir)) / RUN_FILE, self.record)
 
 
@@ -216,7 +221,7 @@ class _Report(TrainerCallback):
 def train(run: Run, report: Report) -> dict[str, Any]:
     """Train, keep the best checkpoint by the validation split, and save it as a Hugging Face folder."""
     config = run.config
-    arguments = _training_arguments(run)  # starts the process group, where there are several
+    arguments = for_training(run)  # starts the process group, where there are several
     set_seed(arguments.seed)  # of LoRA's matrices, before there is a Trainer
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     attach_loss(student, run.alpha, config.divergence)
@@ -292,50 +297,3 @@ def _leave(run: Run, trainer: Any) -> None:
         with checkpoints.saving(out, 0):
             writer.write_json(out / RUN_FILE, record)
     trainer.accelerator.wait_for_everyone()
-
-
-def _training_arguments(run: Run) -> TrainingArguments:
-    config, given = run.config, dict(run.arguments)
-    every = max(1, round(run.steps_per_epoch / config.evals_per_epoch))
-    evaluates = len(run.validation) > 0
-    eval_steps = given.pop("eval_steps", every)
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": run.samples_per_device,
-        "per_device_eval_batch_size": run.samples_per_device,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "logging_steps": max(1, run.max_steps // 100),
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": eval_steps,
-        "save_strategy": "steps",
-        "save_steps": eval_steps,
-        "save_total_limit": 2,
-        "load_best_model_at_end": evaluates,
-        "metric_for_best_model": ("eval_kl" if config.method == "kd" else "eval_ce") if evaluates else None,
-        "greater_is_better": False,
-        "report_to": ["tensorboard"],
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,  # it shows a loss that is not finite as one that is
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    arguments = defaults | given
-    if arguments["report_to"] is None:  # `none` on the command line
-        arguments["report_to"] = "none"
-    if config.early_stopping_patience is not None:
-        arguments["restore_callback_states_from_checkpoint"] = True  # else its count starts again at 0
-    arguments |= {
-        "output_dir": str(config.output_dir),
-        "max_steps": run.max_steps,
-        "ignore_data_skip": True,  # our stream starts at the step itself
-        "remove_unused_columns": False,
-    }
-    try:
-        made = TrainingArguments(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"TrainingArguments refused these options: {first_line(error)}") from None
-    if made.n_gpu > 1:  # DataParallel would cut packed rows; torchrun gives each GPU a process
-        made._n_gpu = 1
-    return made

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,11 +24,13 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from kdcache import models, query, verifiers, writer
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION
+from kdcache.hashes import model_folder
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
-from trainer import adapters, checkpoints, rewards
+from trainer import adapters, checkpoints, parallel, rewards
+from trainer.arguments import REFUSED_BY_GRPO, as_usage, check_lora, check_values, made
 from trainer.batches import select
 from trainer.checkpoints import Resume
 from trainer.run import (
@@ -81,6 +84,7 @@ class GrpoRun:
     config: GrpoConfig
     prompts: list[Prompt]
     where: str | None
+    parallel: str | None  # DDP or FSDP2, with the number of processes; None for one
     end_of_turn: int
     record: dict[str, Any]
     checkpoint: str | None
@@ -90,6 +94,7 @@ class GrpoRun:
     def facts(self) -> dict[str, Any]:
         return {
             "output_dir": str(self.config.output_dir),
+            "parallel": self.parallel,
             "prompts": len(self.prompts),
             "where": self.where,
             "prompts_with_a_trace": sum(bool(prompt.traces) for prompt in self.prompts),
@@ -132,6 +137,8 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         )
     if config.teacher_weight:
         _add_cached(prompts, caches)
+    check_lora(config)
+    _arguments(config, len(prompts))  # what cannot be is told before anything is made
     record = {
         "format_version": FORMAT_VERSION,
         "method": "grpo",
@@ -148,6 +155,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         config,
         prompts,
         where,
+        parallel.mode(config.arguments),
         caches[0].plan["end_of_turn"],
         record,
         found.path,
@@ -249,28 +257,24 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
 
     config = run.config
     sandbox = verifiers.sandbox_for((prompt.verifier for prompt in run.prompts), config.unsafe_exec)
-    arguments = _arguments(run)
-    answers = arguments.per_device_train_batch_size * (arguments.steps_per_generation or 1)
-    if config.guide is not None and answers % (arguments.num_generations or 1):
-        raise UsageError(
-            f"--guide needs whole groups on a process: {answers} answers a generation are no multiple of --num-generations "
-            f"{arguments.num_generations}"
-        )
+    arguments = _arguments(config, len(run.prompts))
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     stops = stop_ids(student, tokenizer, run.end_of_turn)
     own_eos = tokenizer.eos_token
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
     student.generation_config.eos_token_id = stops
-    trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
-        run,
-        sandbox,
-        stops,
-        model=adapters.add(student, config),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": prompt.text} for prompt in run.prompts]),
-        processing_class=tokenizer,
-        callbacks=[Begun(), _Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
-    )
+    model = adapters.add(student, config)
+    with as_usage("trl.GRPOTrainer"):
+        trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
+            run,
+            sandbox,
+            stops,
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list([{"prompt": prompt.text} for prompt in run.prompts]),
+            processing_class=tokenizer,
+            callbacks=[Begun(), _Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
+        )
     trainer.success = _success_of(run.checkpoint)
     if arguments.process_index == 0:
         begin(run)  # last of all: what fails before this has changed nothing
@@ -317,7 +321,8 @@ def argument_names() -> list[str]:
     return [f.name for f in dataclasses.fields(GRPOConfig)]
 
 
-def _arguments(run: GrpoRun) -> Any:
+def _arguments(config: GrpoConfig, prompts: int) -> Any:
+    """trl.GRPOConfig of a run. UsageError for what it, or its optimizer, schedule and prompts, cannot be made of."""
     from trl import GRPOConfig
 
     given: dict[str, Any] = {
@@ -328,14 +333,50 @@ def _arguments(run: GrpoRun) -> Any:
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
-        "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := run.config.teacher_weight) else [])],
+        "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := config.teacher_weight) else [])],
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
-        **run.config.arguments,
+        **check_values(config.arguments, REFUSED_BY_GRPO, GRPOConfig),
         "trust_remote_code": models.code_is_trusted(),
-        "output_dir": str(run.config.output_dir),
+        "output_dir": str(config.output_dir),
     }
-    try:
-        return GRPOConfig(**given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"trl.GRPOConfig: {first_line(error)}") from None
+    if given["report_to"] is None:  # `none` on the command line
+        given["report_to"] = "none"
+    asked = given.get("max_steps", -1)
+    together = made(GRPOConfig, given, asked if asked > 0 else 1000)
+    at_once = together.generation_batch_size // together.num_generations
+    if at_once > prompts:
+        raise UsageError(
+            f"a generation answers {at_once} prompts (its {together.generation_batch_size} answers over --num-generations "
+            f"{together.num_generations}), and there are {prompts}; use a smaller --per-device-train-batch-size"
+        )
+    answers = together.per_device_train_batch_size * together.steps_per_generation
+    if config.guide is not None and answers % together.num_generations:
+        raise UsageError(
+            f"--guide needs whole groups on a process: {answers} answers a generation are no multiple of --num-generations "
+            f"{together.num_generations}"
+        )
+    shape = models.config(model_folder(config.student))
+    if together.router_aux_loss_coef is not None and not hasattr(shape, "output_router_logits"):
+        raise UsageError(
+            "--router-aux-loss-coef weighs the loss of a mixture of experts, and the student is none; leave it out"
+        )
+    longest = getattr(shape, "max_position_embeddings", None)
+    if longest is not None and together.max_completion_length > longest:
+        raise UsageError(
+            f"--max-completion-length {together.max_completion_length}: the student knows {longest} positions, prompt and answer "
+            "together"
+        )
+    if together.sync_ref_model and (together.beta == 0 or config.lora_r is not None):
+        raise UsageError(
+            "--sync-ref-model needs a student of reference, which there is with --beta and without --lora-r"
+        )
+    if together.use_vllm and find_spec("vllm") is None:
+        raise KDError("--use-vllm: vllm is not installed; install it, or leave the option out")
+    if together.log_completions and find_spec("rich") is None:
+        raise KDError("--log-completions: rich is not installed; pip install rich, or leave the option out")
+    if together.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise KDError(
+            "--use-liger-kernel: liger-kernel is not installed; pip install liger-kernel, or leave the option out"
+        )
+    return together

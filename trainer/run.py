@@ -23,7 +23,8 @@ from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
 from kdcache.storage import Location
-from trainer import checkpoints, losses
+from trainer import checkpoints, losses, parallel
+from trainer.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
 from trainer.batches import Units, open_caches, select
 from trainer.checkpoints import Resume
 from trainer.student import check_tokenizer, quantized_by
@@ -91,6 +92,7 @@ class Run:
     samples_per_step: int
     steps_per_epoch: int
     max_steps: int
+    parallel: str | None  # DDP or FSDP2, with the number of processes; None for one
     arguments: dict[str, Any]  # for TrainingArguments
     compile: dict[str, Any] | None  # for torch.compile
     record: dict[str, Any]
@@ -101,6 +103,7 @@ class Run:
     def facts(self) -> dict[str, Any]:
         return {
             "output_dir": str(self.config.output_dir),
+            "parallel": self.parallel,
             "method": self.config.method,
             "alpha": self.alpha,
             "divergence": self.config.divergence if self.alpha else None,
@@ -158,10 +161,10 @@ def prepare(config: TrainConfig) -> Run:
     validation = select(caches, "validation", config.where, config.max_length, cut)
     if config.early_stopping_patience is not None and not len(validation):
         raise UsageError("--early-stopping-patience needs a validation split, and the cache's is empty")
-    arguments = dict(config.arguments)
-    _check_arguments(arguments)
+    arguments = check_values(config.arguments, REFUSED_BY_TRAIN)
+    check_lora(config)
     samples_per_device = arguments.get("per_device_train_batch_size", SAMPLES_PER_DEVICE)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = parallel.processes()
     samples_per_step = samples_per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
     if max_steps is None:
@@ -177,7 +180,7 @@ def prepare(config: TrainConfig) -> Run:
     }
     resume = partial(resume_point, config, record, _settings, "kd train")
     found = resume()
-    return Run(
+    run = Run(
         config,
         train,
         validation,
@@ -187,6 +190,7 @@ def prepare(config: TrainConfig) -> Run:
         samples_per_step,
         steps_per_epoch,
         max_steps,
+        parallel=parallel.mode(arguments),
         compile=_take_compile(arguments),
         arguments=arguments,
         record=record,
@@ -194,6 +198,8 @@ def prepare(config: TrainConfig) -> Run:
         resume=resume,
         notes=found.notes,
     )
+    for_training(run)  # what cannot be together is told before anything is made
+    return run
 
 
 def bos_of(caches: Sequence[Cache]) -> dict[str, str]:
@@ -293,33 +299,6 @@ def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
     return options if wanted else None
 
 
-#: TrainingArguments that cannot mean here what they mean elsewhere.
-REFUSED_ARGUMENTS = {
-    "label_smoothing_factor": "the teacher's probabilities are the soft labels",
-    "group_by_length": "the order of batches is fixed by the seed",
-    "output_dir": "it is an option of this command",
-    "remove_unused_columns": "batches hold just what is used",
-    "ignore_data_skip": "the stream starts at the right batch by itself",
-}
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """UsageError for what TrainingArguments would take and fail on later."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    for name, value in arguments.items():
-        flag = "--" + name.replace("_", "-")
-        if name in REFUSED_ARGUMENTS:
-            raise UsageError(f"{flag}: not used here, {REFUSED_ARGUMENTS[name]}")
-        number = isinstance(defaults[name], int | float) and not isinstance(defaults[name], bool)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UsageError(f"{flag} {value}: expected a number")
-        if name in ("eval_strategy", "save_strategy") and value == "epoch":
-            raise UsageError(f"{flag} epoch: use --evals-per-epoch 1")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
-        if name in arguments and arguments[name] <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {arguments[name]}: expected more than 0")
-
-
 def steps_asked_for(arguments: dict[str, Any]) -> int | None:
     """--max-steps; None if it was not given, or is -1, its default. transformers also takes 0 and -7 for "not given"."""
     steps = arguments.get("max_steps", -1)
@@ -378,11 +357,9 @@ RENAMED = {
     "per_gpu_train_batch_size": "--per-device-train-batch-size",
     "per_gpu_eval_batch_size": "--per-device-eval-batch-size",
     "adafactor": "--optim adafactor",
-    "fp16_full_eval": "--dtype float16",
-    "bf16_full_eval": "--dtype bfloat16",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "push_to_hub_model_id": "--hub-model-id",
-    "push_to_hub_token": "--hub-token",
+    "push_to_hub_model_id": "kd push",
+    "push_to_hub_token": "kd push",
     "save_safetensors": "nothing: it is always safetensors",
     "jit_mode_eval": "--torch-compile",
     "torchdynamo": "--torch-compile-backend",
@@ -391,6 +368,7 @@ RENAMED = {
     "temperature": "nothing: a divergence at another temperature needs the full vocabulary, which no cache holds",
     "loss_type": "--divergence",
     "lora_rank": "--lora-r",
+    "group_by_length": "nothing: the order of batches is fixed by the seed",
     "packing": "nothing: samples are always packed, without padding",
 }
 
