@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from kdcache import __version__
+from kdcache import __version__, quiet
 from kdcache.errors import KDError
 
 EXTRA_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110}
@@ -56,10 +56,22 @@ class _LocationType(click.ParamType):
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         from kdcache import storage
 
+        if value == "":
+            self.fail("expected a folder, or a URL of an object store; found an empty text", parameter, context)
         return storage.location(value)
 
 
 LOCATION = _LocationType()
+
+
+class FiniteRange(click.FloatRange):
+    """click's range lets NaN through, and infinity where one end is open."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", parameter, context)
+        return number
 
 
 unsafe_option = click.option(
@@ -98,6 +110,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     default="chat",
     show_default=True,
     help="The teacher's chat template, or Stanford Alpaca's plain text (in Spanish for Spanish).",
+)
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "add", "never"]),
+    default="auto",
+    show_default=True,
+    help="What stands before a prompt: what tokenizer and chat template put there; one BOS token, where there is none; or no "
+    "BOS before text that no chat template rendered.",
 )
 @click.option("--prompt-column", help="Column of the prompts, if it is not `prompt` or `messages`.")
 @click.option("--completion-column", help="Column of the given answers, if it is not `completion`.")
@@ -188,7 +208,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--workers", type=click.IntRange(1), help="Engines under --ray [default: as many as there are GPUs for].")
 @click.option(
     "--gpus-per-worker",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     help="GPUs of each engine under --ray [default: what its tensor and pipeline parallelism ask for].",
 )
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
@@ -220,10 +240,10 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples dolly --prompt-format alpaca --out data/dolly
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --mode both --samples 4 --out data/qwen
     """
-    _quiet_libraries()
-    from kdcache import capture, cluster, examples
+    quiet.libraries()
+    from kdcache import capture, cluster, examples, machine
     from kdcache.plan import CaptureConfig, Plan
-    from kdcache.teachers import Sampling
+    from kdcache.teachers import Sampling, runs_on_gpu
 
     _warn_of_unsafe(options["unsafe_exec"])
     workers = cluster.Workers(options.pop("ray_address"), options.pop("workers"), options.pop("gpus_per_worker"))
@@ -243,6 +263,11 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")},
     )
     plan = Plan(config)
+    device = machine.chosen(runs_on_gpu(config.engine))
+    named = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
+    _note(f"{named} on {device}, {len(plan.examples)} examples -> {config.out}")
+    for note in plan.notes():
+        _note(note)
     if options["dry_run"]:
         _print_facts(capture.dry_run(plan), options["as_json"])
         return
@@ -259,12 +284,9 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
             state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
         )
 
-    _note(f"{plan.fields['teacher']} ({config.engine}, {plan.dtype}), {len(plan.examples)} examples -> {config.out}")
-    if plan.near_duplicates:
-        _note(f"{plan.near_duplicates} of them nearly repeat a row of another split, and are dropped")
     with _CtrlC(lambda: line.last > 0) as interrupt:
         try:
-            found = run(plan, progress=show, stop=lambda: interrupt.asked)
+            found = run(plan, progress=show, stop=lambda: interrupt.asked, say=_note)
         except KeyboardInterrupt:
             line.close()
             _note(f"interrupted; whole shards are kept. To continue:\n  {_this_command()}")
@@ -612,7 +634,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     \b
     kd init-student --from embedded --keep-layers 20 --out data/student
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import student
 
     _print_facts(student.init_student(base, out, keep_layers, overwrite), as_json)
@@ -684,7 +706,7 @@ def train(context: click.Context, **options: Any) -> None:
     \b
     kd train --from-cache data/cache --student data/student --output-dir data/kd --learning-rate 2e-4
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import run
 
     extra = _train_extra(context)
@@ -700,6 +722,7 @@ def train(context: click.Context, **options: Any) -> None:
     first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
     if first_rank:
         facts = resolved.facts().items()
+        _note_device()
         _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
     from trainer import distill
 
@@ -774,7 +797,7 @@ def grpo(context: click.Context, **options: Any) -> None:
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --max-steps 100
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --guide prefix --where "success > 0"
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import grpo as reinforcement
 
     _warn_of_unsafe(options["unsafe_exec"])
@@ -786,6 +809,7 @@ def grpo(context: click.Context, **options: Any) -> None:
     if options["dry_run"]:
         _print_facts(resolved.facts(), options["as_json"])
         return
+    _note_device()
     facts = resolved.facts().items()
     _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
     show = _StepLine(resolved.checkpoint)
@@ -871,14 +895,15 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     kd evaluate before=data/student kd=data/kd-0 kd=data/kd-1 --from-cache data/cache --temperature 0 --temperature 1
     kd compare data/evaluation
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import compare as comparison
     from trainer import evaluate as evaluation
 
     _warn_of_unsafe(options["unsafe_exec"])
     line = _ProgressLine("done")
     config = evaluation.EvaluateConfig(models=tuple(map(evaluation.label_of, models)), **options)
-    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None))
+    _note_device()
+    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None), _note)
     line.close()
     found = comparison.rows([out])
     if as_json:
@@ -973,7 +998,7 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     kd quantize data/kd --out data/kd-nf4 --from-cache data/cache
     kd quantize data/kd --out data/kd-w4a16 --format w4a16 --from-cache data/cache
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import quantize as quantizing
 
     plan = quantizing.prepare(quantizing.QuantizeConfig(**options))
@@ -981,6 +1006,7 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
         _print_facts(plan.facts(), as_json)
         return
     line = _ProgressLine("done")
+    _note_device()
     record = quantizing.quantize(plan, lambda what, done, total: line.show(done, total, what, None))
     line.close()
     if as_json:
@@ -1012,7 +1038,7 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
     kd report data/demo --out data/demo/report
     kd report data/kd data/sft data/grpo data/evaluation --cache data/qwen
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import report as reporting
 
     found = reporting.find(folders, cache)
@@ -1082,7 +1108,7 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
     kd view data/demo/cache
     kd view data/demo/cache --student data/demo/kd --sample builtin:en-001:g
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer.view import View
 
     with contextlib.closing(View(cache)) as viewed:
@@ -1130,17 +1156,25 @@ def _address_file(url: str) -> Iterator[str]:
 @click.option("--system", help="System prompt.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-def chat(student: str, system: str | None, temperature: float, max_new_tokens: int) -> None:
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "add", "never"]),
+    help="What stands before a prompt, as in kd cache-teacher [default: as the student was trained].",
+)
+def chat(student: str, system: str | None, temperature: float, max_new_tokens: int, bos: str | None) -> None:
     """Try a student by hand: one line, one answer; an empty line or Ctrl-D ends.
 
     \b
     kd chat data/kd
     echo "What is 3 + 4?" | kd chat data/kd
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import chat as chatting
 
-    conversation = chatting.Conversation(student, system, temperature, max_new_tokens)
+    conversation = chatting.Conversation(student, system, temperature, max_new_tokens, bos)
+    _note_device()
+    if conversation.prompts.lacks_bos:
+        _note(f"warning: {student} {conversation.prompts.without_bos}")
     while True:
         if sys.stdin.isatty():
             click.secho("> ", nl=False, err=True, bold=True)
@@ -1192,7 +1226,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
     kd run dolly-en --dry-run
     kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
     """
-    _quiet_libraries()
+    quiet.libraries()
     from kdcache import recipe as recipes
 
     out = out or Path("data") / Path(recipe).stem
@@ -1226,6 +1260,13 @@ def _check_command(arguments: list[str]) -> None:
 
 def _note(text: str) -> None:
     click.echo(text, err=True)
+
+
+def _note_device() -> None:
+    """The first line of whatever computes: on which device, and why not on a GPU that is there."""
+    from kdcache import machine
+
+    _note(f"on {machine.chosen()}")
 
 
 def _plain(value: Any) -> Any:
@@ -1371,25 +1412,6 @@ class _StepLine:
         _note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
 
 
-def _quiet_libraries() -> None:
-    """Progress and errors are ours to print; the libraries' own chatter stays off unless the user asked for it."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TORCH_LOGS": "-all",
-    }.items():
-        os.environ.setdefault(name, value)
-    import logging
-    import warnings
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels as it is imported
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate|trl")
-
-
 def _warn_of_unsafe(unsafe_exec: bool) -> None:
     if unsafe_exec:
         click.secho(
@@ -1419,7 +1441,7 @@ def _plan_slice(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
+    if not (index.isdecimal() and count.isdecimal() and len(text) < 20):
         raise click.UsageError(f"--plan-slice {text}: expected I/N with I from 0 to N - 1, as in 0/4 .. 3/4")
     return int(index), int(count)
 
@@ -1457,7 +1479,7 @@ def _literal(value: Any) -> Any:
         return value
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
 
 

@@ -21,14 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import format, judging, lock, manifest, sparsify, storage, verifiers, writer
+from kdcache import format, judging, lock, machine, manifest, sparsify, storage, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table
 from kdcache.sandbox import Sandbox
 from kdcache.storage import Location
-from kdcache.teachers import Answer, Refusal, Request, Teacher, load, runs_on_gpu
+from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
 #: Both measured on real text; used for the prediction of --dry-run alone.
@@ -73,19 +73,26 @@ class OpenShard:
 
 
 def run(
-    plan: Plan, progress: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+    plan: Plan,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Do what is missing of a plan, and return the manifest.
 
     Once ``stop`` says so, no further shard is begun: those begun are finished, and the manifest is not complete.
+    ``say`` is told what the user should know of the engine.
     """
     with lock.held(plan.config.out):
-        _work(plan, progress, stop)
+        _work(plan, progress, stop, say)
         return sum_up(plan)
 
 
 def run_slice(
-    plan: Plan, progress: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+    plan: Plan,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Do what is missing of a plan's slice, beside the processes that do the others; returns what is there of it.
 
@@ -93,7 +100,7 @@ def run_slice(
     """
     assert plan.config.plan_slice is not None
     with lock.held_slice(plan.config.out, *plan.config.plan_slice):
-        state = _work(plan, progress, stop)
+        state = _work(plan, progress, stop, say)
     mine = plan.mine()
     missing = {shard.name for shard in plan.missing(plan.shards)}
     of_mine = sum(shard.name in missing for shard in mine)
@@ -110,14 +117,14 @@ def run_slice(
     }
 
 
-def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> Progress:
+def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> Progress:
     """Write the shards that are this process's and are missing."""
     plan.check_folder()
     todo = plan.todo()
     state = expected(plan, todo)
     sandbox = sandbox_for(plan) if todo else None
     # The engine first: if it cannot start, --overwrite has deleted nothing.
-    teacher = load(plan.config.engine, plan.engine_options()) if todo else None
+    teacher = load(plan.config.engine, plan.engine_options(), say) if todo else None
     prepare(plan)
     if teacher is not None:
         state.started = time.monotonic()
@@ -399,6 +406,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "engine": config.engine,
         "dtype": plan.dtype,
         "max_model_len": plan.max_model_len,
+        "device": machine.chosen(runs_on_gpu(config.engine)),
         "examples": len(plan.examples),
         "samples_to_do": samples,
         "rejected": rejected,

@@ -28,7 +28,7 @@ from kdcache.capture import Progress
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.plan import Plan, Shard
 from kdcache.sandbox import Sandbox
-from kdcache.teachers import Teacher, load, runs_on_gpu
+from kdcache.teachers import Say, Teacher, load, runs_on_gpu
 
 LOCAL = "local"
 #: So many workers may die one after the other without a shard written between; then it is not bad luck.
@@ -110,8 +110,8 @@ class Worker:
         self._plan, self._number, self._desk, self._sandboxed = plan, number, desk, sandboxed
         self._teacher: Teacher | None = None
 
-    def start(self, driver_has_gpu: bool) -> None:
-        """Start the engine, of the very teacher that the plan names."""
+    def start(self, driver_has_gpu: bool) -> list[str]:
+        """Start the engine, of the very teacher that the plan names; returns what the user should know of it."""
         import ray
 
         plan, config = self._plan, self._plan.config
@@ -129,7 +129,9 @@ class Worker:
         if hashes.weights(plan.model) != plan.fields["weights"]:
             raise KDError(f"{platform.node()}: the weights of {config.teacher} there are not those that the driver has")
         self._ray = ray
-        self._teacher = load(config.engine, plan.engine_options())
+        said: list[str] = []
+        self._teacher = load(config.engine, plan.engine_options(), said.append)
+        return said
 
     def run(self) -> None:
         """Take shards until there are none."""
@@ -161,6 +163,7 @@ def run(
     workers: Workers,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """``capture.run`` by several workers: do what is missing of a plan, and return the manifest."""
     with lock.held(plan.config.out):
@@ -170,7 +173,7 @@ def run(
             capture.prepare(plan)
         else:
             with _connected(plan, workers) as (ray, count, gpus):
-                _Driver(ray, plan, todo, gpus).work(count, progress, stop)
+                _Driver(ray, plan, todo, gpus).work(count, progress, stop, say)
         return capture.sum_up(plan)
 
 
@@ -194,7 +197,8 @@ class _Driver:
         self._desk = ray.remote(Desk).options(num_cpus=0).remote([ray.put(shard) for shard in todo])
         self._actor_class = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
 
-    def work(self, count: int, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+    def work(self, count: int, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> None:
+        said: set[str] = set()  # many workers have the same to say
         starting: dict[Any, int] = {}
         running: dict[Any, int] = {}
         claimed = closed = False
@@ -210,6 +214,10 @@ class _Driver:
                         self._lost(number)
                         starting |= self._hire() if self._left() and not closed else {}
                     elif started:
+                        for sentence in self._ray.get(ref):
+                            if sentence not in said:
+                                say(sentence)
+                            said.add(sentence)
                         if not claimed:  # now that an engine runs: if none can start, --overwrite has deleted nothing
                             capture.prepare(self._plan)
                             self._state.started = time.monotonic()

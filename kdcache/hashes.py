@@ -48,6 +48,19 @@ def model_folder(model: str, revision: str | None = None) -> str:
         ) from None
 
 
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """The object in a model folder's file; an empty one if there is no such file. KDError if it holds something else."""
+    try:
+        found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise KDError(f"{folder}/{name} is damaged, it is not JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise KDError(f"{folder}/{name} is damaged: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def revision(folder: str) -> str | None:
     """The commit of a folder in the Hub's cache; None for any other folder."""
     name = Path(folder).name

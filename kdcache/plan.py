@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, sparsify, splits, storage
+from kdcache import embedded, examples, format, hashes, sparsify, splits, storage, verifiers
+from kdcache.bounds import MOST_SAMPLES, MOST_SEED, check_sampling, check_whole
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
@@ -28,6 +29,8 @@ MODES = ("score", "sample", "both")
 
 #: Without --max-model-len, on a CPU: vLLM must prefill a prompt in one piece there, and tries its memory at start-up.
 CPU_MAX_MODEL_LEN = 2048
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # the last two are vLLM's names
 
 #: Options that would make the cache say something else than it claims, or that have a name here.
 REFUSED_OPTIONS = {
@@ -86,6 +89,7 @@ class CaptureConfig:
     engine: str = "vllm"
     dtype: str = "auto"
     max_model_len: int | None = None
+    bos: str = "auto"
     reasoning: bool = False
     verify: bool = True
     unsafe_exec: bool = False
@@ -137,7 +141,9 @@ class Plan:
         self.dtype = resolve_dtype(config.dtype, model_config["dtype"], config.engine)
         self.max_model_len = _max_model_len(config, model_config["max_position_embeddings"])
         self.date = self._date()
-        self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date)
+        self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date, config.bos)
+        if self.prompts.end_of_turn >= self.vocab_size:
+            raise KDError(f"{config.teacher}: its end of turn, {self._no_token(self.prompts.end_of_turn)}")
         self.examples = self._load()
         if all(isinstance(example, BadRow) for example in self.examples):
             raise KDError(f"--examples {config.examples}: no row can be taken. {self.examples[0].reason}")  # type: ignore[union-attr]
@@ -145,6 +151,25 @@ class Plan:
         self.fingerprint = format.fingerprint(self.fields)
         self.near_duplicates = 0  # rows dropped because they repeat one of a later split
         self.shards = self._cut()
+
+    def _no_token(self, token: int) -> str:
+        return f"token {token}, is beyond the model's vocabulary of {self.vocab_size}: its tokenizer has more tokens than that"
+
+    def notes(self) -> list[str]:
+        """What the user should know before the teacher runs, each a sentence or two."""
+        found = []
+        if self.near_duplicates:
+            found.append(f"{self.near_duplicates} rows nearly repeat a row of another split, and are dropped")
+        if self.prompts.lacks_bos:
+            found.append(f"warning: {self.config.teacher} {self.prompts.without_bos}")
+        reasons = [(row, reason) for row in self.examples if isinstance(row, Example) and (reason := _not_judged(row))]
+        if reasons:
+            row, reason = reasons[0]
+            found.append(
+                f"warning: the verifiers of {len(reasons)} of {len(self.examples)} rows are not understood, so that their "
+                f"answers will not be judged; the first: {row.source}:{row.row_id}: {reason}"
+            )
+        return found
 
     def _load(self) -> list[Example | BadRow]:
         """The examples in the data set's order or, shuffled, in that of a hash of the seed and their ids; then cut."""
@@ -198,6 +223,8 @@ class Plan:
         config = self.config
         sampled = config.mode != "score"
         return {
+            # Fields that came later are there only where they are not the default: old fingerprints stay as they are.
+            **({"bos": config.bos} if config.bos != "auto" else {}),
             "format_version": format.FORMAT_VERSION,
             "teacher": _teacher_name(config.teacher),
             "weights": hashes.weights(self.model),
@@ -231,6 +258,7 @@ class Plan:
             dtype=self.dtype,
             seed=self.config.seed,
             sampling=self.config.sampling,
+            stop_token_ids=tuple(self.prompts.stop_ids),
             extra=self.config.engine_extra,
         )
 
@@ -290,11 +318,11 @@ class Plan:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
 
     def _prompt(self, example: Example) -> tuple[str, list[int]]:
-        """The prompt as text and ids. Plain text is tokenised as without a chat template: with the tokenizer's own BOS."""
+        """The prompt as text and ids. Plain text is tokenised as without a chat template."""
         if self.config.reasoning:
             example = with_reasoning(example)
         if example.prompt is not None:
-            return example.prompt, self.prompts.tokenizer(example.prompt, verbose=False)["input_ids"]
+            return example.prompt, self.prompts.prompt_ids(example.prompt, is_plain=True)
         rendered = self.prompts.render(example.messages)
         return rendered, self.prompts.prompt_ids(rendered)
 
@@ -315,6 +343,9 @@ class Plan:
             return
         if not prompt_ids:
             yield bad("the prompt is empty")
+            return
+        if max(prompt_ids) >= self.vocab_size:
+            yield bad(f"prompt: {self._no_token(max(prompt_ids))}")
             return
         fields = {
             "prompt_id": f"{format.stable_hash(rendered):016x}",
@@ -349,6 +380,8 @@ class Plan:
                 yield bad("no completion to score" if example.completion is None else "the completion is empty")
             elif reason := too_long(len(prompt_ids) + len(ids), "prompt and completion:"):
                 yield bad(reason)
+            elif max(ids) >= self.vocab_size:
+                yield bad(f"completion: {self._no_token(max(ids))}")
             else:
                 yield sample("g", ids, origin="given", completion=example.completion)
         if config.mode != "score":
@@ -368,18 +401,33 @@ def _group_id(example: Example) -> str:
     return example.group_id or f"{format.stable_hash(example.messages):016x}"
 
 
+def _not_judged(example: Example) -> str | None:
+    """Why an answer to this example could not be judged although the row says how; None where all is well."""
+    try:
+        verifiers.parse(example.verifier)
+    except KDError as error:
+        return str(error)
+    return None
+
+
 def _model_config(model: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
+    hashes.read_json(model, "config.json")
     try:
         config = AutoConfig.from_pretrained(model).get_text_config()
+        found = {
+            "vocab_size": config.vocab_size,
+            "max_position_embeddings": getattr(config, "max_position_embeddings", None),
+            "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
+        }
     except Exception as error:
         raise KDError(f"{model}: not a model that transformers can read: {first_line(error)}") from None
-    return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": getattr(config, "max_position_embeddings", None),
-        "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
-    }
+    for name in ("vocab_size", "max_position_embeddings"):
+        value = found[name]
+        if not (isinstance(value, int) and value > 0) and (value is not None or name == "vocab_size"):
+            raise KDError(f"{model}/config.json is damaged: {name} is {value!r}, expected a whole number above 0")
+    return found
 
 
 def _max_model_len(config: CaptureConfig, longest: int | None) -> int:
@@ -420,14 +468,20 @@ def _check(config: CaptureConfig) -> None:
             raise UsageError(
                 "--overwrite would have each slice delete what the others wrote; delete the folder first, or use another --out"
             )
-    for flag, value, least in (
-        ("--samples", config.samples, 1),
-        ("--rows-per-shard", config.rows_per_shard, 1),
-        ("--max-tokens", config.sampling.max_tokens, 1),
-        ("--limit", config.limit, 1),
-        ("--temperature", config.sampling.temperature, 0),
+    for flag, value in (
+        ("--teacher", config.teacher),
+        ("--revision", config.revision),
+        ("--examples", config.examples),
     ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} {value}: expected at least {least}")
-    if not 0 < config.sampling.top_p <= 1:
-        raise UsageError(f"--top-p {config.sampling.top_p}: expected more than 0 and at most 1")
+        if value == "":
+            raise UsageError(f"{flag}: expected a name, found an empty text")
+    check_whole("--samples", config.samples, 1, MOST_SAMPLES)
+    check_whole("--rows-per-shard", config.rows_per_shard, 1)
+    check_whole("--max-tokens", config.sampling.max_tokens, 1)
+    check_whole("--limit", config.limit, 1)
+    check_whole("--capture-k", config.capture_k, 1)
+    check_whole("--max-model-len", config.max_model_len, 2)
+    check_whole("--seed", config.seed, 0, MOST_SEED)
+    check_sampling(config.sampling.temperature, config.sampling.top_p)
+    if config.dtype not in DTYPES:
+        raise UsageError(f"--dtype {config.dtype}: expected one of {', '.join(DTYPES)}")

@@ -5,27 +5,49 @@ Prompt and completion are tokenised apart, never cut out of a joint rendering; a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from kdcache.errors import KDError, first_line
+from kdcache import hashes
+from kdcache.errors import KDError, UsageError, first_line
 
 COMPLETION_POLICY_VERSION = 1
+
+#: What stands before a prompt. ``auto``: what the tokenizer adds to plain text, and what a chat template holds.
+#: ``add``: one BOS, where there is none yet. ``never``: no BOS before plain text; a chat template keeps its own.
+BOS = ("auto", "add", "never")
 
 
 class Prompts:
     """A tokenizer and its chat template, asked in the one way that the cache is made of."""
 
-    def __init__(self, model: str, tokenizer: Any, today: date | None = None):
+    def __init__(self, model: str, tokenizer: Any, today: date | None = None, bos: str = "auto"):
         self.tokenizer = tokenizer
+        if bos not in BOS:
+            raise UsageError(f"--bos {bos}: expected one of {', '.join(BOS)}")
+        named = _named_bos(model)
+        self.bos, self.bos_id = bos, named if named is not None else tokenizer.bos_token_id
+        if bos == "add" and self.bos_id is None:
+            raise UsageError(f"--bos add: neither config.json nor the tokenizer of {model} names a BOS token")
+        self._adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [self.bos_id]
+        #: The model was given a BOS by whoever configured it, and nothing puts it before a prompt.
+        self.lacks_bos = bos == "auto" and named is not None and tokenizer.chat_template is None and not self._adds_bos
         self._today = today or date.today()
         self.tells_the_date = any(w in str(tokenizer.chat_template) for w in ("strftime_now", "date_string"))
         self.end_of_turn = _end_of_turn(model, tokenizer)
+        self.stop_ids = ids_in(self.end_of_turn, tokenizer.eos_token_id)  # besides those of generation_config
+
+    @property
+    def without_bos(self) -> str:
+        """What to tell the user where ``lacks_bos``."""
+        return (
+            f"names a BOS token ({self.tokenizer.convert_ids_to_tokens(self.bos_id)}, id {self.bos_id}), but its tokenizer adds "
+            "none and there is no chat template, so prompts begin without it. A model that was trained with BOS answers "
+            "rubbish then. Say --bos add if it was, or --bos never if it was not"
+        )
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
         """The prompt as text: the chat template with the generation prompt; without a template, the contents."""
@@ -38,9 +60,13 @@ class Prompts:
         except Exception as error:  # jinja raises what a template's author chose
             raise ValueError(f"the chat template refused these messages: {error}") from None
 
-    def prompt_ids(self, rendered: str) -> list[int]:
-        special = self.tokenizer.chat_template is None
-        return self.tokenizer(rendered, add_special_tokens=special, verbose=False)["input_ids"]
+    def prompt_ids(self, text: str, is_plain: bool = False) -> list[int]:
+        """The ids of a prompt. One that no chat template rendered is plain, and gets the tokenizer's special tokens."""
+        is_plain = is_plain or self.tokenizer.chat_template is None
+        ids = self.tokenizer(text, add_special_tokens=is_plain, verbose=False)["input_ids"]
+        if self.bos == "add" and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids[1:] if self.bos == "never" and is_plain and self._adds_bos else ids
 
     def completion_ids(self, completion: str) -> list[int]:
         """The completion by itself, without special tokens, then exactly one end-of-turn id."""
@@ -65,11 +91,7 @@ def load_tokenizer(model: str) -> Any:
 
 def _end_of_turn(model: str, tokenizer: Any) -> int:
     """The id of generation_config.eos_token_id that the chat template emits, else the tokenizer's eos."""
-    stops: set[int] = set()
-    config = Path(model) / "generation_config.json"
-    if config.is_file():
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    stops = set(ids_in(hashes.read_json(model, "generation_config.json").get("eos_token_id")))
     if stops and tokenizer.chat_template is not None:
         mark = "kdcache-probe"
         try:
@@ -84,6 +106,22 @@ def _end_of_turn(model: str, tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise KDError(f"{model}: the tokenizer names no end-of-sequence token, so no completion could end")
     return tokenizer.eos_token_id
+
+
+def _named_bos(model: str) -> int | None:
+    """The BOS id that config.json itself names: transformers' classes have defaults, which say nothing of the model."""
+    config = hashes.read_json(model, "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if ids := ids_in(part.get("bos_token_id")):
+            return ids[0]
+    return None
+
+
+def ids_in(*values: Any) -> list[int]:
+    """The token ids in what configurations hold (an id, a list of them, or nothing), each once and in order."""
+    flat = [part for value in values for part in (value if isinstance(value, list | tuple) else [value])]
+    return sorted({part for part in flat if isinstance(part, int) and not isinstance(part, bool)})
 
 
 def vocab_table(tokenizer: Any, head_rows: int) -> pa.Table:

@@ -59,7 +59,7 @@ def parse(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         verifier = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KDError(f"a verifier is not JSON: {error}") from None
     return check(verifier)
 

@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 import torch
 
 from kdcache import hashes, query, verifiers, writer
-from kdcache.errors import KDError
+from kdcache.bounds import MOST_SAMPLES, check_sampling, check_whole
+from kdcache.errors import KDError, UsageError
 from kdcache.format import SPLITS
 from kdcache.reader import Cache, Sample
 from kdcache.sandbox import Sandbox
@@ -70,14 +71,34 @@ class Prompt:
     teacher: list[str] = field(repr=False)  # the teacher's own answers
 
 
+def _check(config: EvaluateConfig) -> None:
+    """UsageError for values that nothing could be measured with."""
+    for label, model in config.models:
+        if not label or not model:
+            raise UsageError(f"{label}={model}: expected a model, or LABEL=MODEL")
+    for temperature in config.temperatures or (0.0,):
+        check_sampling(temperature, config.top_p)
+    check_whole("--max-length", config.max_length, 1)
+    check_whole("--batch-size", config.batch_size, 1)
+    check_whole("--generate", config.generate, 0)
+    check_whole("--seeds", config.seeds, 1, MOST_SAMPLES)
+    check_whole("--max-new-tokens", config.max_new_tokens, 1)
+
+
 def label_of(argument: str) -> tuple[str, str]:
     """``label=model`` or a model, which is then its own label."""
     label, equals, model = argument.partition("=")
     return (label, model) if equals and not Path(argument).exists() else (argument, argument)
 
 
-def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Path:
-    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts."""
+def evaluate(
+    config: EvaluateConfig, progress: Progress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts.
+
+    ``say`` is told what the user should know of the engine that generates.
+    """
+    _check(config)
     if config.split not in SPLITS:
         raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
     caches = open_caches(config.from_cache)
@@ -124,7 +145,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
         at = lambda *numbers: progress(f"{label}: held-out KL", *numbers)  # noqa: E731
         forced = _forced(model, units, groups, entropies(), sampled_from(caches[0]), config, at)
         texts = generate.answers(
-            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
+            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at), say
         )
         return forced, judged(asks, texts)
 

@@ -28,7 +28,7 @@ from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
 from trainer import adapters, rewards
 from trainer.batches import select
-from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
+from trainer.run import RUN_FILE, StudentConfig, begin, bos_of, made_with, open_for, resume_point
 from trainer.student import load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
@@ -124,6 +124,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
         "made_with": made_with(),
         "finished": False,
+        **bos_of(caches),
     }
     return GrpoRun(
         config,
@@ -233,7 +234,7 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
             f"{arguments.num_generations}"
         )
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
-    stops = stop_ids(student, run.end_of_turn)
+    stops = stop_ids(student, tokenizer, run.end_of_turn)
     own_eos = tokenizer.eos_token
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(run.end_of_turn)
     student.generation_config.eos_token_id = stops

@@ -171,6 +171,7 @@ def prepare(config: TrainConfig) -> Run:
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
         "made_with": made_with(),
         "finished": False,
+        **bos_of(caches),
     }
     return Run(
         config,
@@ -187,6 +188,12 @@ def prepare(config: TrainConfig) -> Run:
         record=record,
         checkpoint=resume_point(config, record, _settings, "kd train"),
     )
+
+
+def bos_of(caches: Sequence[Cache]) -> dict[str, str]:
+    """How the prompts of the caches begin, where that was chosen: `kd chat` asks the student in the same way."""
+    chosen = [cache.plan["fields"]["bos"] for cache in caches if "bos" in cache.plan["fields"]]
+    return {"bos": chosen[0]} if chosen else {}
 
 
 def made_with() -> dict[str, str]:

@@ -6,7 +6,6 @@ kd init-student --from embedded --keep-layers 20 --out data/student
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ import torch
 
 from kdcache import hashes
 from kdcache.errors import KDError, UsageError, first_line
+from kdcache.prompts import ids_in
 from kdcache.reader import Cache
 
 
@@ -126,14 +126,13 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
 
 def quantized_by(model: str) -> str | None:
     """The library that quantized a student's weights, as in bitsandbytes or compressed-tensors; None if they are not."""
-    config = json.loads((Path(hashes.model_folder(model)) / "config.json").read_text(encoding="utf-8"))
-    return (config.get("quantization_config") or {}).get("quant_method")
+    config = hashes.read_json(hashes.model_folder(model), "config.json").get("quantization_config")
+    return config.get("quant_method") if isinstance(config, dict) else None
 
 
-def stop_ids(student: Any, end_of_turn: int) -> list[int]:
-    """Every id that ends an answer: the cache's end-of-turn, and what the student's generation_config names."""
-    eos = student.generation_config.eos_token_id
-    return sorted({end_of_turn, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
+def stop_ids(student: Any, tokenizer: Any, end_of_turn: int) -> list[int]:
+    """Every id that ends an answer, as in vLLM: the cache's end-of-turn, and what generation_config and tokenizer name."""
+    return ids_in(end_of_turn, student.generation_config.eos_token_id, tokenizer.eos_token_id)
 
 
 def check_tokenizer(student: str, cache: Cache) -> None:

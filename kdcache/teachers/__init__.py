@@ -10,7 +10,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -83,12 +83,18 @@ class Teacher(Protocol):
         ...
 
 
-def load(engine: str, options: EngineOptions) -> Teacher:
-    """Start the engine. KDError with what to install where it is missing."""
+Say = Callable[[str], None]  # takes a sentence for the user
+
+
+def load(engine: str, options: EngineOptions, say: Say = lambda _: None) -> Teacher:
+    """Start the engine. KDError with what to install where it is missing.
+
+    ``say`` is told where the engine falls back to a slower way.
+    """
     if engine == "vllm":
         from kdcache.teachers.vllm import VLLMTeacher
 
-        return VLLMTeacher(options)
+        return VLLMTeacher(options, say)
     if engine == "transformers":
         from kdcache.teachers.transformers import TransformersTeacher
 

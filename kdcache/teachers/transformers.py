@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.errors import KDError, UsageError, first_line
+from kdcache.prompts import ids_in
 from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
 
 
@@ -54,11 +55,13 @@ class TransformersTeacher:
         torch.manual_seed(request.seed or 0)
         greedy = sampling.temperature == 0
         choice = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        stops = ids_in(self._model.generation_config.eos_token_id, self._options.stop_token_ids)
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=not greedy,
             max_new_tokens=min(sampling.max_tokens, self._options.max_model_len - ids.shape[1]),
+            eos_token_id=stops or None,
             pad_token_id=self._model.generation_config.pad_token_id or 0,
             repetition_penalty=1.0,  # generation_config's own would sample from another distribution
             output_logits=True,  # before temperature and top-p
@@ -66,8 +69,6 @@ class TransformersTeacher:
             **choice,
         )
         completion = output.sequences[0, ids.shape[1] :].tolist()
-        eos = self._model.generation_config.eos_token_id
-        stops = eos if isinstance(eos, list) else [eos]
         reason = "stop" if completion and completion[-1] in stops else "length"
         return self._arrays(completion, torch.stack([step[0] for step in output.logits]), reason)
 

@@ -126,20 +126,28 @@ def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm
             assert mine.dtype == other.dtype and np.array_equal(mine, other), name
 
 
-def test_a_collector_that_differs_is_not_used(vllm_teacher, monkeypatch):
+def test_a_collector_that_differs_or_fails_is_not_used_and_the_user_is_told_why(vllm_teacher, monkeypatch):
     from kdcache.teachers import collector
 
     def shifted(self):
         ids, logprobs, ranks = arrays(self)
         return ids, logprobs + 1e-7, ranks
 
-    arrays = collector.ArrayCollector.arrays
-    monkeypatch.setattr(collector.ArrayCollector, "arrays", shifted)
-    assert not vllm_teacher._collector_gives_the_same_bits()
-    monkeypatch.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
-    assert not vllm_teacher._collector_gives_the_same_bits()
-    monkeypatch.undo()
-    assert vllm_teacher._collector_gives_the_same_bits()
+    arrays, said, used = collector.ArrayCollector.arrays, [], []
+
+    def choose():
+        vllm_teacher._choose_collector()
+        used.append(vllm_teacher.collects)
+
+    monkeypatch.setattr(vllm_teacher, "_say", said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(collector.ArrayCollector, "arrays", shifted)
+        choose()
+        broken.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
+        choose()
+    choose()
+    assert used == [False, False, True] and len(said) == 2
+    assert "other values than the public way's" in said[0] and "no attribute 'no_such_thing'" in said[1]
 
 
 def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, requests):
