@@ -412,7 +412,7 @@ class _Shard:
         self.sealed = digest.sealed
         self.record = digests.record(state, digest) if state else None
         if digest.sealed is False:
-            yield "it is damaged: its bytes are not those that were written"
+            yield "it is damaged: its bytes are not those that were written (sha256)"
             return
         own = list(self._own_problems(source))
         if self.needs_seal and digest.sealed is None:
