@@ -111,7 +111,7 @@ def evaluation(cache: Path) -> str:
     opened = Cache(cache)
     read = [
         evaluate._prompts(config),
-        evaluate._groups(config, [opened]),
+        sorted(evaluate._groups(config, [opened]).items()),  # rows come as threads bring them
         sorted(evaluate._rows(config, "sample_id, entropies")),
         evaluate._decoding(config, opened),
         grpo._choose(cache, opened.plan, None),

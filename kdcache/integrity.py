@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -411,7 +412,7 @@ class _Shard:
         self.sealed = digest.sealed
         self.record = digests.record(state, digest) if state else None
         if digest.sealed is False:
-            yield "it is damaged: its bytes are not those that were written"
+            yield "it is damaged: its bytes are not those that were written (sha256)"
             return
         own = list(self._own_problems(source))
         if self.needs_seal and digest.sealed is None:
@@ -447,16 +448,19 @@ class _Shard:
                 if wrong:
                     yield "its columns are not the format's: " + "; ".join(wrong)
                     return
-                hashes = []
+                ids: Counter[str] = Counter()
                 for group in range(file.num_row_groups):
                     table = file.read_row_group(group, columns=format.SCHEMA.names)
                     self.rows += len(table)
                     self.tokens += sum(table["completion_tokens"].to_pylist())
-                    hashes.append(np.fromiter(map(hash, table["sample_id"].to_pylist()), np.int64, len(table)))
+                    ids.update(map(str, table["sample_id"].to_pylist()))
                     for problem in _row_problems(table, plan, metadata, format.split_of_shard(self.name)):
                         yield f"row group {group}: {problem}"
                 self.rejected = metadata.get("rejected", [])
-                self.sample_ids = np.concatenate([self.sample_ids, *hashes])
+                for sample_id, count in ids.items():
+                    if count > 1:
+                        yield f"sample_id {sample_id!r} stands {count} times in it"
+                self.sample_ids = np.fromiter(map(hash, ids), np.int64, len(ids))
         except UNREADABLE as error:
             yield f"it cannot be read: {first_line(error)}"
 

@@ -261,7 +261,7 @@ def normalise(logprobs: np.ndarray, counts: np.ndarray, tails: np.ndarray) -> np
     totals = np.add.reduceat(found, starts[nonempty])
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = np.log1p(-np.exp(tails[nonempty])) - np.log(totals)
-    return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again
+        return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again
 
 
 def entropy_unstored(sample: Sample, captured: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -99,12 +99,12 @@ def test_a_flipped_bit_anywhere_is_found_blamed_on_its_file_and_never_another_nu
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
 def test_no_bit_of_a_small_file_can_flip_and_still_be_read_as_something_else(name, copy):
-    """Every bit of the file's start, and each of a checksum's name and value."""
+    """Every bit of the file's start, and of a checksum's name and first digits."""
     whole = (copy / name).read_bytes()
     content = json.loads(whole)
     end = whole.rindex(b'"checksum"')
     other = []
-    for place in [*range(300), *range(end, len(whole))]:
+    for place in [*range(0, 60), *range(end, end + 20)]:
         for bit in range(8):
             data = bytearray(whole)
             data[place] ^= 1 << bit
@@ -160,7 +160,7 @@ def test_shards_that_are_not_those_of_the_manifest_are_refused(change, command, 
 def test_without_a_manifest_a_shard_still_says_what_it_is(change, copy):
     (copy / "manifest.json").unlink()
     change(copy)
-    with pytest.raises(KDError, match="under another name|carries no seal"):
+    with pytest.raises(KDError, match=r"under another name|carries no seal"):
         query.run(copy, ALL)
 
 
@@ -250,7 +250,9 @@ def test_a_damaged_plan_is_set_aside_and_the_same_command_writes_it_again(copy, 
         same_command(tiny_model, rows_file, copy)
     report = integrity.verify(copy)
     integrity.repair(report)
-    assert report.set_aside == ["plan.json"] and "it was set aside" in str(pytest.raises(KDError, query.run, copy, ALL))
+    assert report.set_aside == ["plan.json"]
+    with pytest.raises(KDError, match="it was set aside: the same kd cache-teacher command writes it again"):
+        query.run(copy, ALL)
     shards = {path: path.stat().st_mtime_ns for path in (copy / "data").iterdir()}
     same_command(tiny_model, rows_file, copy)
     assert (copy / "plan.json").read_bytes() == whole and integrity.verify(copy).sound
@@ -402,14 +404,6 @@ def test_selecting_without_sql_finds_what_sql_finds(split, tiny_cache):
     files, table = reader.Cache(tiny_cache).lengths(split)
     of_sql = query.select_samples(tiny_cache, None, split)
     assert files == of_sql[0] and np.array_equal(table, of_sql[1])
-
-
-def in_sample(position, value):
-    def change(rows):
-        rows[2][position] = [value] * len(rows[2][position]) if isinstance(rows[2][position], list) else value
-        return rows
-
-    return change
 
 
 @pytest.mark.parametrize(

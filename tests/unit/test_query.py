@@ -23,7 +23,7 @@ import pytest
 from conftest import ROOT, capture_plan
 
 import cli
-from kdcache import capture, format, judging, publish, query
+from kdcache import capture, format, judging, publish, query, seal, writer
 from kdcache.errors import KDError
 from kdcache.reader import Cache
 from trainer import batches, evaluate, grpo
@@ -274,7 +274,15 @@ def test_duplicates_are_what_counts_twice_or_leaks(copy):
         leak | other | {"sample_id": "leak", "split": "test"},
         regrouped | other | {"sample_id": "regrouped", "group_id": "another"},
     ]
-    pq.write_table(pa.Table.from_pylist(added, schema=table.schema), train.with_name("train-00099.parquet"))
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["shards"].append({"name": "data/train-00099.parquet", "examples": 3})
+    writer.write_json(copy / "plan.json", seal.with_checksum(plan))
+    (copy / "manifest.json").unlink()
+    schema = table.schema.with_metadata({b"kdcache": json.dumps({"fingerprint": plan["fingerprint"]}).encode()})
+    with open(train.with_name("train-00099.parquet"), "w+b") as file:
+        with pq.ParquetWriter(file, schema) as sink:
+            sink.write_table(pa.Table.from_pylist(added, schema=schema))
+        seal.seal(file)
 
     def family(row, *more):
         return sorted([r["sample_id"] for r in by_id.values() if r["prompt_id"] == row["prompt_id"]] + [*more])
