@@ -5,15 +5,15 @@
 A program sees /usr read-only, a Python interpreter, and a small /tmp of its own; no network, no home, no environment, no
 process of the machine's. It is never root: root becomes nobody before it enters. What holds it:
 
-* time: CPU seconds a process (an rlimit), wall seconds for all of it;
-* memory: address space a process (an rlimit), and the resident memory of all its processes and /tmp together, looked
-  at every few milliseconds because forks multiply the first. What hides from that look (shared pages that no page table
-  shows) is bounded by the first times the processes;
+* time: CPU seconds per process (an rlimit), wall seconds for all of it;
+* memory: address space per process (an rlimit), and the memory of all its processes (resident and swapped) and /tmp
+  together, looked at every few milliseconds because forks multiply the first. Nothing is left that would hide from that
+  look in size: shared memory without a file and large socket buffers are refused;
 * processes with their threads: an rlimit of its own user namespace, and the same look;
 * output, files: bytes. Whatever exceeds a limit ends its whole pid namespace.
 
 A seccomp filter closes what namespaces leave open: sockets that are not Unix (vsock knows no network namespace), key
-rings, memory that no limit sees (memfd, System V), and calls that no program here needs. A hole in the kernel is a way
+rings, memory that no limit sees (memfd, System V, shared anonymous mappings), and calls that no program here needs. A hole in the kernel is a way
 out all the same: who must not risk that runs all of this in a virtual machine.
 """
 

@@ -49,7 +49,10 @@ def flood(text):
 PASSED = "b't2:s6:passeds0:'"
 
 FAKES = {
-    "os.write is replaced": (DOUBLE, "import os\nos.write = lambda descriptor, data: len(data)\ndouble = print"),
+    "os.write is replaced": (
+        DOUBLE | {"time_limit_seconds": 0.2},
+        "import os\nos.write = lambda descriptor, data: len(data)\ndouble = print",
+    ),
     "what it writes is replaced": (
         DOUBLE,
         f"import os\nwrite = os.write\nos.write = lambda d, data: write(d, {PASSED})\ndef double(x): return 0",
@@ -158,8 +161,8 @@ FAKES = {
         "class A:\n    def __ne__(s, o): return True\ndef double(x): return A()",
     ),
     "numbers that collide": (
-        of("assert sorted(many(1)) == [1]") | {"time_limit_seconds": 1},
-        "def many(x): return {n * (2**61 - 1): 0 for n in range(300)} and [n * (2**61 - 1) for n in range(300)]",
+        of("assert set(many(60_000)) == {1}") | {"time_limit_seconds": 0.5},  # which cost the judge its time
+        "def many(x): return [n * (2**61 - 1) for n in range(x)]",
     ),
 }
 

@@ -105,11 +105,10 @@ def test_input_and_output_have_names(sandbox):
 
 
 def test_cpp_of_any_standard_since_17_compiles_and_knows_its_judge(sandbox):
-    newer = "#include <numbers>\nauto f(auto x) requires true { return x; }\n"
-    assert sandbox.run("cpp", newer + CPP % "cout << f(int(std::numbers::pi));").stdout == "3"
-    older = "int a[] = {1}; random_shuffle(a, a + 1); int requires = 2; cout << requires;"
-    assert sandbox.run("cpp", CPP % older).stdout == "2"
-    assert sandbox.run("cpp", "#ifndef ONLINE_JUDGE\n#error\n#endif\n" + CPP % "").status == "ok"
+    newer = "#include <cstdio>\n#include <numbers>\nauto f(auto x) requires true { return x; }\n#ifdef ONLINE_JUDGE\n"
+    assert sandbox.run("cpp", newer + 'int main() { printf("%d", f(int(std::numbers::pi))); }\n#endif').stdout == "3"
+    older = '#include <cstdio>\nint main() { int requires = 2; printf("%d", requires); }'
+    assert sandbox.run("cpp", older).stdout == "2"
 
 
 def test_of_a_flood_on_stderr_the_end_is_kept_and_no_limit_is_exceeded(sandbox):
@@ -446,11 +445,14 @@ def test_a_machine_without_a_filter_runs_nothing(monkeypatch):
         sandbox_module._filter.cache_clear()
 
 
-@pytest.mark.parametrize("descriptor", [0, 1, 2])
-def test_a_program_cannot_take_the_sign_that_it_was_started(sandbox, descriptor):
-    body = f'ifstream own("/proc/self/fd/{descriptor}"), init("/proc/1/fd/0"); char c; own.get(c); init.get(c);'
-    started = sandbox.run("cpp", CPP % ("alarm(1); " + body), limits=SMALL)
-    assert started.status in ("ok", "error")
+def test_a_program_cannot_take_the_sign_that_it_was_started(sandbox):
+    program = """#include <cstdio>
+#include <initializer_list>
+int main() {
+    for (const char *path : {"/proc/self/fd/0", "/proc/1/fd/0", "/proc/2/fd/0"})
+        if (FILE *file = fopen(path, "r")) printf("%d", fgetc(file));
+}"""
+    assert sandbox.run("cpp", program, limits=SMALL).status == "ok"
 
 
 def test_a_program_cannot_make_its_failure_look_like_the_sandboxs(sandbox):
