@@ -422,12 +422,11 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         "missing": len(report.missing),
         "bad": len(report.problems),
     }
-    problems = {integrity.printable(name): words for name, words in report.problems.items()}
     if as_json:
-        names = ("missing", "unvouched", "unprotected", "set_aside")
-        _print_facts(facts | {"problems": problems} | {name: getattr(report, name) for name in names}, as_json)
+        names = ("missing", "problems", "unvouched", "unprotected", "set_aside")
+        _print_facts(facts | {name: getattr(report, name) for name in names}, as_json)
     else:
-        for name, words in problems.items():
+        for name, words in report.problems.items():
             _say(f"bad      {name}: {'; '.join(words)}")
         for name in report.missing:
             _say(f"missing  {name}")

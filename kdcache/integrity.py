@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from kdcache import digests, format, lock, manifest, seal, sparsify, storage
 from kdcache.errors import KDError, first_line
 from kdcache.manifest import WAY_OUT
+from kdcache.printable import printable
 from kdcache.storage import Location
 
 #: How far candidates + tail may be from 1: what rounding does to a position's total (docs/format.md).
@@ -87,11 +88,6 @@ def unplanned_files(plan: Mapping[str, Any], there: Mapping[str, Any]) -> list[s
     """What is in data/ and in no plan, printable."""
     planned = {shard["name"] for shard in plan["shards"]}
     return [printable(f"data/{name}") for name in sorted(there) if f"data/{name}" not in planned]
-
-
-def printable(name: str) -> str:
-    """A file's name as text: bytes that are no UTF-8 (one flipped bit is enough) are escaped."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def check_table(cache: Location, name: str) -> None:
