@@ -14,7 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table
-from kdcache.sandbox import Sandbox
+from kdcache.sandbox import Sandbox, Workers
 from kdcache.storage import Location
 from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
 
@@ -310,7 +310,7 @@ def fill(
         written = now
         state.shards_done += 1
 
-    with ThreadPoolExecutor() as judges, Background() as background:
+    with Workers() as judges, Background() as background, judges.stopped_by_errors():
         for request, answer in teacher.run(requests()):
             shard_name, sample_id = request.key
             opened = open_shards[shard_name]

@@ -37,7 +37,7 @@ import threading
 import time
 from base64 import b64decode
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -231,8 +231,28 @@ exit 1"""
                 kept.popitem(last=False)
 
 
-def _stopped_by(stop: threading.Event) -> None:
-    _worker.stop = stop
+class Stopped(Exception):
+    """A program was ended because nobody waits for it any more: that is no verdict on it."""
+
+
+class Workers(ThreadPoolExecutor):
+    """Threads that run programs, and end them at once when Ctrl-C or an error ends what stands in ``stopped_by_errors``."""
+
+    def __init__(self, count: int | None = None):
+        self._stop = threading.Event()
+        super().__init__(count, initializer=self._begin)
+
+    def _begin(self) -> None:
+        _worker.stop = self._stop
+
+    @contextlib.contextmanager
+    def stopped_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._stop.set()
+            self.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def side_by_side(
@@ -242,20 +262,13 @@ def side_by_side(
     progress: Callable[[int], None] | None = None,
 ) -> list[R]:
     """``function``, which runs programs, of each item in order; ``workers`` (default: the CPUs) at a time."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1, initializer=_stopped_by, initargs=(stop,)) as pool:
-        try:
-            results = []
-            for result in pool.map(function, items):
-                results.append(result)
-                if progress:
-                    progress(1)
-            return results
-        except BaseException:  # Ctrl-C too: what is running ends now, not at its time limit
-            stop.set()
-            raise
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with Workers(workers or os.cpu_count() or 1) as pool, pool.stopped_by_errors():
+        results = []
+        for result in pool.map(function, items):
+            results.append(result)
+            if progress:
+                progress(1)
+        return results
 
 
 def _key(*parts: Any) -> str:
@@ -530,7 +543,7 @@ def _attend(boxes: Sequence[_Box]) -> None:
                     waiting.discard(key.fd)
             now = time.monotonic()
             if getattr(_worker, "stop", _NEVER).is_set():
-                raise KDError("stopped")
+                raise Stopped
             if now > deadline:
                 boxes[-1].exceeded = boxes[-1].exceeded or "timeout"
             elif now > look and end in waiting:
