@@ -68,11 +68,11 @@ RUN = Kind(
     '"finished"',
     (
         *(*_MODEL, "README.md", "kdcache.json", "run.yaml", "trainer_state.json", "training_args.bin"),
-        *(f"adapter/{name}" for name in (*_MODEL, "README.md", "adapter_config.json", "kdcache.json", "*.bin")),
+        *(f"adapter/**/{name}" for name in (*_MODEL, "README.md", "adapter_config.json", "kdcache.json", "*.bin")),
         *(f"checkpoint-*/**/{name}" for name in _CHECKPOINT),
         *("runs/**/events.out.tfevents.*", "completions/*.parquet"),
     ),
-    results=("*.safetensors", "adapter/*", "checkpoint-*/**/*"),
+    results=("*.safetensors", "adapter/**/*", "checkpoint-*/**/*"),
 )
 STUDENT = Kind("student made by kd init-student", "init-student.json", '"kept"', (*_MODEL, "init-student.json"))
 QUANTIZED = Kind(

@@ -357,6 +357,14 @@ def test_a_file_where_a_folder_is_expected_is_said_to_be_one(name, more, inside,
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_recipe_is_told_that_its_folder_is_a_file(tmp_path):
+    from kdcache import recipe
+
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="file is a file; expected a folder"):
+        recipe.run("demo", tmp_path / "file", print)
+
+
 PATHS = {
     *("out", "output_dir", "cache", "from_cache", "student", "models", "folder", "folders", "evaluations", "file"),
     *("data_path", "teacher", "examples", "base", "recipe"),
