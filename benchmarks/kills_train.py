@@ -244,7 +244,8 @@ def moments(method: str, cache: Path, student: Path, scratch: Path, chance: rand
             raise SystemExit(log.read_text())
         continues = checkpoints.to_continue(out).checkpoint
         checkpoints.sweep(out)
-        left = sorted(path.name for path in out.iterdir() if path.name.startswith((".", "checkpoint")))
+        names = {path.name for path in out.iterdir()} - {".lock"}  # which is held all the time
+        left = sorted(name for name in names if name.startswith((".", "checkpoint")))
         return {"killed": code != 0, "continues_at": continues and continues.name, "left": left}
 
     def forked(trainer: Any, model: Any, trial: Any) -> None:
@@ -261,7 +262,7 @@ def moments(method: str, cache: Path, student: Path, scratch: Path, chance: rand
     def attempt() -> int:
         distill.DistillTrainer._save_checkpoint = forked  # type: ignore[method-assign]
         arguments = {"max_steps": 3, "eval_steps": 1, "per_device_train_batch_size": 4, "report_to": "none"}
-        arguments |= {"save_total_limit": 1, "load_best_model_at_end": False, "metric_for_best_model": None}
+        arguments |= {"save_total_limit": 1, "eval_strategy": "no"}  # no checkpoint is kept for being the best
         config = run.TrainConfig(
             (cache,), str(student), out, arguments=arguments, lora_r=4 if method == "LoRA" else None
         )

@@ -431,6 +431,6 @@ def test_a_number_that_is_not_finite_is_refused_with_sample_and_position(column,
 
 
 def test_a_run_whose_loss_is_not_finite_stops_with_a_sentence(kd, tiny_cache, tiny_model):
-    arguments = ("--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", "run", "--max-steps", 4)
-    done = kd("train", *arguments, "--learning-rate", "1e30", "--max-grad-norm", 0, "--report-to", "none", code=1)
+    arguments = ("--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", "run", "--max-steps", 12)
+    done = kd("train", *arguments, "--learning-rate", "1e6", "--weight-decay", 1, "--report-to", "none", code=1)
     assert "so the weights are no longer numbers" in done.stderr
