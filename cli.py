@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
+import itertools
 import json
 import math
 import os
@@ -23,8 +25,9 @@ from typing import Any
 
 import click
 
-from kdcache import __version__
-from kdcache.errors import KDError
+from kdcache import __version__, quiet
+from kdcache.errors import KDError, Unstoppable
+from kdcache.printable import json_text, printable
 
 EXTRA_OPTIONS = {"ignore_unknown_options": True, "allow_extra_args": True, "max_content_width": 110}
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -48,6 +51,30 @@ def kd() -> None:
     """
 
 
+def _expanded(value: Any) -> Any:
+    """A path with ~ as the home folder, once and for all: a shell leaves it in --out=~/x, and libraries expand it or not."""
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+class _PathType(click.Path):
+    """A path of this machine."""
+
+    def __init__(self, **options: Any):
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return super().convert(_expanded(value), parameter, context)
+
+
+class _NameOrPathType(click.ParamType):
+    """A name (of a model, a data set, a recipe) or a path."""
+
+    name = "text"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        return _expanded(str(value))
+
+
 class _LocationType(click.ParamType):
     """Where a cache is: a folder, or a URL of an object store."""
 
@@ -56,10 +83,22 @@ class _LocationType(click.ParamType):
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
         from kdcache import storage
 
-        return storage.location(value)
+        if value == "":
+            self.fail("expected a folder, or a URL of an object store; found an empty text", parameter, context)
+        return storage.location(_expanded(value))
 
 
-LOCATION = _LocationType()
+LOCATION, PATH, NAME_OR_PATH = _LocationType(), _PathType(), _NameOrPathType()
+
+
+class FiniteRange(click.FloatRange):
+    """click's range lets NaN through, and infinity where one end is open."""
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        number = super().convert(value, parameter, context)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number", parameter, context)
+        return number
 
 
 unsafe_option = click.option(
@@ -70,12 +109,29 @@ unsafe_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+def _trust(_: click.Context, __: click.Parameter, given: bool) -> None:
+    if given:
+        from kdcache import models
+
+        models.trust_remote_code()
+
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    expose_value=False,
+    callback=_trust,
+    help="Run the Python code that comes with a model, where one has some. It can do what you can.",
+)
+
+
 # --- phase one --------------------------------------------------------------------------------------------------------
 
 
 @kd.command("cache-teacher", context_settings=EXTRA_OPTIONS)
 @click.option(
     "--teacher",
+    type=NAME_OR_PATH,
     default="embedded",
     show_default=True,
     help="Hub id, model folder, or `embedded` (SmolLM2-135M-Instruct).",
@@ -83,6 +139,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--revision", help="Branch, tag or commit of a Hub teacher.")
 @click.option(
     "--examples",
+    type=NAME_OR_PATH,
     default="builtin",
     show_default=True,
     help="`builtin`; `dolly`, `dolly-es`, `bugnet-python`, `bugnet-cpp`, `pytorrent`, `codeforces-cots`, "
@@ -90,6 +147,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option(
     "--data-path",
+    type=NAME_OR_PATH,
     help="File or folder (or another Hub id) of a named data set, in its own layout [default: its Hub id].",
 )
 @click.option(
@@ -98,6 +156,14 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
     default="chat",
     show_default=True,
     help="The teacher's chat template, or Stanford Alpaca's plain text (in Spanish for Spanish).",
+)
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "add", "never"]),
+    default="auto",
+    show_default=True,
+    help="What stands before a prompt: what tokenizer and chat template put there; one BOS token, where there is none; or no "
+    "BOS before text that no chat template rendered.",
 )
 @click.option("--prompt-column", help="Column of the prompts, if it is not `prompt` or `messages`.")
 @click.option("--completion-column", help="Column of the given answers, if it is not `completion`.")
@@ -188,7 +254,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 @click.option("--workers", type=click.IntRange(1), help="Engines under --ray [default: as many as there are GPUs for].")
 @click.option(
     "--gpus-per-worker",
-    type=click.FloatRange(0),
+    type=FiniteRange(0),
     help="GPUs of each engine under --ray [default: what its tensor and pipeline parallelism ask for].",
 )
 @click.option("--overwrite", is_flag=True, help="Delete a cache that is already there.")
@@ -207,6 +273,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 )
 @click.option("--dtype", default="auto", show_default=True, help="Of the teacher's weights.")
 @click.option("--dry-run", is_flag=True, help="Print what would be done; write nothing.")
+@trust_option
 @json_option
 @click.pass_context
 def cache_teacher(context: click.Context, **options: Any) -> None:
@@ -220,10 +287,10 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples dolly --prompt-format alpaca --out data/dolly
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --mode both --samples 4 --out data/qwen
     """
-    _quiet_libraries()
-    from kdcache import capture, cluster, examples
+    quiet.libraries()
+    from kdcache import capture, cluster, examples, machine
     from kdcache.plan import CaptureConfig, Plan
-    from kdcache.teachers import Sampling
+    from kdcache.teachers import Sampling, runs_on_gpu
 
     _warn_of_unsafe(options["unsafe_exec"])
     workers = cluster.Workers(options.pop("ray_address"), options.pop("workers"), options.pop("gpus_per_worker"))
@@ -243,6 +310,11 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")},
     )
     plan = Plan(config)
+    device = machine.chosen(runs_on_gpu(config.engine))
+    named = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
+    _note(f"{named} on {device}, {len(plan.examples)} examples -> {config.out}")
+    for note in plan.notes():
+        _note(note)
     if options["dry_run"]:
         _print_facts(capture.dry_run(plan), options["as_json"])
         return
@@ -259,14 +331,9 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
             state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
         )
 
-    _note(f"{plan.fields['teacher']} ({config.engine}, {plan.dtype}), {len(plan.examples)} examples -> {config.out}")
-    _note(f"template: {plan.prompts.facts.describe(plan.prompts.tokenizer)}")
-    _note(f"asks first: {_shortened(capture.first_asked(plan) or '')}")
-    if plan.near_duplicates:
-        _note(f"{plan.near_duplicates} of them nearly repeat a row of another split, and are dropped")
     with _CtrlC(lambda: line.last > 0) as interrupt:
         try:
-            found = run(plan, progress=show, stop=lambda: interrupt.asked)
+            found = run(plan, progress=show, stop=lambda: interrupt.asked, say=_note)
         except KeyboardInterrupt:
             line.close()
             _note(f"interrupted; whole shards are kept. To continue:\n  {_this_command()}")
@@ -289,7 +356,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     if found["rejected"]:
         _note(f"{found['rejected']} rows could not be taken; why is in {config.out}/rejected.jsonl, the first:")
         first = json.loads((config.out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()[0])
-        _note(f"  {first['source']}:{first['row_id']}: {first['reason']}")
+        _note(printable(f"  {first['source']}:{first['row_id']}: {first['reason']}"))
     if not found["rows"]:
         raise KDError("no sample could be taken, so the cache is empty")
     _print_facts(
@@ -339,12 +406,12 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
     kd cache verify data/cache
     kd cache verify data/cache --repair      # then run the same kd cache-teacher command again
     """
-    from kdcache import integrity
+    from kdcache import format, integrity
 
     line = _ProgressLine("shards")
     report = integrity.verify(cache, lambda done, total: line.show(done, total, "", None))
     line.close()
-    if repair and report.problems:
+    if repair and not report.sound:
         integrity.repair(report)
     facts = {
         "cache": str(cache),
@@ -356,24 +423,32 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         "bad": len(report.problems),
     }
     if as_json:
-        names = ("missing", "problems", "unvouched", "set_aside")
+        names = ("missing", "problems", "unvouched", "unprotected", "set_aside")
         _print_facts(facts | {name: getattr(report, name) for name in names}, as_json)
     else:
-        for name, problems in report.problems.items():
-            click.echo(f"bad      {name}: {'; '.join(problems)}")
+        for name, words in report.problems.items():
+            _say(f"bad      {name}: {'; '.join(words)}")
         for name in report.missing:
-            click.echo(f"missing  {name}")
+            _say(f"missing  {name}")
         _print_facts(facts, as_json)
     if report.unvouched:
-        _note(f"{report.unvouched} shards were in no manifest: their pages were checked, their footers could not be")
+        _note(f"{report.unvouched} shards are in no manifest yet; kd cache info records them")
+    if report.unprotected:
+        first = f"(the first is {report.unprotected[0]})"
+        _note(
+            f"not protected: {len(report.unprotected)} files are from before files had checksums of their own {first}"
+        )
     if report.set_aside:
         _note(f"{len(report.set_aside)} files were moved to {cache}/set-aside")
     if report.sound:
         return
-    if report.missing or report.set_aside:
+    to_capture = report.missing or [name for name in report.set_aside if name != format.REWARDS_FILE]
+    if to_capture:
         _note("run the same kd cache-teacher command again: it redoes what is missing, and nothing else")
-    elif report.problems:
-        _note("--repair sets the bad files aside, so that the next capture redoes them")
+    if format.REWARDS_FILE in report.set_aside:
+        _note("run kd verify-answers again: it makes the rewards anew")
+    if report.problems and not repair:
+        _note("--repair sets the bad files aside, so that they can be made again")
     raise SystemExit(3)
 
 
@@ -411,11 +486,9 @@ class _SQLCommand(click.Command):
 @kd.command("sql", cls=_SQLCommand)
 @click.argument("cache", type=LOCATION, required=False)
 @click.argument("query", required=False)
-@click.option(
-    "--file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Read the query from a file."
-)
+@click.option("--file", type=_PathType(exists=True, dir_okay=False), help="Read the query from a file.")
 @click.option("--list", "list_views", is_flag=True, help="List the views, with what each answers.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, exact in a file or a pipe.")
 @json_option
 def sql(
     cache: Path | None, query: str | None, file: Path | None, list_views: bool, as_csv: bool, as_json: bool
@@ -443,12 +516,22 @@ def sql(
         if cache is None:
             raise click.UsageError("Missing argument 'CACHE'.")
         text = _query_text(query, file)
-        connection = queries.connect(cache)
-        changed = queries.changed_shards(cache)
-        if changed:
-            shards = "1 shard" if len(changed) == 1 else f"{len(changed)} shards"
-            first = f"(the first is {changed[0]})"
-            _note(f"warning: {shards} changed since the cache was last verified {first}; run: kd cache verify {cache}")
+        line = _ProgressLine("MB of shards checked")
+
+        def checked(done: int, total: int) -> None:
+            if total > 2e9:  # a second or more
+                line.show(done // 10**6, total // 10**6, "", None)
+
+        connection = queries.connect(cache, progress=checked)
+        line.close()
+        if unplanned := queries.unplanned_files(cache):
+            first = f"(the first is {unplanned[0]})"
+            _note(
+                f"warning: {len(unplanned)} files in data/ are in no plan and are not read {first}; run: kd cache verify {cache}"
+            )
+        if missing := queries.missing_shards(cache):
+            shards = "1 shard is" if len(missing) == 1 else f"{len(missing)} shards are"
+            _note(f"warning: {shards} missing (the first is {missing[0]}); what is asked is answered without them")
         if text is not None:
             show(*queries.stream(connection, text))
         else:
@@ -497,7 +580,7 @@ def _sql_prompt(answer: Callable[[str], None], show_views: Callable[[], None], c
             _note("")
             return
         except KDError as error:
-            click.echo(f"Error: {error}", err=True)
+            _note(f"Error: {error}")
         except KeyboardInterrupt:
             text = ""
             _note("")
@@ -577,6 +660,10 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
     if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
         raise click.UsageError(f"--config {path}: expected a mapping of options to values, as in `learning_rate: 2e-4`")
     given = {key.replace("-", "_"): _literal(value) for key, value in given.items()}
+    if "trust_remote_code" in given:
+        raise click.UsageError(
+            f"--config {path}: trust_remote_code is for the command line, so that no file can ask for it"
+        )
     own = {p.name for p in context.command.params if p.name not in ("config", "as_json", "dry_run", "overwrite")}
     several = {p.name for p in context.command.params if p.multiple}
     given = {key: [value] if key in several and not isinstance(value, list) else value for key, value in given.items()}
@@ -586,7 +673,7 @@ def _read_config(context: click.Context, _: click.Parameter, path: Path | None) 
 
 config_option = click.option(
     "--config",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    type=_PathType(exists=True, dir_okay=False),
     is_eager=True,
     expose_value=False,
     callback=_read_config,
@@ -598,6 +685,7 @@ config_option = click.option(
 @click.option(
     "--from",
     "base",
+    type=NAME_OR_PATH,
     default="embedded",
     show_default=True,
     help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.",
@@ -605,8 +693,9 @@ config_option = click.option(
 @click.option(
     "--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all]."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the student.")
-@click.option("--overwrite", is_flag=True, help="Write into a folder that is not empty.")
+@click.option("--out", type=PATH, required=True, help="Folder of the student.")
+@click.option("--overwrite", is_flag=True, help="Replace a student that this command made.")
+@trust_option
 @json_option
 def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
     """Make a student: a checkpoint as it is, or some of the teacher's own layers.
@@ -614,7 +703,7 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     \b
     kd init-student --from embedded --keep-layers 20 --out data/student
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import student
 
     _print_facts(student.init_student(base, out, keep_layers, overwrite), as_json)
@@ -623,8 +712,8 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 @kd.command("train", context_settings=EXTRA_OPTIONS)
 @config_option
 @from_cache_option
-@click.option("--student", required=True, help="Hub id or folder of the student to start from.")
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--student", type=NAME_OR_PATH, required=True, help="Hub id or folder of the student to start from.")
+@click.option("--output-dir", type=PATH, required=True, help="Folder of the run.")
 @click.option(
     "--method",
     type=click.Choice(["kd", "sft"]),
@@ -674,19 +763,20 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
 )
 @click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print samples, tokens, steps and memory; train nothing.")
+@trust_option
 @json_option
 @click.pass_context
 def train(context: click.Context, **options: Any) -> None:
     """Train a student from the cache alone (phase two). The teacher is never loaded.
 
-    Run the same command again after an interruption: it continues at the last checkpoint. Other options are
+    Run the same command again after an interruption: it continues at the last whole checkpoint. Other options are
     transformers.TrainingArguments', by their names: --learning-rate 1e-4, --num-train-epochs 1,
     --per-device-train-batch-size 8, --gradient-accumulation-steps 4, --bf16, --report-to tensorboard, ...
 
     \b
     kd train --from-cache data/cache --student data/student --output-dir data/kd --learning-rate 2e-4
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import run
 
     extra = _train_extra(context)
@@ -702,7 +792,10 @@ def train(context: click.Context, **options: Any) -> None:
     first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
     if first_rank:
         facts = resolved.facts().items()
+        _note_device()
         _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+        for note in resolved.notes:
+            _note(note)
     from trainer import distill
 
     show = _StepLine(resolved.checkpoint)
@@ -726,8 +819,8 @@ def train(context: click.Context, **options: Any) -> None:
 @kd.command("grpo", context_settings=EXTRA_OPTIONS)
 @config_option
 @from_cache_option
-@click.option("--student", required=True, help="Hub id or folder of the student to start from.")
-@click.option("--output-dir", type=click.Path(path_type=Path), required=True, help="Folder of the run.")
+@click.option("--student", type=NAME_OR_PATH, required=True, help="Hub id or folder of the student to start from.")
+@click.option("--output-dir", type=PATH, required=True, help="Folder of the run.")
 @click.option(
     "--where",
     help="SQL condition on the view prompts [default: success > 0 AND success < 1, the prompts that the teacher's own answers "
@@ -763,6 +856,7 @@ def train(context: click.Context, **options: Any) -> None:
 @unsafe_option
 @click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print what would be learnt from; train nothing.")
+@trust_option
 @json_option
 @click.pass_context
 def grpo(context: click.Context, **options: Any) -> None:
@@ -776,10 +870,11 @@ def grpo(context: click.Context, **options: Any) -> None:
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --max-steps 100
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --guide prefix --where "success > 0"
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import grpo as reinforcement
 
-    _warn_of_unsafe(options["unsafe_exec"])
+    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    _warn_of_unsafe(options["unsafe_exec"] and first_rank)
     extra = _grpo_extra(context)
     config = reinforcement.GrpoConfig(
         arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
@@ -788,8 +883,12 @@ def grpo(context: click.Context, **options: Any) -> None:
     if options["dry_run"]:
         _print_facts(resolved.facts(), options["as_json"])
         return
-    facts = resolved.facts().items()
-    _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+    if first_rank:
+        _note_device()
+        facts = resolved.facts().items()
+        _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+        for note in resolved.notes:
+            _note(note)
     show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
@@ -807,13 +906,15 @@ def grpo(context: click.Context, **options: Any) -> None:
     try:
         found = reinforcement.train(resolved, report)
     except KeyboardInterrupt:
-        _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
+        if first_rank:
+            _note(f"interrupted. To continue at the last checkpoint:\n  {_this_command()}")
         raise
-    _print_facts(found, options["as_json"])
+    if first_rank:
+        _print_facts(found, options["as_json"])
 
 
 @kd.command("evaluate", context_settings=CONTEXT)
-@click.argument("models", nargs=-1, required=True)
+@click.argument("models", nargs=-1, required=True, type=NAME_OR_PATH)
 @from_cache_option
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
 @where_option
@@ -851,11 +952,12 @@ def grpo(context: click.Context, **options: Any) -> None:
 @unsafe_option
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("data/evaluation"),
     show_default=True,
     help="Folder of what is measured, for kd compare; what is there with the same settings is not measured again.",
 )
+@trust_option
 @json_option
 def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure students on a cache's held-out split, beside the teacher, whose row comes from the cache.
@@ -873,29 +975,30 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     kd evaluate before=data/student kd=data/kd-0 kd=data/kd-1 --from-cache data/cache --temperature 0 --temperature 1
     kd compare data/evaluation
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import compare as comparison
     from trainer import evaluate as evaluation
 
     _warn_of_unsafe(options["unsafe_exec"])
     line = _ProgressLine("done")
     config = evaluation.EvaluateConfig(models=tuple(map(evaluation.label_of, models)), **options)
-    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None))
+    _note_device()
+    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None), _note)
     line.close()
     found = comparison.rows([out])
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        click.echo(json_text(found, indent=2))
     else:
         _print_table(*comparison.wide(found))
         _note(f"intervals and retention: kd compare {out}")
 
 
 @kd.command("compare", context_settings=CONTEXT)
-@click.argument("evaluations", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("evaluations", nargs=-1, required=True, type=PATH)
 @click.option("--against", help="Label of a model to take the differences to, as in --against sft.")
 @click.option("--metric", "metrics", multiple=True, help="Show this metric alone; give it again for several.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of comparison.json and .csv [default: the first].")
+@click.option("--out", type=PATH, help="Folder of comparison.json and .csv [default: the first].")
 @json_option
 def compare(
     evaluations: tuple[Path, ...],
@@ -927,15 +1030,15 @@ def compare(
     if metrics:
         found = [row for row in found if row["metric"] in metrics]
     if as_json:
-        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
+        click.echo(json_text(found, indent=2))
     else:
         (_print_markdown if markdown else _print_table)(*comparison.long(found))
         _note(f"written: {', '.join(map(str, written))}")
 
 
 @kd.command("quantize", context_settings=CONTEXT)
-@click.argument("student")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the quantized student.")
+@click.argument("student", type=NAME_OR_PATH)
+@click.option("--out", type=PATH, required=True, help="Folder of the quantized student.")
 @click.option(
     "--format",
     type=click.Choice(["nf4", "fp4", "int8", "w4a16"]),
@@ -964,6 +1067,7 @@ def compare(
 )
 @click.option("--overwrite", is_flag=True, help="Delete a quantized student that is already there.")
 @click.option("--dry-run", is_flag=True, help="Print the sizes before and (estimated) after; write nothing.")
+@trust_option
 @json_option
 def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Quantize a student's linear layers to 4 or 8 bits, and measure what that saves and what it costs.
@@ -975,7 +1079,7 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     kd quantize data/kd --out data/kd-nf4 --from-cache data/cache
     kd quantize data/kd --out data/kd-w4a16 --format w4a16 --from-cache data/cache
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import quantize as quantizing
 
     plan = quantizing.prepare(quantizing.QuantizeConfig(**options))
@@ -983,23 +1087,24 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
         _print_facts(plan.facts(), as_json)
         return
     line = _ProgressLine("done")
+    _note_device()
     record = quantizing.quantize(plan, lambda what, done, total: line.show(done, total, what, None))
     line.close()
     if as_json:
-        click.echo(json.dumps(record, ensure_ascii=False, indent=2))
+        click.echo(json_text(record, indent=2))
     elif record["measured"]:
         _print_table(*quantizing.table(record["measured"]["rows"]))
-        click.echo(f"\n{record['measured']['verdict']}")
+        _say(f"\n{record['measured']['verdict']}")
     else:
         _print_facts(plan.facts(), as_json)
 
 
 @kd.command("report", context_settings=CONTEXT)
-@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=PATH)
 @click.option("--cache", type=LOCATION, help="The cache they come from [default: the one among the folders].")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("data/report"),
     show_default=True,
     help="Folder of report.html, report.json and plots/*.csv.",
@@ -1014,7 +1119,7 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
     kd report data/demo --out data/demo/report
     kd report data/kd data/sft data/grpo data/evaluation --cache data/qwen
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import report as reporting
 
     found = reporting.find(folders, cache)
@@ -1032,7 +1137,7 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
 
 
 @kd.command("push", context_settings=CONTEXT)
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=PATH)
 @click.argument("repo_id", metavar="REPO")
 @click.option("--public", is_flag=True, help="Make the repository public [default: private].")
 @click.option("--dry-run", is_flag=True, help="Print what would go; send nothing.")
@@ -1057,7 +1162,7 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
     }
     if dry_run and not as_json:
         for name, size in asked.files.items():
-            click.echo(f"{size:>15,}  {name}")
+            _say(f"{size:>15,}  {name}")
     if not dry_run:
         facts["url"] = publish.push(asked)
     _print_facts(facts | ({"names": list(asked.files)} if as_json else {}), as_json)
@@ -1067,12 +1172,15 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
 @click.argument("cache", type=LOCATION)
 @click.option("--sample", help="Open this sample_id first.")
 @click.option(
-    "--student", help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed."
+    "--student",
+    type=NAME_OR_PATH,
+    help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed.",
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
 )
 @click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
+@trust_option
 def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
     """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
 
@@ -1084,7 +1192,7 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
     kd view data/demo/cache
     kd view data/demo/cache --student data/demo/kd --sample builtin:en-001:g
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer.view import View
 
     with contextlib.closing(View(cache)) as viewed:
@@ -1128,21 +1236,30 @@ def _address_file(url: str) -> Iterator[str]:
 
 
 @kd.command("chat", context_settings=CONTEXT)
-@click.argument("student")
+@click.argument("student", type=NAME_OR_PATH)
 @click.option("--system", help="System prompt.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
-def chat(student: str, system: str | None, temperature: float, max_new_tokens: int) -> None:
+@click.option(
+    "--bos",
+    type=click.Choice(["auto", "add", "never"]),
+    help="What stands before a prompt, as in kd cache-teacher [default: as the student was trained].",
+)
+@trust_option
+def chat(student: str, system: str | None, temperature: float, max_new_tokens: int, bos: str | None) -> None:
     """Try a student by hand: one line, one answer; an empty line or Ctrl-D ends.
 
     \b
     kd chat data/kd
     echo "What is 3 + 4?" | kd chat data/kd
     """
-    _quiet_libraries()
+    quiet.libraries()
     from trainer import chat as chatting
 
-    conversation = chatting.Conversation(student, system, temperature, max_new_tokens)
+    conversation = chatting.Conversation(student, system, temperature, max_new_tokens, bos)
+    _note_device()
+    if conversation.prompts.lacks_bos:
+        _note(f"warning: {student} {conversation.prompts.without_bos}")
     while True:
         if sys.stdin.isatty():
             click.secho("> ", nl=False, err=True, bold=True)
@@ -1150,14 +1267,14 @@ def chat(student: str, system: str | None, temperature: float, max_new_tokens: i
         if not line:
             return
         for piece in conversation.answer(line):
-            click.echo(piece, nl=False)
+            click.echo(printable(piece, keep="\n\t") if sys.stdout.isatty() else piece, nl=False)
         click.echo()
 
 
 @kd.command("demo", context_settings=CONTEXT)
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("data/demo"),
     show_default=True,
     help="Folder of everything it makes.",
@@ -1177,11 +1294,11 @@ def demo(out: Path) -> None:
 
 
 @kd.command("run", context_settings=CONTEXT)
-@click.argument("recipe")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of everything it makes [default: data/RECIPE].")
+@click.argument("recipe", type=NAME_OR_PATH)
+@click.option("--out", type=PATH, help="Folder of everything it makes [default: data/RECIPE].")
 @click.option(
     "--data-path",
-    type=click.Path(path_type=Path, exists=True),
+    type=_PathType(exists=True),
     help="The data set's file or folder; without it the recipe takes it from the Hub.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the commands, each checked; run none.")
@@ -1194,7 +1311,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
     kd run dolly-en --dry-run
     kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
     """
-    _quiet_libraries()
+    quiet.libraries()
     from kdcache import recipe as recipes
 
     out = out or Path("data") / Path(recipe).stem
@@ -1203,7 +1320,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
         return
     for step in recipes.steps(recipes.load(recipe), out, data_path):
         _check_command(step.arguments)
-        click.echo(f"# {step.name}\n{step.command}\n")
+        _say(f"# {step.name}\n{step.command}\n")
 
 
 def _check_command(arguments: list[str]) -> None:
@@ -1227,7 +1344,19 @@ def _check_command(arguments: list[str]) -> None:
 
 
 def _note(text: str) -> None:
-    click.echo(text, err=True)
+    click.echo(printable(text, keep="\n\t"), err=True)
+
+
+def _say(text: str) -> None:
+    """Lines for people on stdout. Data for programs (JSON, CSV) goes its own way."""
+    click.echo(printable(text, keep="\n\t"))
+
+
+def _note_device() -> None:
+    """The first line of whatever computes: on which device, and why not on a GPU that is there."""
+    from kdcache import machine
+
+    _note(f"on {machine.chosen()}")
 
 
 def _plain(value: Any) -> Any:
@@ -1235,9 +1364,11 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: a tail of -inf becomes null."""
+    """JSON has no infinity, and no key but text: a tail of -inf becomes null."""
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
+    if isinstance(value, dict):
+        return {str(key): _finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -1246,7 +1377,7 @@ def _cell(value: Any, width: int) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    text = str(value).replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    text = printable(str(value))
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
@@ -1255,13 +1386,27 @@ def _print_rows(
 ) -> None:
     if as_json:
         for row in rows:
-            click.echo(json.dumps(dict(zip(names, map(_finite, row))), ensure_ascii=False, default=_plain))
+            click.echo(json_text(dict(zip(names, map(_finite, row))), default=_plain))
     elif as_csv:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer = csv.writer(_CsvLines(), lineterminator="\r\n")
         writer.writerow(names)
         writer.writerows(rows)
     else:
-        _print_table(names, list(rows), width)
+        _print_table(names, rows, width)
+
+
+class _CsvLines:
+    """Takes rows that end in CR LF, so that a cell with one of the two is quoted, and ends them in LF.
+
+    In a file or a pipe CSV is exact; on a terminal it is looked at.
+    """
+
+    def __init__(self) -> None:
+        self.terminal = sys.stdout.isatty()
+
+    def write(self, row: str) -> int:
+        line = row.removesuffix("\r\n") + "\n"
+        return sys.stdout.write(printable(line, keep="\n\t") if self.terminal else line)
 
 
 @contextlib.contextmanager
@@ -1274,9 +1419,15 @@ def _reader_may_leave() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
 
 
-def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int = 64) -> None:
-    cells = [[_cell(value, width) for value in row] for row in rows]
-    numeric = [all(isinstance(r[i], int | float | type(None)) for r in rows) for i in range(len(names))]  # type: ignore[index]
+WIDTHS_FROM = 1000  # rows that the widths of a table's columns are taken from: the others are not held in memory
+
+
+def _print_table(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 64) -> None:
+    rest = iter(rows)
+    first = list(itertools.islice(rest, WIDTHS_FROM))
+    names = [printable(name) for name in names]
+    cells = [[_cell(value, width) for value in row] for row in first]
+    numeric = [all(isinstance(r[i], int | float | type(None)) for r in first) for i in range(len(names))]  # type: ignore[index]
     widths = [max([len(n), *(len(r[i]) for r in cells)]) for i, n in enumerate(names)]
 
     def line(values: Sequence[str]) -> str:
@@ -1284,7 +1435,7 @@ def _print_table(names: Sequence[str], rows: Sequence[Sequence[Any]], width: int
 
     click.echo(line(names))
     click.echo("  ".join("-" * w for w in widths))
-    for row in cells:
+    for row in itertools.chain(cells, ([_cell(value, width) for value in row] for row in rest)):
         click.echo(line(row))
 
 
@@ -1295,14 +1446,14 @@ def _print_markdown(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None
 
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False, indent=2, default=_plain))
+        click.echo(json_text(facts, indent=2, default=_plain))
         return
     width = max(map(len, facts))
     for name, value in facts.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         if isinstance(value, dict):
             shown = ", ".join(f"{k} {v}" for k, v in value.items())
-        click.echo(f"{name.replace('_', ' ').ljust(width)}  {shown if shown is not None else '-'}")
+        click.echo(printable(f"{name.replace('_', ' ').ljust(width)}  {shown if shown is not None else '-'}"))
 
 
 class _ProgressLine:
@@ -1329,7 +1480,7 @@ class _ProgressLine:
             if eta_seconds is None or done >= total
             else f"  ETA {int(eta_seconds // 60)}:{int(eta_seconds % 60):02d}"
         )
-        text = f"{done:,}/{total:,} {self.unit}  {middle}{eta}"
+        text = printable(f"{done:,}/{total:,} {self.unit}  {middle}{eta}")
         sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else text + "\n")
         sys.stderr.flush()
 
@@ -1373,25 +1524,6 @@ class _StepLine:
         _note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
 
 
-def _quiet_libraries() -> None:
-    """Progress and errors are ours to print; the libraries' own chatter stays off unless the user asked for it."""
-    for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TORCH_LOGS": "-all",
-    }.items():
-        os.environ.setdefault(name, value)
-    import logging
-    import warnings
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it looks for optional kernels as it is imported
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|vllm|accelerate|trl")
-
-
 def _warn_of_unsafe(unsafe_exec: bool) -> None:
     if unsafe_exec:
         click.secho(
@@ -1421,7 +1553,7 @@ def _plan_slice(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal()):
+    if not (index.isdecimal() and count.isdecimal() and len(text) < 20):
         raise click.UsageError(f"--plan-slice {text}: expected I/N with I from 0 to N - 1, as in 0/4 .. 3/4")
     return int(index), int(count)
 
@@ -1459,8 +1591,8 @@ def _literal(value: Any) -> Any:
         return value
     try:
         return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(value.lower(), value))
-    except (ValueError, SyntaxError):
-        return value
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return _expanded(value)
 
 
 def _nearest(name: str, names: Iterable[str], cutoff: float = 0.84) -> str | None:
@@ -1486,11 +1618,6 @@ def _check_extra(
             hint = hint.replace("; it is now nothing: ", ": ")
             raise click.UsageError(f"no option --{key.replace('_', '-')}, neither of this command nor of {whose}{hint}")
     return extra
-
-
-def _shortened(text: str, most: int = 400) -> str:
-    """A long text without its middle."""
-    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _engine_extra(context: click.Context, engine: str) -> dict[str, Any]:
@@ -1522,6 +1649,15 @@ def _library_extra(
     return _check_extra(context.meta.get("kd.config", {}) | _extra_options(context), known, whose, own, renamed)
 
 
+def _let_first_rank_speak() -> None:
+    """Wait in another rank than the first: an error that all meet is printed once, as torchrun ends the others by then.
+
+    One that a single rank meets, such as a file that its machine lacks, is printed by that rank.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(30)
+
+
 def main() -> None:
     """The `kd` command: user errors become one sentence and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -1529,27 +1665,35 @@ def main() -> None:
         kd(prog_name="kd", standalone_mode=False)
     except click.exceptions.Abort:
         code = 130
+    except Unstoppable:
+        _note("DuckDB does not react to Ctrl-C in this query: kd ends without waiting for it")
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)  # an exit in good order would wait for what does not end
     except KeyboardInterrupt:
         code = 130
     except click.ClickException as error:
-        error.show()
+        _let_first_rank_speak()
+        shown = io.StringIO()
+        error.show(shown)
+        _note(shown.getvalue().rstrip("\n"))
         code = 2
     except KDError as error:
-        click.echo(f"Error: {error}", err=True)
+        _let_first_rank_speak()
+        _note(f"Error: {error}")
         code = error.exit_code
-    except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing in ("", "kdcache", "trainer", "cli"):
+    except ImportError as error:
+        from kdcache import extras
+
+        package = extras.missing_package(error)
+        if package in (None, "kdcache", "trainer", "cli"):
             raise
-        click.echo(
-            f"Error: {missing} is not installed. Phase one needs `pip install 'kdcache[teacher]'` (GPU) or", err=True
-        )
-        click.echo("`'kdcache[teacher-cpu]'`, phase two `pip install 'kdcache[train]'`.", err=True)
+        click.echo(f"Error: {extras.missing(package)}", err=True)
         code = 1
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        click.echo(f"Error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""), err=True)
+        _note(f"Error: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
         code = 1
     else:
         code = 0

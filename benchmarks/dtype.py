@@ -17,12 +17,12 @@ from kdcache.machine import cpu
 
 def measure(dtype: str) -> None:
     """Print the tokens/s of three rounds over the same rows, the first (compilation) left out."""
-    from kdcache import embedded, examples
-    from kdcache.prompts import Prompts, load_tokenizer
+    from kdcache import embedded, examples, models
+    from kdcache.prompts import Prompts
     from kdcache.teachers import EngineOptions, Request, load
 
     model = str(embedded.prepare())
-    prompts = Prompts(model, load_tokenizer(model))
+    prompts = Prompts(model, models.tokenizer(model))
     requests = []
     for i, example in enumerate(examples.load("builtin", examples.Columns(), 24)):
         asked = prompts.ask(example.messages, example.given)

@@ -41,7 +41,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for eac
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from shared import hardware, save_figure, say
+from shared import hardware, save_figure, say, write_plan
 from torch import Tensor
 
 from kdcache import embedded, examples, format, manifest, reader, sparsify, writer
@@ -243,10 +243,12 @@ def written_and_read(
         name = format.shard_name("train", 0)
         path = Path(scratch) / name
         path.parent.mkdir()
-        fingerprint = {"fingerprint": "fidelity"}
-        writer.write_shard(path, shard_rows, precision, fingerprint)
-        plan = {"format_version": format.FORMAT_VERSION, "shards": [{"name": name}]}
-        writer.write_json(Path(scratch) / "plan.json", plan | fingerprint)
+        made_up = dict.fromkeys(("teacher", "engine", "dtype", "mode", "sparsify", "precision"), "fidelity")
+        plan = {"format_version": format.FORMAT_VERSION, "fields": made_up, "fingerprint": format.fingerprint(made_up)}
+        writer.write_shard(path, shard_rows, precision, {"fingerprint": plan["fingerprint"]})
+        write_plan(
+            Path(scratch), plan | {"vocab_size": 0, "end_of_turn": 0, "tokenizer": {}, "shards": [{"name": name}]}
+        )
         chunks = manifest.column_chunks(pq.read_metadata(path))
         size = sum(c.total_compressed_size for c in chunks if c.path_in_schema in format.CANDIDATE_LEAVES)
         cache = reader.Cache(Path(scratch))

@@ -18,7 +18,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from shared import peak_bytes
+from shared import peak_bytes, write_plan
 
 from kdcache import format, hashes, manifest, writer
 from kdcache.machine import cpu
@@ -75,7 +75,7 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
     }
     plan["tokenizer"] = tokenizer
     plan["shards"] = [{"name": format.shard_name("train", n), "examples": ROWS} for n in range(shards)]
-    writer.write_json(folder / "plan.json", plan)
+    write_plan(folder, plan)
     import pyarrow as pa
 
     names = pa.table(
@@ -87,7 +87,18 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
 
 def peak_of(cache: Path, student: Path, out: Path, steps: int) -> int:
     """Peak memory of `kd train`."""
-    command = [sys.executable, "-m", "cli", "train", "--from-cache", cache, "--student", student, "--output-dir", out]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "train",
+        "--from-cache",
+        cache,
+        "--student",
+        student,
+        "--output-dir",
+        out,
+    ]
     command += [
         "--max-steps",
         steps,

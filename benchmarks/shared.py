@@ -13,7 +13,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdcache import seal, storage, writer
 from kdcache.machine import cpu
+
+
+def write_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """plan.json of a made-up cache, and a manifest that records its shards as they are: one may be there under many names."""
+    shards = [
+        {
+            "name": shard["name"],
+            "rows": 0,
+            "completion_tokens": 0,
+            "bytes": (folder / shard["name"]).stat().st_size,
+            "sha256": storage.sha256(folder / shard["name"]),
+        }
+        for shard in plan["shards"]
+    ]
+    manifest = {"format_version": 1, "fingerprint": plan["fingerprint"], "shards": shards}
+    writer.write_json(folder / "plan.json", seal.with_checksum(plan))
+    writer.write_json(folder / "manifest.json", seal.with_checksum(manifest))
 
 
 def hardware() -> str:

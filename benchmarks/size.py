@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from shared import hardware
+from shared import hardware, write_plan
 
 from kdcache import format, manifest, reader, writer
 from kdcache.machine import cpu, versions
@@ -122,7 +122,7 @@ def repeat(cache: Path, folder: Path, tokens_wanted: int, tokens: int) -> tuple[
         for source in sources:
             names.append(format.shard_name("train", len(names)))
             shutil.copy(source, folder / names[-1])
-    writer.write_json(folder / "plan.json", plan | {"shards": [{"name": name} for name in names]})
+    write_plan(folder, plan | {"shards": [{"name": name} for name in names]})
     return reader.Cache(folder), [folder / name for name in names]
 
 

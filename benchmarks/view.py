@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from shared import hardware
+from shared import hardware, write_plan
 
 from kdcache import format, writer
 from kdcache.machine import cpu, versions
@@ -96,8 +96,8 @@ def make_cache(folder: Path, samples: int) -> None:
         shards.append({"name": format.shard_name(split, number), "examples": count})
         writer.write_shard(folder / shards[-1]["name"], rows, "q8", meta)
     plan = {"format_version": 1, "fingerprint": meta["fingerprint"], "fields": fields, "teacher_revision": None}
-    plan |= {"vocab_size": VOCABULARY, "end_of_turn": 2, "tokenizer": "made-up", "shards": shards}
-    writer.write_json(folder / "plan.json", plan)
+    plan |= {"vocab_size": VOCABULARY, "end_of_turn": 2, "tokenizer": {}, "shards": shards}
+    write_plan(folder, plan)
     ids = pa.array(range(VOCABULARY), pa.int32())
     vocabulary = {"token_id": ids, "token": words, "bytes": [word.encode() for word in words]}
     writer.write_table(folder / "vocab.parquet", pa.table(vocabulary))
@@ -113,7 +113,7 @@ def told(address: str, what: str, **parameters: Any) -> tuple[dict[str, Any], fl
 
 def first_page(cache: Path) -> tuple[subprocess.Popen, str, dict[str, float]]:
     """Start `kd view`; the process, its address, and seconds from the start to the address, the page, the first list."""
-    command = [sys.executable, "-m", "cli", "view", str(cache), "--no-browser", "--port", "0"]
+    command = [sys.executable, "-m", "kdcache", "view", str(cache), "--no-browser", "--port", "0"]
     begun = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout

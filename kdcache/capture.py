@@ -15,21 +15,22 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdcache import format, judging, lock, manifest, sparsify, storage, verifiers, writer
+from kdcache import folders, format, judging, lock, machine, manifest, sparsify, storage, verifiers, writer
 from kdcache.errors import KDError
 from kdcache.examples import BadRow
 from kdcache.plan import Plan, Sample, Shard
 from kdcache.prompts import vocab_table, whole_turn
-from kdcache.sandbox import Sandbox
+from kdcache.sandbox import Sandbox, Workers
 from kdcache.storage import Location
-from kdcache.teachers import Answer, Refusal, Request, Teacher, load, runs_on_gpu
+from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
 
 #: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
 #: Both measured on real text; used for the prediction of --dry-run alone.
@@ -74,19 +75,26 @@ class OpenShard:
 
 
 def run(
-    plan: Plan, progress: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+    plan: Plan,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Do what is missing of a plan, and return the manifest.
 
     Once ``stop`` says so, no further shard is begun: those begun are finished, and the manifest is not complete.
+    ``say`` is told what the user should know of the engine.
     """
-    with lock.held(plan.config.out):
-        _work(plan, progress, stop)
+    with folders.held(plan.config.out, folders.CACHE):
+        _work(plan, progress, stop, say)
         return sum_up(plan)
 
 
 def run_slice(
-    plan: Plan, progress: Callable[[Progress], None] = lambda _: None, stop: Callable[[], bool] = lambda: False
+    plan: Plan,
+    progress: Callable[[Progress], None] = lambda _: None,
+    stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """Do what is missing of a plan's slice, beside the processes that do the others; returns what is there of it.
 
@@ -94,7 +102,7 @@ def run_slice(
     """
     assert plan.config.plan_slice is not None
     with lock.held_slice(plan.config.out, *plan.config.plan_slice):
-        state = _work(plan, progress, stop)
+        state = _work(plan, progress, stop, say)
     mine = plan.mine()
     missing = {shard.name for shard in plan.missing(plan.shards)}
     of_mine = sum(shard.name in missing for shard in mine)
@@ -111,19 +119,37 @@ def run_slice(
     }
 
 
-def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> Progress:
+def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> Progress:
     """Write the shards that are this process's and are missing."""
-    plan.check_folder()
+    check_folder(plan)
     todo = plan.todo()
     state = expected(plan, todo)
     sandbox = sandbox_for(plan) if todo else None
     # The engine first: if it cannot start, --overwrite has deleted nothing.
-    teacher = load(plan.config.engine, plan.engine_options()) if todo else None
+    teacher = load(plan.config.engine, plan.engine_options(), say) if todo else None
     prepare(plan)
     if teacher is not None:
         state.started = time.monotonic()
-        fill(plan, todo, teacher, state, progress, stop, sandbox)
+        fill(plan, todo, teacher, state, begun(plan, progress), stop, sandbox)
     return state
+
+
+def begun(plan: Plan, progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """``progress`` that also deletes the old cache, which was set aside, at the first answer."""
+
+    def shown(state: Progress) -> None:
+        folders.drop(plan.config.out)
+        progress(state)
+
+    return shown
+
+
+def check_folder(plan: Plan) -> None:
+    """Refuse a folder that is something else; delete a claim under which no shard was ever written."""
+    plan.check_folder()
+    if plan.finds_stale_claim() and not plan.config.overwrite:
+        assert isinstance(plan.config.out, Path)
+        folders.delete(plan.config.out, folders.CACHE)
 
 
 def expected(plan: Plan, todo: list[Shard]) -> Progress:
@@ -141,6 +167,8 @@ def prepare(plan: Plan) -> None:
     out = plan.config.out
     one_at_a_time = lock.held(out, ".lock-claim", wait=True) if plan.config.plan_slice else contextlib.nullcontext()
     with one_at_a_time:
+        if plan.config.plan_slice:
+            folders.recover(out, folders.CACHE)
         claim_folder(plan)
         missing = plan.missing(plan.shards)
         if missing:
@@ -161,7 +189,11 @@ def claim_folder(plan: Plan) -> None:
     """Make the folder this plan's: everything that is fixed before the first row is run."""
     out = plan.config.out
     if plan.config.overwrite and (out / "plan.json").is_file():
-        empty(out)
+        plan.check_folder()  # again: starting the engine took its time
+        if isinstance(out, Path):
+            folders.set_aside(out)
+        else:
+            empty(out)
     out.mkdir(parents=True, exist_ok=True)
     if not writer.create_json(out / "plan.json", plan.as_json()):
         plan.check_folder(overwrite=False)  # it may have come from another run while the engine started
@@ -175,13 +207,10 @@ def claim_folder(plan: Plan) -> None:
 
 
 def empty(cache: Location) -> None:
-    """Delete a cache's files, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
-    paths: list[Any] = list(cache.iterdir())
-    for path in sorted(paths, key=lambda path: path.name == "plan.json"):
-        if path.is_dir():
-            storage.remove_tree(path)
-        elif path.name != ".lock":
-            path.unlink()
+    """Delete a remote cache, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
+    assert not isinstance(cache, Path)
+    for path in sorted(cache.below(), key=lambda path: path.name == "plan.json"):
+        path.unlink(missing_ok=True)
 
 
 class Background:
@@ -283,7 +312,7 @@ def fill(
         written = now
         state.shards_done += 1
 
-    with ThreadPoolExecutor() as judges, Background() as background:
+    with Workers() as judges, Background() as background, judges.stopped_by_errors():
         for request, answer in teacher.run(requests()):
             shard_name, sample_id = request.key
             opened = open_shards[shard_name]
@@ -322,7 +351,8 @@ def make_row(plan: Plan, sample: Sample, answer: Answer | Refusal) -> writer.Row
         return BadRow(fields["source"], sample.row_id, answer.reason)
     if not len(answer.completion_ids):
         return BadRow(fields["source"], sample.row_id, "the teacher answered nothing")
-    if not (np.isfinite(answer.token_logprobs).all() and np.isfinite(answer.logprobs[:, 0]).all()):
+    finite = np.isfinite(answer.token_logprobs).all() and np.isfinite(answer.logprobs[:, 0]).all()
+    if not finite or np.isnan(answer.logprobs).any():
         return BadRow(fields["source"], sample.row_id, "the teacher's log-probabilities are not finite numbers")
     if fields["origin"] == "sampled":
         fields["completion"] = plan.prompts.decode(answer.completion_ids)
@@ -343,6 +373,7 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
     metadata = {
         "format_version": format.FORMAT_VERSION,
         "fingerprint": plan.fingerprint,
+        "date": str(plan.date),
         "precision": config.precision,
         "sparsify": str(plan.sparsifier),
         "temperature": config.sampling.temperature,
@@ -378,20 +409,6 @@ def bytes_per_token(plan: Plan) -> float:
     return plan.sparsifier.most_candidates * BYTES_PER_CANDIDATE[plan.config.precision] + OTHER_BYTES_PER_TOKEN
 
 
-def first_asked(plan: Plan) -> str | None:
-    """The first example as the teacher will see it: its prompt and, after an arrow, the answer given to it."""
-    example = next((e for e in plan.examples if not isinstance(e, BadRow)), None)
-    if example is None:
-        return None
-    try:
-        asked = plan.asked(example, given=plan.config.mode != "sample")
-    except ValueError as error:
-        return str(error)
-    decode = plan.prompts.tokenizer.decode
-    shown = decode(asked.prompt_ids)
-    return repr(shown) + (f" -> {decode(asked.completion_ids)!r}" if asked.completion_ids else "")
-
-
 def dry_run(plan: Plan) -> dict[str, Any]:
     """What a run would do: samples, tokens, predicted bytes, free disk, shards. Nothing is written."""
     config = plan.config
@@ -418,12 +435,13 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "engine": config.engine,
         "dtype": plan.dtype,
         "max_model_len": plan.max_model_len,
+        "device": machine.chosen(runs_on_gpu(config.engine)),
         "examples": len(plan.examples),
         "samples_to_do": samples,
         "rejected": rejected,
         "template": plan.prompts.facts.describe(plan.prompts.tokenizer),
         "differs_from_template": dict(differs) or None,
-        "asks_first": first_asked(plan),
+        "asks_first": plan.first_asked(),
         "near_duplicates_dropped": plan.near_duplicates,
         "prompt_tokens": prompt_tokens,
         "given_completion_tokens": given_tokens,

@@ -23,19 +23,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache import capture, hashes, lock
+from kdcache import capture, folders, hashes, models
 from kdcache.capture import Progress
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.plan import Plan, Shard
 from kdcache.sandbox import Sandbox
-from kdcache.teachers import Teacher, load, runs_on_gpu
+from kdcache.teachers import Say, Teacher, load, runs_on_gpu
 
 LOCAL = "local"
 #: So many workers may die one after the other without a shard written between; then it is not bad luck.
 MAX_LOSSES = 3
 REPORT_SECONDS = 0.5
 #: What a node's workers are told of the driver's environment; never a token or a key.
-PASSED_ON = ("VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "TORCH_", "HF_HUB_DISABLE_")
+PASSED_ON = ("VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "TORCH_", "HF_HUB_DISABLE_", models.TRUST)
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,8 @@ class Worker:
         self._plan, self._number, self._desk, self._sandboxed = plan, number, desk, sandboxed
         self._teacher: Teacher | None = None
 
-    def start(self, driver_has_gpu: bool) -> None:
-        """Start the engine, of the very teacher that the plan names."""
+    def start(self, driver_has_gpu: bool) -> list[str]:
+        """Start the engine, of the very teacher that the plan names; returns what the user should know of it."""
         import ray
 
         plan, config = self._plan, self._plan.config
@@ -129,7 +129,9 @@ class Worker:
         if hashes.weights(plan.model) != plan.fields["weights"]:
             raise KDError(f"{platform.node()}: the weights of {config.teacher} there are not those that the driver has")
         self._ray = ray
-        self._teacher = load(config.engine, plan.engine_options())
+        said: list[str] = []
+        self._teacher = load(config.engine, plan.engine_options(), said.append)
+        return said
 
     def run(self) -> None:
         """Take shards until there are none."""
@@ -161,16 +163,17 @@ def run(
     workers: Workers,
     progress: Callable[[Progress], None] = lambda _: None,
     stop: Callable[[], bool] = lambda: False,
+    say: Say = lambda _: None,
 ) -> dict[str, Any]:
     """``capture.run`` by several workers: do what is missing of a plan, and return the manifest."""
-    with lock.held(plan.config.out):
-        plan.check_folder()
+    with folders.held(plan.config.out, folders.CACHE):
+        capture.check_folder(plan)
         todo = plan.todo()
         if not todo:
             capture.prepare(plan)
         else:
             with _connected(plan, workers) as (ray, count, gpus):
-                _Driver(ray, plan, todo, gpus).work(count, progress, stop)
+                _Driver(ray, plan, todo, gpus).work(count, capture.begun(plan, progress), stop, say)
         return capture.sum_up(plan)
 
 
@@ -194,7 +197,8 @@ class _Driver:
         self._desk = ray.remote(Desk).options(num_cpus=0).remote([ray.put(shard) for shard in todo])
         self._actor_class = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
 
-    def work(self, count: int, progress: Callable[[Progress], None], stop: Callable[[], bool]) -> None:
+    def work(self, count: int, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> None:
+        said: set[str] = set()  # many workers have the same to say
         starting: dict[Any, int] = {}
         running: dict[Any, int] = {}
         claimed = closed = False
@@ -210,6 +214,10 @@ class _Driver:
                         self._lost(number)
                         starting |= self._hire() if self._left() and not closed else {}
                     elif started:
+                        for sentence in self._ray.get(ref):
+                            if sentence not in said:
+                                say(sentence)
+                            said.add(sentence)
                         if not claimed:  # now that an engine runs: if none can start, --overwrite has deleted nothing
                             capture.prepare(self._plan)
                             self._state.started = time.monotonic()
@@ -305,10 +313,8 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
     """Ray, how many workers, GPUs of each; KDError if it is missing or has no room for one worker."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that it will be so one day
-    try:
-        import ray
-    except ImportError as error:
-        raise KDError(f"--ray needs Ray ({error}). Install it with `pip install 'kdcache[ray]'`") from None
+    import ray
+
     gpus = workers.gpus_each(plan)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import threading
 import time
 import uuid
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from kdcache import embedded
 from kdcache.errors import UsageError
 
 try:
@@ -28,6 +30,7 @@ except ImportError:  # not a POSIX system
 DIGEST_BYTES = 16
 DEFAULT_GB = 20.0
 READ_AHEAD_THREADS = 2
+PIECE = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")  # names of whole pieces and of half-written ones
 
 _lock = threading.Lock()
 _fetching: dict[str, Future[bytes]] = {}
@@ -38,8 +41,8 @@ _patience_seconds = 60.0  # ranks begin apart: one imports, another does not
 
 def folder() -> Path:
     """KDCACHE_DISK_CACHE, else ``remote`` in kdcache's folder of the user."""
-    home = Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
-    return Path(os.environ.get("KDCACHE_DISK_CACHE") or home / "remote")
+    named = os.environ.get("KDCACHE_DISK_CACHE")
+    return Path(os.path.expanduser(named)) if named else embedded.home() / "remote"
 
 
 def limit_bytes() -> int:
@@ -168,7 +171,7 @@ def trim(target_bytes: int) -> None:
     pieces = []
     with contextlib.suppress(OSError):
         for entry in os.scandir(folder()):
-            if entry.name.startswith(".lock-"):
+            if not PIECE.fullmatch(entry.name):  # a lock, or somebody else's file
                 continue
             with contextlib.suppress(OSError):  # another process deleted it
                 status = entry.stat()

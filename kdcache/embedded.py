@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from kdcache import models
 from kdcache.errors import KDError
 
 NAME = "SmolLM2-135M-Instruct"
@@ -26,7 +27,7 @@ _RECIPE = 1  # raise when the preparation changes, so that an old folder is not 
 
 def home() -> Path:
     """Where kdcache keeps what it prepares once."""
-    return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
+    return Path(os.path.expanduser(os.environ.get("KDCACHE_HOME") or "~/.cache/kdcache"))
 
 
 def _gguf_folder() -> Path:
@@ -48,14 +49,14 @@ def prepare() -> Path:
         return target
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import GgufConfig
 
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=target.parent))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # progress bars that no flag turns off
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=GGUF)
-            model = AutoModelForCausalLM.from_pretrained(
+            tokenizer = models.tokenizer(source.parent, gguf_file=GGUF)
+            model = models.causal_lm(
                 source.parent, gguf_file=GGUF, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
             )
             model.config._name_or_path = NAME

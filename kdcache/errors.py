@@ -19,6 +19,13 @@ class UsageError(KDError):
         super().__init__(message, exit_code=2)
 
 
+class Unstoppable(BaseException):
+    """Ctrl-C came, and a library does not react to it: only the end of the process ends its thread.
+
+    No KeyboardInterrupt, after which a program may go on.
+    """
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception that says something, else its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

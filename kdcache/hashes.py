@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from kdcache import embedded, storage, writer
+from kdcache import embedded, extras, storage, writer
 from kdcache.errors import KDError, UsageError, first_line
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -34,6 +35,8 @@ def model_folder(model: str, revision: str | None = None) -> str:
         return model
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(f"{model}: no such folder; expected `embedded`, a model folder, or a Hub id like org/name")
+    if importlib.util.find_spec("transformers") is None:  # which has the Hub's client with it
+        raise extras.missing("transformers")
     from huggingface_hub import snapshot_download
 
     try:
@@ -46,6 +49,19 @@ def model_folder(model: str, revision: str | None = None) -> str:
         raise KDError(
             f"{model}: no such folder here, and it could not be had from the Hub: {first_line(error)}"
         ) from None
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """The object in a model folder's file; an empty one if there is no such file. KDError if it holds something else."""
+    try:
+        found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise KDError(f"{folder}/{name} is damaged, it is not JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise KDError(f"{folder}/{name} is damaged: expected a JSON object, found {type(found).__name__}")
+    return found
 
 
 def revision(folder: str) -> str | None:

@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import lock, query, storage, verifiers, writer
+from kdcache import integrity, lock, query, storage, verifiers, writer
+from kdcache.errors import KDError, first_line
 from kdcache.format import REWARDS_FILE
 from kdcache.prompts import whole_turn
 from kdcache.storage import Location
@@ -79,15 +80,22 @@ def forget(cache: Location) -> None:
     if rows:
         there = {
             sample_id
-            for path in (cache / "data").glob("*.parquet")
-            for sample_id in pq.read_table(storage.opened(path), columns=["sample_id"])["sample_id"].to_pylist()
+            for name in integrity.readable_shards(cache)
+            for sample_id in pq.read_table(storage.opened(cache / name), columns=["sample_id"])["sample_id"].to_pylist()
         }
         _write(cache, {row["sample_id"]: row for row in rows if row["sample_id"] in there})
 
 
 def _read(cache: Location) -> list[dict[str, Any]]:
+    """The rows, in the file's order: of several of one sample the last holds."""
     path = cache / REWARDS_FILE
-    return pq.read_table(storage.whole(path), page_checksum_verification=True).to_pylist() if path.is_file() else []
+    if not path.is_file():
+        return []
+    integrity.check_table(cache, REWARDS_FILE)
+    try:
+        return pq.read_table(storage.whole(path), schema=REWARDS, page_checksum_verification=True).to_pylist()
+    except integrity.UNREADABLE as error:
+        raise KDError(f"{path} is damaged ({first_line(error)}); {integrity.REWARDS_WAY_OUT}", 3) from None
 
 
 def _write(cache: Location, rows: dict[str, dict[str, Any]]) -> None:

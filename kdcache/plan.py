@@ -7,7 +7,7 @@ machine, knows the same shards.
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -16,11 +16,26 @@ from typing import Any
 
 import numpy as np
 
-from kdcache import embedded, examples, format, hashes, sparsify, splits, storage
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache import (
+    embedded,
+    examples,
+    folders,
+    format,
+    hashes,
+    manifest,
+    models,
+    seal,
+    sparsify,
+    splits,
+    storage,
+    verifiers,
+)
+from kdcache.bounds import MOST_SAMPLES, MOST_SEED, check_sampling, check_whole
+from kdcache.errors import KDError, UsageError
 from kdcache.examples import BadRow, Columns, Example
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
-from kdcache.prompts import COMPLETION_POLICY_VERSION, Asked, Prompts, load_tokenizer
+from kdcache.folders import CACHE
+from kdcache.prompts import COMPLETION_POLICY_VERSION, Asked, Prompts
 from kdcache.storage import Location
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
 
@@ -28,6 +43,8 @@ MODES = ("score", "sample", "both")
 
 #: Without --max-model-len, on a CPU: vLLM must prefill a prompt in one piece there, and tries its memory at start-up.
 CPU_MAX_MODEL_LEN = 2048
+
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # the last two are vLLM's names
 
 #: Options that would make the cache say something else than it claims, or that have a name here.
 REFUSED_OPTIONS = {
@@ -86,6 +103,7 @@ class CaptureConfig:
     engine: str = "vllm"
     dtype: str = "auto"
     max_model_len: int | None = None
+    bos: str = "auto"
     reasoning: bool = False
     verify: bool = True
     unsafe_exec: bool = False
@@ -138,7 +156,9 @@ class Plan:
         self.dtype = resolve_dtype(config.dtype, model_config["dtype"], config.engine)
         self.max_model_len = _max_model_len(config, model_config["max_position_embeddings"])
         self.date = self._date()
-        self.prompts = Prompts(self.model, load_tokenizer(self.model), self.date)
+        self.prompts = Prompts(self.model, models.tokenizer(self.model), self.date, config.bos)
+        if self.prompts.end_of_turn >= self.vocab_size:
+            raise KDError(f"{config.teacher}: its end of turn, {self._no_token(self.prompts.end_of_turn)}")
         self.examples = self._load()
         if all(isinstance(example, BadRow) for example in self.examples):
             raise KDError(f"--examples {config.examples}: no row can be taken. {self.examples[0].reason}")  # type: ignore[union-attr]
@@ -146,6 +166,27 @@ class Plan:
         self.fingerprint = format.fingerprint(self.fields)
         self.near_duplicates = 0  # rows dropped because they repeat one of a later split
         self.shards = self._cut()
+
+    def _no_token(self, token: int) -> str:
+        return f"token {token}, is beyond the model's vocabulary of {self.vocab_size}: its tokenizer has more tokens than that"
+
+    def notes(self) -> list[str]:
+        """What the user should know before the teacher runs, each a sentence or two."""
+        found = [f"template: {self.prompts.facts.describe(self.prompts.tokenizer)}"]
+        if (first := self.first_asked()) is not None:
+            found.append(f"asks first: {first}")
+        if self.near_duplicates:
+            found.append(f"{self.near_duplicates} rows nearly repeat a row of another split, and are dropped")
+        if self.prompts.lacks_bos:
+            found.append(f"warning: {self.config.teacher} {self.prompts.without_bos}")
+        reasons = [(row, reason) for row in self.examples if isinstance(row, Example) and (reason := _not_judged(row))]
+        if reasons:
+            row, reason = reasons[0]
+            found.append(
+                f"warning: the verifiers of {len(reasons)} of {len(self.examples)} rows are not understood, so that their "
+                f"answers will not be judged; the first: {row.source}:{row.row_id}: {reason}"
+            )
+        return found
 
     def _load(self) -> list[Example | BadRow]:
         """The examples in the data set's order or, shuffled, in that of a hash of the seed and their ids; then cut."""
@@ -157,11 +198,15 @@ class Plan:
         return found[: config.limit]
 
     def _date(self) -> date:
-        """The day that chat templates are told: the plan's, so that a capture resumed later renders the same prompts."""
-        try:
-            return date.fromisoformat(json.loads((self.config.out / "plan.json").read_text(encoding="utf-8"))["date"])
-        except (OSError, ValueError, KeyError):
-            return date.today()
+        """The day that chat templates are told: the plan's, so that a capture resumed later renders the same prompts.
+
+        Where plan.json was damaged and set aside, the shards say it too.
+        """
+        out = self.config.out
+        for said in (lambda: manifest.read_plan(out), lambda: next(manifest.shards_metadata(out))):
+            with contextlib.suppress(KDError, OSError, StopIteration, ValueError, KeyError, TypeError):
+                return date.fromisoformat(said()["date"])
+        return date.today()
 
     @property
     def samples_per_example(self) -> int:
@@ -198,7 +243,10 @@ class Plan:
     def _fingerprint_fields(self) -> dict[str, Any]:
         config = self.config
         sampled = config.mode != "score"
+        extra = config.engine_extra | ({"trust_remote_code": True} if models.code_is_trusted() else {})
         return {
+            # Fields that came later are there only where they are not the default: old fingerprints stay as they are.
+            **({"bos": config.bos} if config.bos != "auto" else {}),
             "format_version": format.FORMAT_VERSION,
             "teacher": _teacher_name(config.teacher),
             "weights": hashes.weights(self.model),
@@ -207,7 +255,7 @@ class Plan:
             "engine": config.engine,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
-            "engine_options": {k: v for k, v in sorted(config.engine_extra.items()) if k not in SPEED_OPTIONS},
+            "engine_options": {k: v for k, v in sorted(extra.items()) if k not in SPEED_OPTIONS},
             "mode": config.mode,
             "seed": config.seed,
             "samples": config.samples if sampled else None,
@@ -251,7 +299,7 @@ class Plan:
         return [shard for shard in shards if shard.name.removeprefix("data/") not in there]
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        content = {
             "format_version": format.FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "fields": self.fields,
@@ -265,6 +313,7 @@ class Plan:
             "near_duplicates_dropped": self.near_duplicates,
             "shards": self._shards_as_json(),
         }
+        return seal.with_checksum(content)
 
     def _shards_as_json(self) -> list[dict[str, Any]]:
         return [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
@@ -273,23 +322,37 @@ class Plan:
         """Refuse a folder that is something else, or (unless it is to be overwritten) a cache with another fingerprint."""
         out, plan = self.config.out, self.config.out / "plan.json"
         ways_out = "Use another --out, or --overwrite to delete what is there."
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"--out {out} is a file; expected a folder")
+        folders.check_place(out, "--out")
         # Before plan.json is looked for: whoever else makes this cache makes that first.
-        has_files = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
+        if isinstance(out, Path):
+            has_files = not folders.is_empty(out)
+        else:
+            has_files = out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir())
         if plan.is_file():
             if self.config.overwrite if overwrite is None else overwrite:
+                config = self.config
+                reads = [self.model, config.examples, *([config.data_path] if config.data_path else [])]
+                folders.check_deletable(out, CACHE, reads)
                 return
-            old = json.loads(plan.read_text(encoding="utf-8"))
-            if old.get("fingerprint") != self.fingerprint:
-                differing = "\n  ".join(format.differing_fields(old.get("fields", {}), self.fields))
+            if overwrite is None and self.finds_stale_claim():
+                return
+            old = manifest.read_plan(out)
+            if old["fingerprint"] != self.fingerprint:
+                differing = "\n  ".join(format.differing_fields(old["fields"], self.fields))
                 raise KDError(
                     f"{out} holds a cache made differently (old -> new):\n  {differing}\n"
                     f"A cache does not grow and is never mixed. {ways_out}"
                 )
-            if old.get("shards") != self._shards_as_json():
+            if old["shards"] != self._shards_as_json():
                 raise KDError(
                     f"{out}/plan.json cuts the same examples into other shards than this version of kdcache does. {ways_out}"
+                )
+        elif manifest.plan_was_set_aside(out):
+            foreign = {m.get("fingerprint") for m in manifest.shards_metadata(out)} - {self.fingerprint}
+            if foreign:
+                raise KDError(
+                    f"{out} holds shards of a cache made differently (fingerprint {foreign.pop()}, this command's is "
+                    f"{self.fingerprint}): its plan.json was damaged and set aside; run the command that made it. {ways_out}"
                 )
         elif has_files:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
@@ -302,6 +365,35 @@ class Plan:
             return self.prompts.ask_text(example.prompt, (example.completion or "") if given else None)
         answer = example.given or {"role": "assistant", "content": ""}
         return self.prompts.ask(example.messages, answer if given else None, example.tools)
+
+    def first_asked(self, most: int = 400) -> str | None:
+        """The first example as the teacher will see it: its prompt and, after an arrow, the answer given to it; shortened."""
+        example = next((e for e in self.examples if not isinstance(e, BadRow)), None)
+        if example is None:
+            return None
+        try:
+            asked = self.asked(example, given=self.config.mode != "sample")
+        except ValueError as error:
+            return str(error)
+        decode = self.prompts.tokenizer.decode
+        shown = repr(decode(asked.prompt_ids))
+        if asked.completion_ids:
+            shown += f" -> {decode(asked.completion_ids)!r}"
+        return shown if len(shown) <= most else f"{shown[: most // 2]} ... {shown[-most // 2 :]}"
+
+    def finds_stale_claim(self) -> bool:
+        """Whether the folder is another plan's that never wrote a shard: of a start that failed, and may be corrected.
+
+        Slices share a folder, and a store has no lock: there another process may be about to write the first.
+        """
+        out = self.config.out
+        if self.config.plan_slice is not None or not isinstance(out, Path) or not folders.holds(out, CACHE):
+            return False
+        return (
+            f'"{self.fingerprint}"' not in (out / CACHE.marker).read_text(encoding="utf-8", errors="replace")
+            and not folders.has_results(out, CACHE)
+            and folders.foreign(out, CACHE) is None
+        )
 
     def samples_of(self, shard: Shard, example: Example | BadRow) -> Iterator[Sample | BadRow]:
         """The samples that one example asks for, or why it cannot be taken."""
@@ -348,8 +440,12 @@ class Plan:
                 return None
             return f"{what} {tokens} tokens and one more do not fit max_model_len {self.max_model_len}"
 
-        if not (prompt or given).prompt_ids:  # type: ignore[union-attr]
+        prompt_ids = (prompt or given).prompt_ids  # type: ignore[union-attr]
+        if not prompt_ids:
             yield bad("the prompt is empty")
+            return
+        if max(prompt_ids) >= self.vocab_size:
+            yield bad(f"prompt: {self._no_token(max(prompt_ids))}")
             return
         if prompt is not None and (reason := too_long(len(prompt.prompt_ids), "prompt:")):
             yield bad(reason)
@@ -359,6 +455,8 @@ class Plan:
                 yield bad("no completion to score" if example.given is None else "the completion is empty")
             elif reason := too_long(len(given.prompt_ids) + len(given.completion_ids), "prompt and completion:"):
                 yield bad(reason)
+            elif max(given.completion_ids) >= self.vocab_size:
+                yield bad(f"completion: {self._no_token(max(given.completion_ids))}")
             else:
                 yield sample(given, "g", origin="given", completion=given.completion)
         if prompt is not None:
@@ -378,18 +476,28 @@ def _group_id(example: Example) -> str:
     return example.group_id or f"{format.stable_hash(example.messages):016x}"
 
 
-def _model_config(model: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
+def _not_judged(example: Example) -> str | None:
+    """Why an answer to this example could not be judged although the row says how; None where all is well."""
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-    except Exception as error:
-        raise KDError(f"{model}: not a model that transformers can read: {first_line(error)}") from None
-    return {
+        verifiers.parse(example.verifier)
+    except KDError as error:
+        return str(error)
+    return None
+
+
+def _model_config(model: str) -> dict[str, Any]:
+    hashes.read_json(model, "config.json")
+    config = models.config(model).get_text_config()
+    found = {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": getattr(config, "max_position_embeddings", None),
         "dtype": str(config.dtype).removeprefix("torch.") if config.dtype is not None else None,
     }
+    for name in ("vocab_size", "max_position_embeddings"):
+        value = found[name]
+        if not (isinstance(value, int) and value > 0) and (value is not None or name == "vocab_size"):
+            raise KDError(f"{model}/config.json is damaged: {name} is {value!r}, expected a whole number above 0")
+    return found
 
 
 def _max_model_len(config: CaptureConfig, longest: int | None) -> int:
@@ -430,14 +538,20 @@ def _check(config: CaptureConfig) -> None:
             raise UsageError(
                 "--overwrite would have each slice delete what the others wrote; delete the folder first, or use another --out"
             )
-    for flag, value, least in (
-        ("--samples", config.samples, 1),
-        ("--rows-per-shard", config.rows_per_shard, 1),
-        ("--max-tokens", config.sampling.max_tokens, 1),
-        ("--limit", config.limit, 1),
-        ("--temperature", config.sampling.temperature, 0),
+    for flag, value in (
+        ("--teacher", config.teacher),
+        ("--revision", config.revision),
+        ("--examples", config.examples),
     ):
-        if value is not None and value < least:
-            raise UsageError(f"{flag} {value}: expected at least {least}")
-    if not 0 < config.sampling.top_p <= 1:
-        raise UsageError(f"--top-p {config.sampling.top_p}: expected more than 0 and at most 1")
+        if value == "":
+            raise UsageError(f"{flag}: expected a name, found an empty text")
+    check_whole("--samples", config.samples, 1, MOST_SAMPLES)
+    check_whole("--rows-per-shard", config.rows_per_shard, 1)
+    check_whole("--max-tokens", config.sampling.max_tokens, 1)
+    check_whole("--limit", config.limit, 1)
+    check_whole("--capture-k", config.capture_k, 1)
+    check_whole("--max-model-len", config.max_model_len, 2)
+    check_whole("--seed", config.seed, 0, MOST_SEED)
+    check_sampling(config.sampling.temperature, config.sampling.top_p)
+    if config.dtype not in DTYPES:
+        raise UsageError(f"--dtype {config.dtype}: expected one of {', '.join(DTYPES)}")

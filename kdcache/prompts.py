@@ -14,12 +14,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 
-from kdcache.errors import KDError, first_line
+from kdcache import hashes
+from kdcache.errors import KDError, UsageError, first_line
 from kdcache.examples.messages import REASONING_KEYS, Message, tool_name
 
 #: 2: an answer is what the chat template writes; the end-of-turn is the mark that it writes after an answer.
@@ -85,16 +86,39 @@ class Asked:
     differs: str | None = None  # why the ids are not those of the template's whole rendering
 
 
+#: What stands before a prompt. ``auto``: what the tokenizer adds to plain text, and what a chat template holds.
+#: ``add``: one BOS, where there is none yet. ``never``: no BOS before plain text; a chat template keeps its own.
+BOS = ("auto", "add", "never")
+
+
 class Prompts:
     """A tokenizer and its chat template, asked in the one way that the cache is made of."""
 
-    def __init__(self, model: str, tokenizer: Any, today: date | None = None):
+    def __init__(self, model: str, tokenizer: Any, today: date | None = None, bos: str = "auto"):
         self.tokenizer = tokenizer
+        if bos not in BOS:
+            raise UsageError(f"--bos {bos}: expected one of {', '.join(BOS)}")
+        named = _named_bos(model)
+        self.bos, self.bos_id = bos, named if named is not None else tokenizer.bos_token_id
+        if bos == "add" and self.bos_id is None:
+            raise UsageError(f"--bos add: neither config.json nor the tokenizer of {model} names a BOS token")
+        self._adds_bos = tokenizer("a", verbose=False)["input_ids"][:1] == [self.bos_id]
+        #: The model was given a BOS by whoever configured it, and nothing puts it before a prompt.
+        self.lacks_bos = bos == "auto" and named is not None and tokenizer.chat_template is None and not self._adds_bos
         self._today = today or date.today()
         self.tells_the_date = any(w in str(tokenizer.chat_template) for w in ("strftime_now", "date_string"))
         self.facts = _probe(self, _stop_ids(model, tokenizer), model)
         self.end_of_turn = self.facts.end_of_turn
         self._ends = {*self.facts.stop_ids, *([pad] if (pad := tokenizer.pad_token_id) is not None else [])}
+
+    @property
+    def without_bos(self) -> str:
+        """What to tell the user where ``lacks_bos``."""
+        return (
+            f"names a BOS token ({self.tokenizer.convert_ids_to_tokens(self.bos_id)}, id {self.bos_id}), but its tokenizer adds "
+            "none and there is no chat template, so prompts begin without it. A model that was trained with BOS answers "
+            "rubbish then. Say --bos add if it was, or --bos never if it was not"
+        )
 
     # --- a row
 
@@ -130,12 +154,12 @@ class Prompts:
     def ask_text(self, prompt: str, completion: str | None) -> Asked:
         """The same for a prompt of plain text, for which the chat template is not asked; the tokenizer's own BOS holds."""
         if completion is None:
-            return Asked(prompt, self.text_ids(prompt))
-        return self._after(prompt, completion, None, plain=True)
+            return Asked(prompt, self.prompt_ids(prompt, is_plain=True))
+        return self._after(prompt, completion, None, is_plain=True)
 
-    def _after(self, prompt: str, completion: str, differs: str | None, plain: bool = False) -> Asked:
+    def _after(self, prompt: str, completion: str, differs: str | None, is_plain: bool = False) -> Asked:
         """The ids of ``completion`` as they follow ``prompt``, with one end-of-turn; none if the completion is empty."""
-        encode = self.text_ids if plain else self.prompt_ids
+        encode = partial(self.prompt_ids, is_plain=is_plain)
         prompt_ids = encode(prompt)
         if not completion.strip():
             return Asked(prompt, prompt_ids, completion, [])
@@ -160,14 +184,13 @@ class Prompts:
             return _plain(messages)
         return self._rendered(messages, tools, generation_prompt=True)
 
-    def prompt_ids(self, rendered: str) -> list[int]:
-        """A rendered prompt as ids; the template has written the special tokens itself."""
-        special = self.tokenizer.chat_template is None
-        return self.tokenizer(rendered, add_special_tokens=special, verbose=False)["input_ids"]
-
-    def text_ids(self, text: str) -> list[int]:
-        """Plain text as ids, with the tokenizer's own special tokens before it."""
-        return self.tokenizer(text, verbose=False)["input_ids"]
+    def prompt_ids(self, text: str, is_plain: bool = False) -> list[int]:
+        """The ids of a prompt. One that no chat template rendered is plain, and gets the tokenizer's special tokens."""
+        is_plain = is_plain or self.tokenizer.chat_template is None
+        ids = self.tokenizer(text, add_special_tokens=is_plain, verbose=False)["input_ids"]
+        if self.bos == "add" and ids[:1] != [self.bos_id]:
+            return [self.bos_id, *ids]
+        return ids[1:] if self.bos == "never" and is_plain and self._adds_bos else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """A completion as text, without the ids that ended it; other special tokens, such as <think>, stay."""
@@ -198,16 +221,6 @@ def completion_text(tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:
 def whole_turn(prompt: str, completion: str) -> str:
     """An assistant's turn as text: the thought that the prompt's end has opened, if it has, and the completion."""
     return f"{THINK}\n{completion}" if prompt.rstrip().endswith(THINK) else completion
-
-
-def load_tokenizer(model: str) -> Any:
-    """The tokenizer of a model folder; KDError in a sentence if it has none."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model)
-    except Exception as error:
-        raise KDError(f"{model}: its tokenizer could not be loaded: {first_line(error)}") from None
 
 
 def _shared(*sequences: Sequence[Any]) -> int:
@@ -270,14 +283,8 @@ def _traced(answer: Message) -> str | None:
 
 def _stop_ids(model: str, tokenizer: Any) -> list[int]:
     """The ids that generation_config.json and the tokenizer name as ends."""
-    stops: list[int] = []
-    config = Path(model) / "generation_config.json"
-    if config.is_file():
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        stops = list(eos if isinstance(eos, list) else [eos] if eos is not None else [])
-    if tokenizer.eos_token_id is not None:
-        stops.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(stops))
+    config = hashes.read_json(model, "generation_config.json")
+    return ids_in(config.get("eos_token_id"), tokenizer.eos_token_id)
 
 
 def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
@@ -321,6 +328,22 @@ def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
         end_is_named=end in stops,
         stop_ids=tuple(dict.fromkeys([end, *stops])),
     )
+
+
+def _named_bos(model: str) -> int | None:
+    """The BOS id that config.json itself names: transformers' classes have defaults, which say nothing of the model."""
+    config = hashes.read_json(model, "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        if ids := ids_in(part.get("bos_token_id")):
+            return ids[0]
+    return None
+
+
+def ids_in(*values: Any) -> list[int]:
+    """The token ids in what configurations hold (an id, a list of them, or nothing), each once and in order."""
+    flat = [part for value in values for part in (value if isinstance(value, list | tuple) else [value])]
+    return sorted({part for part in flat if isinstance(part, int) and not isinstance(part, bool)})
 
 
 def vocab_table(tokenizer: Any, head_rows: int) -> pa.Table:

@@ -11,7 +11,7 @@ import fnmatch
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache import manifest
+from kdcache import manifest, storage
 from kdcache.errors import KDError, first_line
 
 OF_A_CACHE = (
@@ -37,7 +37,7 @@ class Push:
 
 
 def prepare(folder: Path, repo_id: str, private: bool = True) -> Push:
-    """Work out what goes. KDError for a folder that is neither, or is not whole."""
+    """Work out what goes. KDError for a folder that is neither, is not whole, or holds a link that leads out of it."""
     if (folder / "plan.json").is_file():
         summary = manifest.summary(folder)  # which renews manifest and card
         if not summary["complete"]:
@@ -58,6 +58,8 @@ def prepare(folder: Path, repo_id: str, private: bool = True) -> Push:
         for name in names
         if any(fnmatch.fnmatchcase(name, pattern) and depth[name] == pattern.count("/") for pattern in patterns)
     }
+    for name in ("data", *files):
+        storage.real_file(folder / name, folder)
     return Push(folder, repo_id, repo_type, private, files)
 
 

@@ -8,19 +8,23 @@ view may use others; ``VIEWS`` is an order in which they can be created. docs/sq
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from kdcache import format, manifest, storage
-from kdcache.errors import KDError, first_line
+from kdcache import digests, format, integrity, manifest, storage
+from kdcache.errors import KDError, Unstoppable, UsageError, first_line
 from kdcache.storage import Location
 
 VIEWS = (
@@ -37,26 +41,42 @@ NO_REWARDS = (
 )
 
 
+#: How long DuckDB has to react to Ctrl-C. It does not look for it inside one call of a function on one row.
+GRACE_SECONDS = 1.5
+
+
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 
 def connect(
-    cache: Location, memory_limit: str | None = None, views: Sequence[str] = VIEWS
+    cache: Location,
+    memory_limit: str | None = None,
+    views: Sequence[str] = VIEWS,
+    split: str | None = None,
+    progress: digests.Progress = lambda done, total: None,
 ) -> duckdb.DuckDBPyConnection:
     """An in-memory database with ``views`` over ``cache``, which can reach no other file.
 
-    DuckDB has no folder that can be read and not be written: that nothing is written is what ``stream`` sees to.
+    The views read the shards of the plan (of one split, if that has any), proved to be what was written: DuckDB looks at no checksum.
+    It has no folder that can be read and not be written: that nothing is written is what ``stream`` sees to.
     """
-    manifest.read_plan(cache)
-    if not any((cache / "data").glob("*.parquet")):
+    shards = integrity.readable_shards(cache, split, progress) or integrity.readable_shards(cache, None, progress)
+    if not shards:
         raise KDError(f"{cache} has no shard yet; run the same kd cache-teacher command to the end")
+    for view, name in (("vocab", integrity.VOCAB_FILE), ("rewards", format.REWARDS_FILE)):
+        if view in views and (cache / name).is_file():
+            integrity.check_table(cache, name)
+    links = storage.linked_files(cache)
     connection = duckdb.connect()
     folder = storage.duckdb_folder(connection, cache)
-    connection.execute("SET VARIABLE cache = ?", [folder])
+    pattern = storage.duckdb_pattern(folder)
+    connection.execute("SET VARIABLE cache = ?", [pattern])
+    connection.execute("SET VARIABLE shards = ?", [[f"{pattern}/{name}" for name in shards]])
     connection.execute("SET enable_progress_bar = false")
     if memory_limit:
         connection.execute("SET memory_limit = ?", [memory_limit])
-    connection.execute("SET allowed_directories = ?", [[folder + "/"]])
+    connection.execute("SET allowed_directories = ?", [[folder + "/", pattern + "/"]])
+    connection.execute("SET allowed_paths = ?", [[str(path) for path in links]])
     connection.execute("SET enable_external_access = false")
     connection.execute("SET lock_configuration = true")
     try:
@@ -72,17 +92,24 @@ def connect(
 def run(cache: Location, sql: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     """Column names and all rows of one query; KDError with DuckDB's own words if it is wrong."""
     connection = connect(cache)
-    try:
+    with _closing(connection):
         names, rows = stream(connection, sql)
         return names, list(rows)
+
+
+@contextlib.contextmanager
+def _closing(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    try:
+        yield
     finally:
-        connection.close()
+        with contextlib.suppress(duckdb.ResourceInUseException):  # by a query that does not end
+            connection.close()
 
 
 def stream(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], Iterator[tuple[Any, ...]]]:
     """Column names of one query, and its rows as they come: a result may be larger than memory.
 
-    Another query can be asked of the connection when the rows were taken, or their iterator closed.
+    No name stands twice: as in a table made of the query, a second ``a`` is ``a_1``. Another query can be asked of the connection when the rows were taken, or their iterator closed.
     """
     try:
         result = _interruptible(connection, connection.execute, _reading(connection, sql))
@@ -96,22 +123,58 @@ def stream(connection: duckdb.DuckDBPyConnection, sql: str) -> tuple[list[str], 
         except duckdb.Error as error:
             raise _sql_error(error) from None
         finally:
-            connection.abort()
+            with contextlib.suppress(duckdb.ResourceInUseException):  # by this query, where it does not end
+                connection.abort()
 
-    return [column[0] for column in result.description or []], rows()
+    return _distinct([column[0] for column in result.description or []]), rows()
 
 
-def _interruptible(connection: duckdb.DuckDBPyConnection, call: Callable[[Any], Any], argument: Any) -> Any:
-    """``call(argument)`` in a thread, so that Ctrl-C ends it: the main thread hears of it only while it runs Python."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(call, argument)
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names of columns, those that were there before with a number."""
+    found: dict[str, None] = {}
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        found[name if name not in found else next(n for n in numbered if n not in found and n not in names)] = None
+    return list(found)
+
+
+def _interruptible(connection: duckdb.DuckDBPyConnection, call: Callable[..., Any], *arguments: Any) -> Any:
+    """``call(*arguments)`` in a thread, so that Ctrl-C ends it: the main thread hears of it only while it runs Python.
+
+    Unstoppable where DuckDB has not reacted after GRACE_SECONDS, or the user does not wait that long.
+    """
+    results: list[Any] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
         try:
-            return future.result()
+            results.append(call(*arguments))
+        except BaseException as error:
+            errors.append(error)
+        done.set()
+
+    threading.Thread(target=work, name="kd-query", daemon=True).start()
+    try:
+        done.wait()
+    except KeyboardInterrupt:
+        try:
+            _stop(connection, done)
         except KeyboardInterrupt:
-            while not future.done():  # the query may only be about to begin
-                connection.interrupt()
-                wait([future], timeout=0.1)
-            raise
+            raise Unstoppable from None
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _stop(connection: duckdb.DuckDBPyConnection, done: threading.Event) -> None:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while not done.is_set():
+        if time.monotonic() > deadline:
+            raise Unstoppable
+        connection.interrupt()  # again and again: the query may only be about to begin
+        done.wait(0.1)
 
 
 def is_complete(text: str) -> bool:
@@ -121,22 +184,34 @@ def is_complete(text: str) -> bool:
 
 
 def select(
-    cache: Location, columns: str, where: str | None, split: str, rest: str = "", view: str = "samples"
+    cache: Location,
+    columns: str,
+    where: str | None,
+    split: str,
+    rest: str = "",
+    view: str = "samples",
+    parameters: Mapping[str, Any] | None = None,
 ) -> pa.Table:
-    """``columns`` of the rows of a split that fulfil a user's condition; ``rest`` groups and orders them."""
-    views = VIEWS if where else tuple(dict.fromkeys(("rewards", "samples", view)))
-    connection = connect(cache, memory_limit="512MB", views=views)
-    condition = f"AND ({where}\n)" if where else ""  # the line break ends a comment
-    sql = f"SELECT {columns} FROM {view} WHERE split = ? {condition} {rest}"
-    try:
-        return connection.sql(_reading(connection, sql), params=[split]).to_arrow_table()
-    except duckdb.Error as error:
-        storage.raise_remote_error(error)
-        if where is None or _is_damage(error):
-            raise KDError(f"{cache}: its shards could not be read: {first_line(error)}", 3) from None
-        raise KDError(f"--where {where!r}: {first_line(error)}", 2) from None
-    finally:
-        connection.close()
+    """``columns`` of the rows of a split that fulfil a user's condition.
+
+    ``rest`` is the program's own SQL: further conditions (``AND ...``), grouping and order, with ``parameters``.
+    """
+    views = VIEWS if where is not None else tuple(dict.fromkeys(("rewards", "samples", view)))
+    connection = connect(cache, memory_limit="512MB", views=views, split=split if where is None else None)
+    with _closing(connection):
+        try:
+            rows = connection.view(view)
+            chosen = rows.filter(duckdb.ColumnExpression("split") == duckdb.ConstantExpression(split))
+            if where is not None:
+                chosen = chosen.filter(_condition(connection, where))
+            chosen.create_view("chosen", replace=False)
+            sql = f"SELECT {columns} FROM chosen WHERE true {rest}"
+            return _interruptible(connection, lambda: connection.sql(sql, params=parameters).to_arrow_table())
+        except duckdb.Error as error:
+            storage.raise_remote_error(error)
+            if where is None or _is_damage(error):
+                raise KDError(f"{cache}: its shards could not be read: {first_line(error)}", 3) from None
+            raise UsageError(f"--where {where!r}: {_explained(error, view, rows.columns)}") from None
 
 
 def select_samples(cache: Location, where: str | None, split: str) -> tuple[list[str], np.ndarray]:
@@ -162,9 +237,16 @@ def sources(cache: Location, where: str | None) -> list[str]:
     return sorted(select(cache, "DISTINCT source", where, "train")["source"].to_pylist())
 
 
-def changed_shards(cache: Location) -> list[str]:
-    """The shards that are not as manifest.json recorded them, by size and time of change; none without a manifest."""
-    return [name for name, shard in manifest.recorded(cache).items() if not manifest.unchanged(cache / name, shard)]
+def unplanned_files(cache: Location) -> list[str]:
+    """What is in data/ and is not read, as the plan does not know it."""
+    return integrity.unplanned_files(manifest.read_plan(cache), storage.files(cache / "data"))
+
+
+def missing_shards(cache: Location) -> list[str]:
+    """The shards that the plan knows and the folder does not hold: a query answers without them."""
+    there = storage.files(cache / "data")
+    planned = [shard["name"] for shard in manifest.read_plan(cache)["shards"]]
+    return [name for name in planned if name.removeprefix("data/") not in there]
 
 
 # --- what a query may do ----------------------------------------------------------------------------------------------
@@ -201,25 +283,85 @@ def _tokens(sql: str) -> list[bytes]:
     return [raw[start:end] for (start, kind), end in zip(found, ends) if kind != duckdb.token_type.comment]
 
 
-def _only_reads(connection: duckdb.DuckDBPyConnection, sql: str) -> bool:
+def _parsed(connection: duckdb.DuckDBPyConnection, sql: str) -> dict[str, Any]:
+    """DuckDB's tree of a SELECT; its key ``error`` is true for what is none."""
     [(serialized,)] = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchall()
     try:
-        todo: list[Any] = [json.loads(serialized)]
+        return json.loads(serialized)
     except RecursionError:
         raise KDError("the query nests too deeply to be checked; write it with lists or subqueries", 2) from None
-    if todo[0]["error"]:  # not a SELECT
-        return False
+
+
+def _nodes(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    todo: list[Any] = [tree]
     while todo:
         node = todo.pop()
         if isinstance(node, dict):
-            if "cte_map" in node and node.get("type") not in _READING_NODES:
-                return False
-            if str(node.get("function_name")).lower() in _FUNCTIONS_THAT_RUN_SQL:
-                return False
+            yield node
             todo.extend(node.values())
         elif isinstance(node, list):
             todo.extend(node)
-    return True
+
+
+def _only_reads(connection: duckdb.DuckDBPyConnection, sql: str) -> bool:
+    tree = _parsed(connection, sql)
+    return not tree["error"] and not any(_may_write(node) for node in _nodes(tree))
+
+
+def _may_write(node: dict[str, Any]) -> bool:
+    if "cte_map" in node and node.get("type") not in _READING_NODES:
+        return True
+    return str(node.get("function_name")).lower() in _FUNCTIONS_THAT_RUN_SQL
+
+
+# --- a user's condition -----------------------------------------------------------------------------------------------
+
+_AN_EXAMPLE = "expected one condition, as in \"origin = 'sampled' AND reward = 1\""
+
+
+def _condition(connection: duckdb.DuckDBPyConnection, where: str) -> duckdb.Expression:
+    """A condition parsed as one expression, which DuckDB takes as such: no text of it becomes part of any SQL.
+
+    It reads only, and says the same of a row whenever it is asked: several processes, and a run that is continued,
+    ask it anew.
+    """
+    try:
+        expression = duckdb.SQLExpression(where)
+    except duckdb.Error as error:
+        raise UsageError(f"--where {where!r}: {_AN_EXAMPLE}; DuckDB reads it otherwise ({first_line(error)})") from None
+    tree = _parsed(connection, f"SELECT {where}")  # as SQLExpression did
+    [item] = [{}] if tree["error"] else tree["statements"][0]["node"]["select_list"]
+    if item.get("alias", "?"):
+        raise UsageError(f"--where {where!r}: {_AN_EXAMPLE}; after it stands more ({item.get('alias')})")
+    nodes = list(_nodes(tree))
+    if any(_may_write(node) for node in nodes):
+        raise UsageError(f"--where {where!r}: a condition reads the cache, and runs nothing else")
+    changing = "SELECT function_name FROM duckdb_functions() WHERE stability = 'VOLATILE'"
+    volatile = {name for (name,) in connection.execute(changing).fetchall()}
+    called = {str(node.get("function_name")).lower() for node in nodes}
+    if called & volatile or any(node.get("sample") for node in nodes):
+        what = next(iter(sorted(called & volatile)), "USING SAMPLE")
+        raise UsageError(
+            f"--where {where!r}: {what} says something else each time; hash(sample_id) % 10 = 0 draws the same tenth always"
+        )
+    return expression
+
+
+def _explained(error: duckdb.Error, view: str, columns: Sequence[str]) -> str:
+    """What is wrong with a condition, in a sentence."""
+    text = first_line(error)
+    if named := re.search(r'Referenced column "(.+?)" not found', text):
+        near = difflib.get_close_matches(named[1], columns, n=1)
+        hint = f" (is {near[0]} meant?)" if near else ""
+        return f"there is no column {named[1]}{hint}; the view {view} has {', '.join(columns)}"
+    if isinstance(error, duckdb.BinderException) and ("aggregates" in text or "window functions" in text):
+        return (
+            f"it is asked of each row of {view} by itself, so it holds no aggregate and no window function; put one into a "
+            'subquery, as in "reward > (SELECT avg(reward) FROM samples)"'
+        )
+    if "Values were not provided" in text or "prepared parameter" in text:
+        return "a condition has no parameters ($1, ?); write the values into it"
+    return text
 
 
 def _is_damage(error: duckdb.Error) -> bool:

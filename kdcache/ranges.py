@@ -138,7 +138,8 @@ def for_duckdb(cache: RemotePath, scheme: str) -> Any:
             return known[name]
 
         def glob(self, path: str, **_: Any) -> list[str]:
-            return fnmatch.filter(known, self._strip_protocol(path).strip("/"))
+            name = self._strip_protocol(path).strip("/")
+            return [name] if name in known else fnmatch.filter(known, name)
 
         def info(self, path: str, **_: Any) -> dict[str, Any]:
             return {"name": self._strip_protocol(path), "size": self._find(path).size, "type": "file"}

@@ -1,4 +1,7 @@
-"""A cache -> rows and arrays. Refuses what does not match; every read verifies page checksums. No torch.
+"""A cache -> rows and arrays. Refuses what does not match, and numbers that cannot be; every read verifies page checksums. No torch.
+
+A shard is opened once it is proved to be what was written (integrity.py); of a remote one, what is read is checked by
+its pages and by the numbers themselves.
 
 Rounding moves a position's total by up to 1.4%: this module, and nothing else, scales each position's candidates so
 that they sum to 1 - exp(tail). Then a KL is 0 at a perfect student, and q - p is its gradient.
@@ -6,23 +9,28 @@ that they sum to 1 - exp(tail). Then a KL is 0 at a perfect student, and q - p i
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import manifest, storage
-from kdcache.errors import KDError
+from kdcache import format, integrity, manifest, storage
+from kdcache.errors import KDError, first_line
 from kdcache.storage import Location
 
 TENSOR_COLUMNS = (
     *("sample_id", "prompt_ids", "completion_ids", "completion_mask"),
     *("candidate_ids", "candidate_logprobs", "tail_logprobs"),
 )
+
+#: Rounding may lift the logarithm of a mass of 1 a little.
+MAX_LOGPROB = 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,8 +72,11 @@ class Cache:
     def __init__(self, path: Location | str):
         self.path = storage.location(path)
         self.plan = manifest.read_plan(self.path)
+        storage.linked_files(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
         self._files = storage.files(self.path / "data")
+        self._proved: set[str] = set()  # splits
+        self._row_groups: dict[str, list[int]] = {}
         missing = [s["name"] for s in self.plan["shards"] if s["name"].removeprefix("data/") not in self._files]
         if missing:
             raise KDError(
@@ -75,20 +86,72 @@ class Cache:
 
     def row_groups(self, file: str) -> list[int]:
         """Rows of each row group of a shard."""
-        with self._open(file) as shard:
-            return [shard.metadata.row_group(g).num_rows for g in range(shard.metadata.num_row_groups)]
+        if file not in self._row_groups:
+            with self._open(file) as shard:
+                self._row_groups[file] = _row_groups(shard)
+        return self._row_groups[file]
+
+    def lengths(self, split: str) -> tuple[list[str], np.ndarray]:
+        """The samples of a split, in file order, without SQL.
+
+        Returns the files that hold some, and an int64 table [n, 4]: index of the file, row in it, prompt tokens,
+        completion tokens.
+        """
+        self._prove(split)
+        names = sorted(s["name"].removeprefix("data/") for s in self.plan["shards"])
+        with ThreadPoolExecutor(8) as pool:
+            parts = list(
+                pool.map(partial(self._lengths, split=split), [n for n in names if format.split_of_shard(n) == split])
+            )
+        parts = [(name, part) for name, part in parts if len(part)]
+        columns = [
+            np.column_stack([np.full(len(part), number), np.arange(len(part)), part])
+            for number, (_, part) in enumerate(parts)
+        ]
+        return [name for name, _ in parts], np.concatenate(columns) if columns else np.zeros((0, 4), np.int64)
+
+    def _lengths(self, file: str, split: str) -> tuple[str, np.ndarray]:
+        """int64 [n, 2]: prompt and completion tokens of each row of a shard."""
+        with self._reading(file), self._open(file) as shard:
+            self._row_groups[file] = _row_groups(shard)
+            if not shard.num_row_groups:
+                return file, np.zeros((0, 2), np.int64)
+            table = shard.read(columns=["split", "prompt_tokens", "completion_tokens"], use_threads=False)
+            if table["split"].unique().to_pylist() != [split]:
+                raise ValueError(f"it has rows whose split is not {split}")
+            lengths = [table[name].to_numpy() for name in ("prompt_tokens", "completion_tokens")]
+            return file, np.column_stack(lengths).astype(np.int64, copy=False)
 
     def read(self, file: str, row_group: int, rows: Sequence[int]) -> list[Sample]:
         """The samples at ``rows`` of a row group, in that order."""
-        return _samples(self.table(file, row_group, TENSOR_COLUMNS), rows)
+        table = self.table(file, row_group, TENSOR_COLUMNS)
+        with self._reading(file):
+            return _samples(table, rows)
 
     def table(self, file: str, row_group: int, columns: Sequence[str]) -> pa.Table:
         """``columns`` of a row group as they are stored; a column that the shard lacks is left out."""
+        with self._reading(file), self._open(file, row_group) as shard:
+            return shard.read_row_group(row_group, columns=list(columns), use_threads=False)
+
+    def vocabulary(self, column: str) -> pa.ChunkedArray:
+        """One column of vocab.parquet: a value for each token id."""
+        integrity.check_table(self.path, integrity.VOCAB_FILE)
+        path = self.path / integrity.VOCAB_FILE
         try:
-            with self._open(file, row_group) as shard:
-                return shard.read_row_group(row_group, columns=list(columns), use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise KDError(f"{self.path / 'data' / file} is damaged ({error}); {manifest.WAY_OUT}", 3) from None
+            return pq.read_table(storage.opened(path), columns=[column], page_checksum_verification=True)[column]
+        except integrity.UNREADABLE as error:
+            raise KDError(f"{path} is damaged ({first_line(error)}); {manifest.WAY_OUT}", 3) from None
+
+    @contextlib.contextmanager
+    def _reading(self, file: str) -> Iterator[None]:
+        """Whatever reading a shard may raise is a sentence."""
+        try:
+            yield
+        except KDError:
+            raise
+        except integrity.UNREADABLE as error:
+            path = self.path / "data" / file
+            raise KDError(f"{path} is damaged ({first_line(error)}); {manifest.WAY_OUT}", 3) from None
 
     def prefetch(self, file: str, row_group: int) -> None:
         """Begin to fetch, of a remote cache, what will be read soon."""
@@ -98,14 +161,27 @@ class Cache:
         """Wait for another process of this machine to fetch it."""
         storage.expect(self._files[file], row_group)
 
+    def _prove(self, split: str) -> None:
+        """Once: the shards of a split are what was written."""
+        if split not in self._proved:
+            integrity.readable_shards(self.path, split)
+            self._proved.add(split)
+
     def _open(self, file: str, row_group: int | None = None) -> pq.ParquetFile:
-        path = self._files.get(file, self.path / "data" / file)
-        shard = storage.parquet(path, row_group)
-        found = json.loads((shard.schema_arrow.metadata or {}).get(b"kdcache", b"{}")).get("fingerprint")
-        if found != self.fingerprint:
-            shard.close()
-            raise KDError(f"{path} belongs to another cache (fingerprint {found}, expected {self.fingerprint})", 3)
-        return shard
+        self._prove(format.split_of_shard(file))
+        with self._reading(file):
+            path = self._files.get(file, self.path / "data" / file)
+            shard = storage.parquet(path, row_group)
+            metadata = integrity.shard_metadata(shard)
+            if metadata.get("fingerprint") != self.fingerprint:
+                shard.close()
+                found = metadata.get("fingerprint")
+                raise KDError(f"{path} belongs to another cache (fingerprint {found}, expected {self.fingerprint})", 3)
+            return shard
+
+
+def _row_groups(shard: pq.ParquetFile) -> list[int]:
+    return [shard.metadata.row_group(g).num_rows for g in range(shard.metadata.num_row_groups)]
 
 
 def _values(array: Any, dtype: Any) -> np.ndarray:
@@ -122,14 +198,29 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
 
     prompt_offsets, prompt_ids = ragged("prompt_ids", np.int32)
     offsets, completion_ids = ragged("completion_ids", np.int32)
-    _, tails = ragged("tail_logprobs", np.float32)
-    inner = columns["candidate_ids"].values
+    tail_offsets, tails = ragged("tail_logprobs", np.float32)
+    inner, inner_logprobs = columns["candidate_ids"].values, columns["candidate_logprobs"].values
     candidate_offsets = inner.offsets.to_numpy()
     candidate_ids = _values(inner.values, np.int32)
-    logprobs = _values(columns["candidate_logprobs"].values.values, np.float32)
-    counts = np.diff(candidate_offsets).astype(np.int32, copy=False)
-    logprobs = normalise(logprobs, counts, tails)
+    logprobs = _values(inner_logprobs.values, np.float32)
     sample_ids, masks = columns["sample_id"].to_pylist(), columns["completion_mask"]
+    lists = (
+        tail_offsets,
+        columns["candidate_ids"].offsets.to_numpy(),
+        columns["candidate_logprobs"].offsets.to_numpy(),
+    )
+    if not all(np.array_equal(offsets, other) for other in lists) or not np.array_equal(
+        candidate_offsets, inner_logprobs.offsets.to_numpy()
+    ):
+        raise ValueError("its lists are not equally long")
+    if min(ids.min(initial=0) for ids in (prompt_ids, completion_ids, candidate_ids)) < 0:
+        raise ValueError("it has token ids below 0")
+    counts = np.diff(candidate_offsets).astype(np.int32, copy=False)
+    _refuse(sample_ids, offsets, np.flatnonzero(~(tails <= MAX_LOGPROB)), "a tail that is no log-probability")
+    logprobs = normalise(logprobs, counts, tails)
+    if not np.isfinite(logprobs).all():
+        positions = np.searchsorted(candidate_offsets, np.flatnonzero(~np.isfinite(logprobs)), side="right") - 1
+        _refuse(sample_ids, offsets, positions, "a candidate whose log-probability is not finite")
     all_supervised = np.ones(len(completion_ids), bool)
 
     found = []
@@ -152,24 +243,32 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
     return found
 
 
+def _refuse(sample_ids: Sequence[str], offsets: np.ndarray, positions: np.ndarray, what: str) -> None:
+    """ValueError for the first of ``positions``, which count over all samples."""
+    if len(positions):
+        row = int(np.searchsorted(offsets, positions[0], side="right")) - 1
+        raise ValueError(f"sample {sample_ids[row]} has, at position {positions[0] - offsets[row]}, {what}")
+
+
 def normalise(logprobs: np.ndarray, counts: np.ndarray, tails: np.ndarray) -> np.ndarray:
     """Flat candidates [N] of T positions, shifted so that each position sums to 1 - exp(tail), in float32."""
     if not len(logprobs):
         return logprobs
     starts = np.cumsum(counts) - counts
     nonempty = counts > 0
-    found = np.exp(logprobs)
+    with np.errstate(over="ignore"):
+        found = np.exp(logprobs)
     totals = np.add.reduceat(found, starts[nonempty])
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         shift = np.log1p(-np.exp(tails[nonempty])) - np.log(totals)
-    return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again
+        return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again
 
 
 def entropy_unstored(sample: Sample, captured: Sequence[float] | np.ndarray) -> np.ndarray:
     """By supervised position: the entropy captured, less that of the candidates stored; nats.
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
-    and student, and too little entropy of the teacher's own. Its KL would be too high by this, for every student alike.
+    and student, and too little entropy of the teacher's own. Its KL would be too high by this, whoever the student is.
     """
     position = np.repeat(np.arange(len(sample.counts)), sample.counts)
     p = np.exp(sample.candidate_logprobs.astype(np.float64))

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdcache import format
+from kdcache import __main__ as kd
+from kdcache import folders, format
 from kdcache.errors import KDError
 
 
@@ -81,7 +82,7 @@ def steps(recipe: dict[str, Any], out: Path, data_path: Path | None = None) -> l
                 Step(
                     filled(step["name"], str(out)),
                     filled(step["run"], shlex.quote(str(out))),
-                    Path(filled(makes, str(out))) if makes else None,
+                    Path(os.path.expanduser(filled(makes, str(out)))) if makes else None,
                 )
             )
     return found
@@ -90,6 +91,7 @@ def steps(recipe: dict[str, Any], out: Path, data_path: Path | None = None) -> l
 def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | None = None) -> None:
     """Run a recipe's steps in order, into ``out``; KDError names the step that failed."""
     recipe = load(name)
+    folders.check_place(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     todo = steps(recipe, out, data_path)
@@ -99,8 +101,8 @@ def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | Non
             note("(done before)")
             continue
         begun = time.monotonic()
-        # cli.py by its path, so that a recipe runs from a checkout, from a wheel and from any folder.
-        code = subprocess.run([sys.executable, "-m", "cli", *step.arguments], env=_environment()).returncode
+        # By its path, so that a recipe runs from a checkout, from a wheel and from a folder that holds a cli.py of its own.
+        code = subprocess.run([sys.executable, "-P", kd.__file__, *step.arguments]).returncode
         if code == 130 or code == -2:
             raise KeyboardInterrupt
         if code:
@@ -112,10 +114,3 @@ def run(name: str, out: Path, note: Callable[[str], None], data_path: Path | Non
         note(f"({time.monotonic() - begun:.0f} s)")
     end = recipe.get("end", "").replace("{out}", str(out)).strip()
     note(f"\n{end}\n\n({(time.monotonic() - started) / 60:.1f} minutes)".replace("\n\n\n", "\n"))
-
-
-def _environment() -> dict[str, str]:
-    import cli  # where it is, the child must find it too
-
-    folder = str(Path(cli.__file__).resolve().parent)
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))}

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from kdcache import extras
 from kdcache.diskcache import number_from
 from kdcache.errors import KDError, UsageError, first_line
 
@@ -204,13 +205,12 @@ class RemotePath:
             _filesystem(self.url).cp_file(self.url, target.url)
         self.unlink()
 
-    def remove_tree(self) -> None:
-        """Delete everything below."""
-        with self._speaking("deleted"):
+    def below(self) -> list[RemotePath]:
+        """Every object below this folder."""
+        with self._speaking("listed"):
             paths = _filesystem(self.url).find(self.url)
         scheme = self.url.partition("://")[0]
-        for path in paths:
-            RemotePath(f"{scheme}://{path.lstrip('/')}").unlink(missing_ok=True)
+        return [RemotePath(f"{scheme}://{path.lstrip('/')}") for path in paths]
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: an object store has no folders."""
@@ -315,8 +315,7 @@ def _opened(scheme: str, process: int, timeout: float) -> Any:
         made = fsspec.filesystem(scheme, **options)
     except ImportError:
         package = _PACKAGES.get(scheme, "fsspec")
-        extra = "pip install 'kdcache[remote]'" if package in ("s3fs", "fsspec") else f"pip install {package}"
-        raise KDError(f"{scheme}:// needs the package {package}, which is not installed: {extra}") from None
+        raise KDError(f"{scheme}://: {extras.missing(package)}") from None
     except ValueError as error:
         raise UsageError(f"{scheme}://: {first_line(error)}") from None
     made.retries = 1 if scheme == "s3" else getattr(made, "retries", 1)  # the client below retries; twice multiplies

@@ -5,15 +5,15 @@
 A program sees /usr read-only, a Python interpreter, and a small /tmp of its own; no network, no home, no environment, no
 process of the machine's. It is never root: root becomes nobody before it enters. What holds it:
 
-* time: CPU seconds a process (an rlimit), wall seconds for all of it;
-* memory: address space a process (an rlimit), and the resident memory of all its processes and /tmp together, looked
-  at every few milliseconds because forks multiply the first. What hides from that look (shared pages that no page table
-  shows) is bounded by the first times the processes;
+* time: CPU seconds per process (an rlimit), wall seconds for all of it;
+* memory: address space per process (an rlimit), and the memory of all its processes (resident and swapped) and /tmp
+  together, looked at every few milliseconds because forks multiply the first. Nothing is left that would hide from that
+  look in size: shared memory without a file and large socket buffers are refused;
 * processes with their threads: an rlimit of its own user namespace, and the same look;
 * output, files: bytes. Whatever exceeds a limit ends its whole pid namespace.
 
 A seccomp filter closes what namespaces leave open: sockets that are not Unix (vsock knows no network namespace), key
-rings, memory that no limit sees (memfd, System V), and calls that no program here needs. A hole in the kernel is a way
+rings, memory that no limit sees (memfd, System V, shared anonymous mappings), and calls that no program here needs. A hole in the kernel is a way
 out all the same: who must not risk that runs all of this in a virtual machine.
 """
 
@@ -24,9 +24,11 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import selectors
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -35,9 +37,9 @@ import threading
 import time
 from base64 import b64decode
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,7 +50,11 @@ WATCH_SECONDS = 0.02
 SPARE_ADDRESS_MB = 256
 MAX_FILES = 10_000  # in /tmp; each costs the kernel a kilobyte
 CPP_STACK_MB = 256  # deep recursion is how contests are solved
+STDERR_BYTES, STDERR_KEPT_BYTES = 64 << 20, 65_536
 KEPT_OUTCOMES, KEPT_CHARACTERS, KEPT_BINARIES = 4096, 16_384, 64
+
+_worker = threading.local()  # its ``stop`` ends the program that this thread runs
+_NEVER = threading.Event()
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,7 +66,7 @@ class Limits:
     cpu_seconds: int = 10  # a process
     memory_mb: int = 512  # all processes and /tmp
     processes: int = 16  # and threads
-    output_bytes: int = 1 << 20  # stdout, and as much stderr
+    output_bytes: int = 1 << 20  # stdout
     file_bytes: int = 64 << 20  # a file, and all of /tmp
     stack_mb: int = 8  # of the first thread, and what each other reserves
 
@@ -85,7 +91,7 @@ class Sandbox:
     def __init__(self, unsafe: bool = False):
         self.unsafe = unsafe
         self._lock = threading.Lock()
-        self._outcomes: OrderedDict[str, Outcome] = OrderedDict()
+        self._outcomes: OrderedDict[str, Any] = OrderedDict()
         self._binaries: OrderedDict[str, bytes] = OrderedDict()
         self._proc: list[str] | None = None  # bwrap's options for /proc, known when a program was seen to run
 
@@ -137,7 +143,11 @@ class Sandbox:
         key = _key(program)
         binary: bytes | None = self._kept(self._binaries, key)
         if binary is None:
-            script = 'g++ -O2 -std=c++17 -w "$1" -o "$TMPDIR/main" >&2 && base64 -w0 "$TMPDIR/main"'
+            script = """
+for standard in 17 20; do
+    g++ -O2 -std=c++$standard -DONLINE_JUDGE -w "$1" -o "$TMPDIR/main" >&2 && exec base64 -w0 "$TMPDIR/main"
+done
+exit 1"""
             command = ["/bin/sh", "-c", script, "sh", "/code/main.cpp"]
             outcome = self._run(command, {"/code/main.cpp": _encode(program)}, "", COMPILER_LIMITS)
             if outcome.status != "ok":
@@ -146,16 +156,67 @@ class Sandbox:
             self._keep(self._binaries, key, binary, KEPT_BINARIES)
         return binary
 
+    def run_joined(self, script: str, jobs: Sequence[tuple[str, Mapping[str, str]]], limits: Limits) -> list[Outcome]:
+        """Run a Python script once per job, side by side, each in a sandbox of its own: until the first has ended.
+
+        The last job's output is joined to the first one's input by a pipe, and the other way round. Arguments: the job's name,
+        the descriptors it reads from and writes to, and the paths of its files. KDError as for ``run``.
+        """
+        key = _key(script, jobs, limits)
+        outcomes: list[Outcome] | None = self._kept(self._outcomes, key)
+        if outcomes is not None:
+            return outcomes
+        self.check()
+        with contextlib.ExitStack() as stack:
+            ends = [os.pipe(), os.pipe()]
+            descriptors = [descriptor for pipe in ends for descriptor in pipe]
+            boxes = []
+            try:
+                for number, (name, texts) in enumerate(jobs):
+                    files = {f"/code/{file}": _encode(text) for file, text in texts.items()}
+                    reading, writing = ends[number][0], ends[1 - number][1]
+                    command = [_python(self.unsafe), "-I", "/code/main.py", name, str(reading), str(writing), *files]
+                    files["/code/main.py"] = _encode(script)
+                    boxes.append(self._start(stack, command, files, "", limits, (reading, writing)))
+            finally:
+                for descriptor in descriptors:
+                    os.close(descriptor)
+            _attend(boxes)
+            outcomes = [box.outcome() for box in boxes]
+        if sum(len(outcome.stdout) + len(outcome.stderr) for outcome in outcomes) <= KEPT_CHARACTERS:
+            self._keep(self._outcomes, key, outcomes, KEPT_OUTCOMES)
+        return outcomes
+
     def _run(self, command: list[str], files: dict[str, bytes], stdin: str, limits: Limits) -> Outcome:
+        with contextlib.ExitStack() as stack:
+            box = self._start(stack, command, files, stdin, limits)
+            _attend([box])
+            return box.outcome()
+
+    def _start(
+        self,
+        stack: contextlib.ExitStack,
+        command: list[str],
+        files: dict[str, bytes],
+        stdin: str,
+        limits: Limits,
+        kept: Sequence[int] = (),
+    ) -> _Box:
+        path = "/code/stdin" if stdin else "/dev/null"
+        if stdin:  # a file, which a program may also open by the name /dev/stdin
+            files = files | {path: _encode(stdin)}
         if not self.unsafe:
-            return _execute(_wrapper(self._proc or [], limits), command, files, _encode(stdin), limits)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                path = Path(folder, Path(name).name)
-                path.write_bytes(content)
-                path.chmod(0o755)
-            command = [word.replace("/code/", f"{folder}/") if word.startswith("/code/") else word for word in command]
-            return _execute(["env", "-C", folder, f"TMPDIR={folder}"], command, None, _encode(stdin), limits)
+            return _start(stack, _wrapper(self._proc or [], limits), command, files, path, limits, kept)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        for name, content in files.items():
+            file = Path(folder, Path(name).name)
+            file.write_bytes(content)
+            file.chmod(0o755)
+        command, path = [
+            [word.replace("/code/", f"{folder}/") if word.startswith("/code/") else word for word in command],
+            path.replace("/code/", f"{folder}/"),
+        ]
+        return _start(stack, ["env", "-C", folder, f"TMPDIR={folder}"], command, None, path, limits, kept)
 
     def _kept(self, kept: OrderedDict[str, Any], key: str) -> Any:
         with self._lock:
@@ -170,6 +231,30 @@ class Sandbox:
                 kept.popitem(last=False)
 
 
+class Stopped(Exception):
+    """A program was ended because nobody waits for it any more: that is no verdict on it."""
+
+
+class Workers(ThreadPoolExecutor):
+    """Threads that run programs, and end them at once when Ctrl-C or an error ends what stands in ``stopped_by_errors``."""
+
+    def __init__(self, count: int | None = None):
+        self._stop = threading.Event()
+        super().__init__(count, initializer=self._begin)
+
+    def _begin(self) -> None:
+        _worker.stop = self._stop
+
+    @contextlib.contextmanager
+    def stopped_by_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._stop.set()
+            self.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def side_by_side(
     function: Callable[[T], R],
     items: Iterable[T],
@@ -177,16 +262,13 @@ def side_by_side(
     progress: Callable[[int], None] | None = None,
 ) -> list[R]:
     """``function``, which runs programs, of each item in order; ``workers`` (default: the CPUs) at a time."""
-    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
-        try:
-            results = []
-            for result in pool.map(function, items):
-                results.append(result)
-                if progress:
-                    progress(1)
-            return results
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    with Workers(workers or os.cpu_count() or 1) as pool, pool.stopped_by_errors():
+        results = []
+        for result in pool.map(function, items):
+            results.append(result)
+            if progress:
+                progress(1)
+        return results
 
 
 def _key(*parts: Any) -> str:
@@ -216,7 +298,7 @@ def _probe() -> list[str]:
     for proc in (["--proc", "/proc"], []):  # a container that masks parts of /proc lets nobody mount another
         try:
             command = ["/bin/sh", "-c", "/bin/echo ready; true"]  # which forks: a limit that counts others shows here
-            outcome = _execute(_wrapper(proc, DEFAULT_LIMITS), command, {}, b"", DEFAULT_LIMITS)
+            outcome = _execute(_wrapper(proc, DEFAULT_LIMITS), command, {}, "/dev/null", DEFAULT_LIMITS)
             if (outcome.status, outcome.stdout) == ("ok", "ready\n"):
                 return proc
             refusals.append(outcome.stderr.strip() or outcome.status)
@@ -256,7 +338,7 @@ def _wrapper(proc: list[str], limits: Limits) -> list[str]:
     prefix = os.path.dirname(os.path.dirname(_python()))
     if not f"{prefix}/".startswith("/usr/"):
         words += ["--ro-bind", prefix, prefix]
-    for device in ("null", "zero", "full", "random", "urandom"):
+    for device in ("null", "full", "random", "urandom"):  # zero, mapped, is memory that no limit sees
         words += ["--dev-bind", f"/dev/{device}", f"/dev/{device}"]
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         words += ["--symlink", f"/proc/self/fd/{number}", f"/dev/{name}"]
@@ -267,30 +349,40 @@ def _wrapper(proc: list[str], limits: Limits) -> list[str]:
     return [*(nobody if os.geteuid() == 0 else []), "bwrap", *words]
 
 
-#: System calls refused, by machine: AUDIT_ARCH, socket, and ptrace, process_vm_readv, process_vm_writev, mount, umount2,
-#: unshare, setns, add_key, request_key, keyctl, shmget, msgget, perf_event_open, memfd_create, bpf, userfaultfd.
+#: System calls refused, by machine: AUDIT_ARCH, socket, mmap, and ptrace, process_vm_readv, process_vm_writev, mount, umount2,
+#: unshare, setns, add_key, request_key, keyctl, shmget, msgget, perf_event_open, memfd_create, bpf, userfaultfd, setsockopt (its
+#: buffers are memory that no limit sees).
 _MACHINES = {
-    "x86_64": (0xC000003E, 41, (101, 310, 311, 165, 166, 272, 308, 248, 249, 250, 29, 68, 298, 319, 321, 323)),
-    "aarch64": (0xC00000B7, 198, (117, 270, 271, 40, 39, 97, 268, 217, 218, 219, 194, 186, 241, 279, 280, 282)),
+    "x86_64": (0xC000003E, 41, 9, (101, 310, 311, 165, 166, 272, 308, 248, 249, 250, 29, 68, 298, 319, 321, 323, 54)),
+    "aarch64": (
+        0xC00000B7,
+        198,
+        222,
+        (117, 270, 271, 40, 39, 97, 268, 217, 218, 219, 194, 186, 241, 279, 280, 282, 208),
+    ),
 }
-#: io_uring_setup, io_uring_enter, io_uring_register, memfd_secret: one number on all machines.
-_REFUSED = (425, 426, 427, 447)
+#: io_uring_setup, io_uring_enter, io_uring_register, pidfd_getfd, memfd_secret: one number on all machines.
+_REFUSED = (425, 426, 427, 438, 447)
+#: MAP_SHARED | MAP_ANONYMOUS: its pages stay when MADV_DONTNEED has taken them out of every count of a process.
+_SHARED_ANONYMOUS = 0x21
 
 
 @functools.cache
 def _filter() -> bytes:
-    """The seccomp program: EPERM for what is refused and for sockets that are not AF_UNIX."""
+    """The seccomp program: EPERM for what is refused, for shared memory without a file, and for sockets but AF_UNIX."""
     if platform.machine() not in _MACHINES:
         raise KDError(
             f"the sandbox has no filter of system calls for {platform.machine()}, only {', '.join(_MACHINES)}"
         )
-    architecture, socket, refused = _MACHINES[platform.machine()]
-    load, equal, at_least, end = 0x20, 0x15, 0x35, 0x06
+    architecture, socket, mmap, refused = _MACHINES[platform.machine()]
+    load, equal, at_least, mask, end = 0x20, 0x15, 0x35, 0x54, 0x06
     kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, kill), (load, 0, 0, 0)]
     code += [(at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]  # x32, the other numbering of x86_64
     for number in (*refused, *_REFUSED):
         code += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+    code += [(equal, 0, 5, mmap), (load, 0, 0, 40), (mask, 0, 0, _SHARED_ANONYMOUS)]  # its fourth argument
+    code += [(equal, 0, 1, _SHARED_ANONYMOUS), (end, 0, 0, refuse), (end, 0, 0, allow)]
     code += [(equal, 0, 3, socket), (load, 0, 0, 16), (equal, 1, 0, 1), (end, 0, 0, refuse), (end, 0, 0, allow)]
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
 
@@ -298,55 +390,124 @@ def _filter() -> bytes:
 # --- one program ------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Box:
+    """A program that runs behind its walls. ``code`` is its own exit code, None if it was ended."""
+
+    process: subprocess.Popen[bytes]
+    begun: socket.socket  # a byte in it says that walls and limits stand
+    out: int
+    err: int
+    limits: Limits
+    started: float
+    stdout: bytearray = field(default_factory=bytearray)
+    stderr: bytearray = field(default_factory=bytearray)
+    exceeded: str | None = None
+    code: int | None = None
+    seconds: float = 0.0
+    errors: int = 0  # bytes of stderr
+
+    def read(self, descriptor: int) -> bool:
+        """Take what the program has written; whether it is at its end."""
+        chunk = os.read(descriptor, 65_536)
+        if descriptor == self.out:
+            space = self.limits.output_bytes - len(self.stdout)
+            self.stdout += chunk[:space]
+            self.exceeded = "output" if len(chunk) > space else self.exceeded
+        else:  # which nobody compares with anything: its end may say how a program failed
+            self.errors += len(chunk)
+            self.stderr = (self.stderr + chunk)[-STDERR_KEPT_BYTES:]
+            self.exceeded = "output" if self.errors > STDERR_BYTES else self.exceeded
+        return not chunk
+
+    def outcome(self) -> Outcome:
+        errors = self.stderr.decode("utf-8", "replace")
+        self.begun.setblocking(False)
+        try:
+            begun = self.begun.recv(1)
+        except OSError:
+            begun = b""
+        if not begun:
+            raise KDError(f"the sandbox did not start: {errors.strip() or self.exceeded or 'it says nothing'}")
+        code = self.code if self.code is None or self.code >= 0 else 128 - self.code
+        exceeded = self.exceeded
+        if code == 128 + signal.SIGXCPU or (
+            code == 128 + signal.SIGKILL and self.seconds > self.limits.cpu_seconds + 1
+        ):
+            exceeded = exceeded or "timeout"
+        status = exceeded or ("error" if code else "ok")
+        if status == "error" and ("\nMemoryError" in errors or "std::bad_alloc" in errors):
+            status = "memory"
+        stdout = self.stdout.decode("utf-8", "replace")
+        return Outcome(status, stdout, errors, None if exceeded else code, self.seconds)
+
+
 def _execute(
-    wrapper: list[str], command: list[str], files: Mapping[str, bytes] | None, stdin: bytes, limits: Limits
+    wrapper: list[str], command: list[str], files: Mapping[str, bytes] | None, stdin: str, limits: Limits
 ) -> Outcome:
-    """Run a command behind its wrapper and its limits to its end. ``files`` is None where there is no bubblewrap."""
+    """Run a command behind its wrapper and its limits to its end."""
+    with contextlib.ExitStack() as stack:
+        box = _start(stack, wrapper, command, files, stdin, limits)
+        _attend([box])
+        return box.outcome()
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    wrapper: list[str],
+    command: list[str],
+    files: Mapping[str, bytes] | None,
+    stdin: str,
+    limits: Limits,
+    kept: Sequence[int] = (),
+) -> _Box:
+    """Start a command. ``files`` is None where there is no bubblewrap; ``stdin`` is a path; ``kept`` descriptors are its own."""
     address = (limits.memory_mb + SPARE_ADDRESS_MB) << 20
     rlimits = [f"--as={address}", f"--stack={limits.stack_mb << 20}:", f"--fsize={limits.file_bytes}"]
     rlimits += [f"--cpu={limits.cpu_seconds}:{limits.cpu_seconds + 1}", "--core=0", "--nofile=64", "--memlock=0"]
     if files is not None:  # elsewhere it would count what else the user runs
         rlimits.append(f"--nproc={limits.processes + 2}")  # two are bubblewrap's
-    # The first byte of stdout says that walls and limits stand; the program comes after it and cannot unsay it.
-    command = ["prlimit", *rlimits, "--", "/bin/sh", "-c", 'printf . && exec "$@"', "sh", *command]
+    # A byte says that walls and limits stand; the program comes after it. It goes to a socket, which, unlike a pipe,
+    # nobody opens a second time through /proc to take the byte away.
+    command = ["prlimit", *rlimits, "--", "/bin/sh", "-c", 'printf . >&0 && exec "$@" <"$0"', stdin, *command]
+    begun, told = socket.socketpair()
+    stack.enter_context(begun)
+    out, out_end = _pipe(stack)
+    err, err_end = _pipe(stack)
+    descriptors = list(kept)
+    if files is not None:
+        for name, content in files.items():
+            descriptors.append(_memory_file(stack, content))
+            wrapper = [*wrapper, "--perms", "0555", "--file", str(descriptors[-1]), name]
+        descriptors.append(_memory_file(stack, _filter()))
+        wrapper = [*wrapper, "--remount-ro", "/", "--seccomp", str(descriptors[-1]), "--"]
     started = time.monotonic()
-    with contextlib.ExitStack() as stack:
-        descriptors: list[int] = []
-        if files is not None:
-            for name, content in files.items():
-                descriptors.append(_memory_file(stack, content))
-                wrapper = [*wrapper, "--perms", "0555", "--file", str(descriptors[-1]), name]
-            descriptors.append(_memory_file(stack, _filter()))
-            wrapper = [*wrapper, "--remount-ro", "/", "--seccomp", str(descriptors[-1]), "--"]
+    with told:
         try:
             process = subprocess.Popen(
                 [*wrapper, *command],
-                bufsize=0,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stdin=told.fileno(),
+                stdout=out_end,
+                stderr=err_end,
                 env=_ENVIRONMENT,
                 pass_fds=descriptors,
                 start_new_session=True,  # Ctrl-C is for the caller to handle
             )
         except OSError as error:
             raise KDError(f"the sandbox could not be started: {error}") from None
-        with process:
-            try:
-                exceeded, stdout, stderr = _attend(process, stdin, limits)
-            finally:
-                _kill(process)
-    seconds = time.monotonic() - started
-    errors = stderr.decode("utf-8", "replace")
-    if not stdout.startswith(b"."):
-        raise KDError(f"the sandbox did not start: {errors.strip() or exceeded or 'it says nothing'}")
-    code = process.returncode if process.returncode >= 0 else 128 - process.returncode
-    if code == 128 + signal.SIGXCPU or (code == 128 + signal.SIGKILL and seconds > limits.cpu_seconds):
-        exceeded = exceeded or "timeout"
-    status = exceeded or ("error" if code else "ok")
-    if status == "error" and ("\nMemoryError" in errors or "std::bad_alloc" in errors):
-        status = "memory"
-    return Outcome(status, stdout[1:].decode("utf-8", "replace"), errors, None if exceeded else code, seconds)
+        finally:
+            os.close(out_end)
+            os.close(err_end)
+    stack.callback(_kill, process)
+    return _Box(process, begun, out, err, limits, started)
+
+
+def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe whose writing end the program may also open by its name, /dev/stdout, being nobody."""
+    reading, writing = os.pipe()
+    stack.callback(os.close, reading)
+    os.fchmod(writing, 0o622)
+    return reading, writing
 
 
 def _memory_file(stack: contextlib.ExitStack, content: bytes) -> int:
@@ -358,49 +519,40 @@ def _memory_file(stack: contextlib.ExitStack, content: bytes) -> int:
     return descriptor
 
 
-def _attend(process: subprocess.Popen[bytes], stdin: bytes, limits: Limits) -> tuple[str | None, bytes, bytes]:
-    """Feed and read a process until it ended or exceeded a limit: which one, stdout, stderr."""
-    assert process.stdin and process.stdout and process.stderr
-    given, out, err = (pipe.fileno() for pipe in (process.stdin, process.stdout, process.stderr))
-    received = {out: bytearray(), err: bytearray()}
-    exceeded = None
-    deadline = time.monotonic() + limits.wall_seconds
+def _attend(boxes: Sequence[_Box]) -> None:
+    """Read what programs write until the first has ended, or one exceeds a limit; then none runs any more."""
+    first = boxes[0]
+    deadline = time.monotonic() + first.limits.wall_seconds
     look = time.monotonic() + WATCH_SECONDS
-    end = os.pidfd_open(process.pid)
+    end = os.pidfd_open(first.process.pid)
     with selectors.DefaultSelector() as selector, open(end, "rb", buffering=0):
-        os.set_blocking(given, False)
-        selector.register(given, selectors.EVENT_WRITE)
-        waiting = {out, err, end}
-        for descriptor in waiting:
-            selector.register(descriptor, selectors.EVENT_READ)
-        while waiting and not exceeded:
+        selector.register(end, selectors.EVENT_READ, first)
+        for box in boxes:
+            selector.register(box.out, selectors.EVENT_READ, box)
+            selector.register(box.err, selectors.EVENT_READ, box)
+        waiting = {first.out, first.err, end}
+        while waiting and not any(box.exceeded for box in boxes):
             for key, _ in selector.select(WATCH_SECONDS):
-                done = True
-                if key.fd == given:
-                    with contextlib.suppress(BrokenPipeError):
-                        stdin = stdin[os.write(given, stdin[:65_536]) :]
-                        done = not stdin
-                elif key.fd == end:  # what it left running goes with it, and lets go of the pipes
-                    _kill(process)
+                if key.fd == end:  # what it left running goes with it, and lets go of the pipes
+                    for box in boxes:
+                        box.code = box.process.poll()
+                        _kill(box.process)
                     deadline = time.monotonic() + 5.0
-                else:
-                    chunk = os.read(key.fd, 65_536)
-                    space = limits.output_bytes + (key.fd == out) - len(received[key.fd])  # a byte says it started
-                    received[key.fd] += chunk[:space]
-                    exceeded = "output" if len(chunk) > space else exceeded
-                    done = not chunk
-                if done:
+                if key.fd == end or key.data.read(key.fd):
                     selector.unregister(key.fd)
                     waiting.discard(key.fd)
-                    if key.fd == given:
-                        process.stdin.close()
             now = time.monotonic()
+            if getattr(_worker, "stop", _NEVER).is_set():
+                raise Stopped
             if now > deadline:
-                exceeded = exceeded or "timeout"
+                boxes[-1].exceeded = boxes[-1].exceeded or "timeout"
             elif now > look and end in waiting:
-                exceeded = exceeded or _exceeds(process.pid, limits)
+                for box in boxes:
+                    box.exceeded = box.exceeded or _exceeds(box.process.pid, box.limits)
                 look = time.monotonic() + WATCH_SECONDS
-    return exceeded, bytes(received[out]), bytes(received[err])
+    for box in boxes:
+        _kill(box.process)
+        box.seconds = time.monotonic() - box.started
 
 
 def _children(process: int) -> tuple[int, list[int]]:
@@ -411,6 +563,9 @@ def _children(process: int) -> tuple[int, list[int]]:
     ]
 
 
+_HELD = re.compile(rb"^(VmRSS|VmSwap):\s+(\d+) kB$", re.MULTILINE)
+
+
 def _exceeds(process: int, limits: Limits) -> str | None:
     """The status "memory" if a process and those below it are too many, or hold too much memory or too many files."""
     count, used, files = 0, 0, 0
@@ -418,7 +573,8 @@ def _exceeds(process: int, limits: Limits) -> str | None:
     while todo and count <= limits.processes + 2:
         one = todo.pop()
         with contextlib.suppress(OSError):  # it has just ended
-            used += int(Path(f"/proc/{one}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for _, kilobytes in _HELD.findall(Path(f"/proc/{one}/status").read_bytes()):
+                used += int(kilobytes) << 10
             threads, children = _children(one)
             count += threads
             todo += children

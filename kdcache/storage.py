@@ -50,6 +50,43 @@ def files(folder: Location) -> dict[str, Any]:
     return {path.name: path for path in found if not path.name.startswith(".")}
 
 
+# --- links ------------------------------------------------------------------------------------------------------------
+
+
+def real_file(path: Path, folder: Path) -> Path:
+    """The file behind a name in ``folder``. KDError if a link leads out of it, by name.
+
+    A snapshot of the Hub's own cache is made of links into the ``blobs`` beside it: those are the folder's files.
+    """
+    real, root = path.resolve(), folder.resolve()
+    if not any(real.is_relative_to(inside) for inside in (root, *_blobs(root))):
+        raise KDError(f"{path} is a link to {real}, which is outside of {folder}: put what it leads to in its place")
+    return real
+
+
+def _blobs(root: Path) -> list[Path]:
+    """Where the files of a Hub snapshot are (REPO/snapshots/REVISION/... -> REPO/blobs); nothing for another folder."""
+    return [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and (p.parent / "blobs").is_dir()]
+
+
+def linked_files(cache: Location) -> list[Path]:
+    """The real files of those of a cache's files that are links. KDError for one that leads elsewhere.
+
+    ``data`` may be a link to a folder anywhere, as on a larger disk; what is in it may not lead on to another.
+    """
+    if isinstance(cache, RemotePath):
+        return []
+    data = cache / "data"
+    shards = [path for path in data.glob("*.parquet") if path.is_symlink() or data.is_symlink()]
+    return [
+        *(real_file(path, data if data.is_symlink() else cache) for path in shards),
+        *(real_file(path, cache) for name in _READ if (path := cache / name).is_symlink()),
+    ]
+
+
+_READ = ("plan.json", "manifest.json", "vocab.parquet", "rewards.parquet", "rejected.jsonl")
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -76,7 +113,7 @@ def create(temporary: Path, path: Location) -> bool:
         return False
     except OSError:  # a file system without hard links: rename is atomic too, and the slice's shards are equal
         os.replace(temporary, path)
-    _fsync_folder(path.parent)
+    sync(path.parent)
     return True
 
 
@@ -86,23 +123,18 @@ def replace(temporary: Path, path: Location) -> None:
         path.upload(temporary)
         return
     os.replace(temporary, path)
-    _fsync_folder(path.parent)
+    sync(path.parent)
 
 
-def _fsync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system lets a folder be synced
-        descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names."""
+    # Not every file system lets a folder be synced.
+    with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def remove_tree(folder: Location) -> None:
-    if isinstance(folder, RemotePath):
-        folder.remove_tree()
-    else:
-        shutil.rmtree(folder)
 
 
 def free_bytes(folder: Location) -> int:
@@ -156,6 +188,11 @@ def raise_remote_error(error: Exception) -> None:
     """Raise what went wrong in the file system given to DuckDB, which hands it on as text; nothing if that is not it."""
     if found := re.search(r"KDError: ([^\n]*)", str(error)):
         raise KDError(found[1]) from None
+
+
+def duckdb_pattern(path: str) -> str:
+    """What DuckDB takes for this path and no other: it reads ``*``, ``?`` and ``[`` in a name as a pattern."""
+    return re.sub(r"([*?[])", r"[\1]", path)
 
 
 def duckdb_folder(connection: Any, cache: Location) -> str:

@@ -4,9 +4,11 @@ A sample's verifier is a JSON object; code needs a sandbox (kdcache/sandbox.py):
 
 * {"kind": "stdio", "language": "python" or "cpp", "tests": [{"input", "output"}, ...]}, optionally "time_limit_seconds",
   "memory_limit_mb" and "checker". Without a checker, outputs are compared word by word, in order, whatever whitespace is
-  between them, case mattering. Words are equal as text, except where a decimal point or exponent stands in the expected
-  one: then within 1e-6, absolute or relative. (This is what Codeforces' own wcmp and rcmp6 do.) A checker is a Python
-  program called with the paths of input, expected output and output; the last word it prints is 1, or a score below;
+  between them, case mattering, after Unicode's NFC. Words are equal as text; or as numbers, if either has a decimal point
+  or an exponent: within 1e-6, absolute or relative, but only absolute where the expected one is whole. (Codeforces' own
+  wcmp and rcmp6 do this, without knowing whole from decimal.) A checker is a Python program called with the paths of input,
+  expected output and output; the last word it prints is 1 or True for a right output (the data set's own rule), or a
+  score: then right is what reaches the 100 that it gives the expected output;
 * {"kind": "asserts", "language": "python", "tests": ["assert f(1) == 2", ...]}, optionally "setup", which is run before,
   and the two limits;
 * {"kind": "exact", "answer"}: equal after Unicode's NFC and with runs of whitespace as one blank;
@@ -16,32 +18,35 @@ A sample's verifier is a JSON object; code needs a sandbox (kdcache/sandbox.py):
 
 The answer of exact and numeric is the sample's reference unless it is given here.
 
-Asserts share a process with the code that they test. A program that ends early, prints what a pass prints, or raises,
-does not pass: what says that all tests ran is a secret of this process, made per program. But code that searches the
-interpreter's own frames for it, or returns objects that equal everything, can pass; tests that compare printed output
-("stdio") cannot be fooled so.
+Asserts run in a process that holds the tests and never the answer (kdcache/asserts.py); another one holds the answer and
+is asked for the values of its functions, one call at a time. So an answer can write nothing but values, and a value has to
+be right. Setup is the tests' own: the answer sees its imports, and its classes if no test is in them. Not judged, with the
+reason: tests that pass functions or objects of theirs to the answer, compare its objects with each other, catch exceptions
+of its own classes, or assert nothing. A name that neither the tests nor Python define is the answer's.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import math
 import re
-import secrets
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
+from kdcache import asserts
 from kdcache.errors import KDError
 from kdcache.sandbox import Limits, Outcome, Sandbox, side_by_side
 
 KINDS = ("stdio", "asserts", "exact", "numeric", "none")
 LANGUAGES = {"stdio": ("python", "cpp"), "asserts": ("python",)}
 TIME_LIMIT_SECONDS, MEMORY_LIMIT_MB = 10.0, 512
+MOST_TIME_LIMIT_SECONDS, MOST_MEMORY_LIMIT_MB = 60.0, 4096  # that a row may ask for
 TOLERANCE = 1e-6
+MOST_DIGITS = 400  # of a number that is read as one
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def parse(text: str | None) -> dict[str, Any] | None:
         return None
     try:
         verifier = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise KDError(f"a verifier is not JSON: {error}") from None
     return check(verifier)
 
@@ -88,8 +93,9 @@ def check(verifier: Any) -> dict[str, Any]:
             need(all(isinstance(test, str) for test in tests), "tests that are strings of Python")
         for name in ("setup", "checker"):
             need(isinstance(verifier.get(name) or "", str), f'a "{name}" that is a string')
-        for name in ("time_limit_seconds", "memory_limit_mb"):
-            need(_is_positive(verifier.get(name) or 1), f'a "{name}" that is a positive number')
+        for name, most in (("time_limit_seconds", MOST_TIME_LIMIT_SECONDS), ("memory_limit_mb", MOST_MEMORY_LIMIT_MB)):
+            value = verifier.get(name) or 1
+            need(_is_positive(value) and value <= most, f'a "{name}" that is a positive number, at most {most:g}')
     elif kind in ("exact", "numeric"):
         need(isinstance(verifier.get("answer") or "", str), 'an "answer" that is a string')
         need(_is_positive(verifier.get("tolerance") or 1), 'a "tolerance" that is a number of at least 0')
@@ -112,7 +118,6 @@ def _short(value: Any) -> str:
 
 # --- the answer in a completion ---------------------------------------------------------------------------------------
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+#.-]*)[^\n`]*\n(.*?)^[ \t]*```[ \t]*$", re.MULTILINE | re.DOTALL)
 _TAGS = {"python": ("python", "py", "python3"), "cpp": ("cpp", "c++", "cc", "cxx")}
 
 
@@ -126,18 +131,62 @@ def extract(completion: str, verifier: dict[str, Any]) -> str | None:
     answer = completion.rpartition("</think>")[2]
     if "<think>" in answer:
         return None
-    if tagged := re.findall(r"<answer>(.*?)</answer>", answer, re.DOTALL):
+    if tagged := _between(answer, "<answer>", "</answer>"):
         answer = tagged[-1]
     if verifier["kind"] in LANGUAGES:
         if "```" in answer:
-            blocks = _FENCE.findall(answer if answer.endswith("\n") else answer + "\n")
+            blocks = _fenced(answer)
             named = [code for tag, code in blocks if tag.lower() in _TAGS[verifier["language"]]]
             answer = (named or [code for tag, code in blocks if not tag] or [""])[-1]
     elif verifier["kind"] == "exact" and "```" in answer:
-        answer = ([code for _, code in _FENCE.findall(answer + "\n")] or [answer])[-1]
+        answer = ([code for _, code in _fenced(answer)] or [answer])[-1]
     elif verifier["kind"] == "numeric" and (boxed := re.findall(r"\\boxed\{([^{}]*)\}", answer)):
         answer = boxed[-1]
     return answer if answer.strip() else None
+
+
+def _between(text: str, opening: str, closing: str) -> list[str]:
+    """What stands between an opening and the next closing, all of them; in time that is linear, which no pattern's would be."""
+    pieces, position = [], 0
+    while (start := text.find(opening, position)) >= 0 and (end := text.find(closing, start + len(opening))) >= 0:
+        pieces.append(text[start + len(opening) : end])
+        position = end + len(closing)
+    return pieces
+
+
+_TAG = re.compile(r"[\w+#.-]*")
+
+
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Tag and content of each whole fenced block of Markdown."""
+    blocks: list[tuple[str, str]] = []
+    tag, content = None, list[str]()
+    for line in text.split("\n"):
+        mark = line.strip(" \t\r")
+        if tag is not None and mark == "```":
+            blocks.append((tag, "".join(f"{one}\n" for one in content)))
+            tag, content = None, []
+        elif tag is not None:
+            content.append(line)
+        elif mark.startswith("```") and "`" not in mark[3:]:
+            tag = _TAG.match(mark[3:].lstrip(" \t"))[0]  # type: ignore[index]  # it matches nothing, too
+    return blocks
+
+
+_ANSWER = re.compile(r"\s*<answer>")
+
+
+def has_reasoned_form(text: str) -> bool:
+    """Whether a text is <think>...</think><answer>...</answer>, neither of them empty, and nothing besides."""
+    text = text.strip()
+    if not (text.startswith("<think>") and text.endswith("</answer>")):
+        return False
+    thoughts = text[len("<think>") : -len("</answer>")]
+    end = len(thoughts) - len(thoughts.lstrip())  # something is thought
+    while (end := thoughts.find("</think>", end + 1)) >= 0:
+        if opening := _ANSWER.match(thoughts, end + len("</think>")):
+            return bool(thoughts[opening.end() :].strip())
+    return False
 
 
 def answer_in(completion: str, verifier: str | None) -> str:
@@ -237,7 +286,21 @@ def _verify_text(verifier: dict[str, Any], answer: str | None, reference: str | 
 
 
 def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join(nfc(text).split())
+
+
+def nfc(text: str) -> str:
+    """Unicode's NFC; but a text in which more than 30 marks follow each other as it is, which would take quadratic time.
+
+    30 is what Unicode's "stream-safe" format allows; no language comes near it.
+    """
+    run = 0
+    if not text.isascii():
+        for character in text:
+            run = run + 1 if unicodedata.combining(character) else 0
+            if run > 30:
+                return text
+    return unicodedata.normalize("NFC", text)
 
 
 _BLANKS = " \u00a0\u2009\u202f'’"
@@ -251,6 +314,8 @@ def _last_number(text: str) -> list[float]:
     if not numbers:
         return []
     sign, digits, exponent = numbers[-1]
+    if len(digits) + len(exponent) > MOST_DIGITS:
+        return []
     blocks = re.split(f"[{_BLANKS}]", digits)
     readings = _readings("".join(blocks))
     if len(blocks) > 1:  # or a list of numbers
@@ -276,11 +341,14 @@ def _readings(digits: str) -> list[str]:
 # --- programs ---------------------------------------------------------------------------------------------------------
 
 
-def _limits(verifier: dict[str, Any]) -> Limits:
+def _limits(verifier: dict[str, Any], expected: str = "") -> Limits:
     """The time limit is one of CPU time: on a busy machine an answer is as right as on an idle one."""
+    output = max(Limits.output_bytes, 2 * len(expected.encode("utf-8", "replace")) + 65_536)
     seconds = verifier.get("time_limit_seconds") or TIME_LIMIT_SECONDS
     memory_mb = max(64, math.ceil(verifier.get("memory_limit_mb") or MEMORY_LIMIT_MB))
-    return Limits(wall_seconds=2 * seconds + 2, cpu_seconds=math.ceil(seconds), memory_mb=memory_mb)
+    return Limits(
+        wall_seconds=2 * seconds + 2, cpu_seconds=math.ceil(seconds), memory_mb=memory_mb, output_bytes=output
+    )
 
 
 def _failure(outcome: Outcome, where: str) -> str | None:
@@ -290,14 +358,19 @@ def _failure(outcome: Outcome, where: str) -> str | None:
     if outcome.status == "compile":
         return "does not compile"
     if outcome.status == "error":
-        return f"exit code {outcome.exit_code}{where}"
+        missing = _MISSING.fullmatch(outcome.stderr.rstrip().rpartition("\n")[2][:200])
+        return f"exit code {outcome.exit_code}{where}" + (f": {missing[1]}" if missing else "")
     return {"memory": "too much memory", "output": "too much output"}.get(outcome.status, outcome.status) + where
+
+
+_MISSING = re.compile(r"ModuleNotFoundError: (No module named '[\w.]+')", re.ASCII)
 
 
 def _verify_stdio(verifier: dict[str, Any], program: str, tests: list[dict[str, str]], sandbox: Sandbox) -> Verdict:
     for number, test in enumerate(tests, 1):
         where = f" on test {number} of {len(tests)}"
-        outcome = sandbox.run(verifier["language"], program, test["input"], _limits(verifier))
+        given = test["input"].replace("\r\n", "\n")
+        outcome = sandbox.run(verifier["language"], program, given, _limits(verifier, test["output"]))
         failure = _failure(outcome, where)
         if failure is None:
             if verifier.get("checker"):
@@ -311,61 +384,58 @@ def _verify_stdio(verifier: dict[str, Any], program: str, tests: list[dict[str, 
 
 
 def _same_words(output: str, expected: str) -> bool:
-    found, wanted = output.split(), expected.split()
+    found, wanted = nfc(output).split(), nfc(expected).split()
     return len(found) == len(wanted) and all(a == b or _close(a, b) for a, b in zip(found, wanted))
 
 
-_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 def _close(found: str, wanted: str) -> bool:
-    """Whether the expected word has a decimal point and the other is a number as good as equal to it."""
-    if "." not in wanted or not (_DECIMAL.fullmatch(wanted) and _DECIMAL.fullmatch(found)):
+    """Whether two words are numbers, one of them with a decimal point or an exponent, and as good as equal."""
+    if any(len(word) > MOST_DIGITS or not _DECIMAL.fullmatch(word) for word in (found, wanted)):
         return False
-    return math.isclose(float(found), float(wanted), rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+    one, other = float(found), float(wanted)
+    if not math.isfinite(one) or not math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
+        return False
+    if not wanted.lstrip("+-").isdigit():
+        return True
+    # A whole number is wanted: a large one exactly, and not spelt otherwise.
+    return not found.lstrip("+-").isdigit() and abs(Decimal(found) - Decimal(wanted)) <= Decimal(TOLERANCE)
 
 
 def _checks(checker: str, test: dict[str, str], output: str, sandbox: Sandbox) -> bool:
-    """What a checker says of an output; KDError if it is no good even with the expected one."""
-    for given in (output, test["output"]):
+    """What a checker says of an output. KDError if it does not give the expected one full marks: 1, or 100."""
+
+    def score(given: str) -> tuple[float | None, str]:
         files = {"input.txt": test["input"], "expected.txt": test["output"], "output.txt": given}
         outcome = sandbox.run("python", checker, files=files)
-        said = outcome.stdout.split()
-        if outcome.status == "ok" and said and _DECIMAL.fullmatch(said[-1]):
-            return float(said[-1]) >= 1 and given is output
-    raise KDError(f"the checker fails: {_failure(outcome, '') or 'it prints no number'}")
+        said = (outcome.stdout.split() or [""])[-1]
+        failure = _failure(outcome, "")
+        if failure is None and said in ("True", "False"):
+            return float(said == "True"), said
+        if failure is None and len(said) <= MOST_DIGITS and _DECIMAL.fullmatch(said):
+            return float(said), said
+        return None, failure or "no number"
 
-
-_SECRET = secrets.token_bytes(32)
-_HARNESS = """
-import json, os, sys, types
-
-def main():
-    task = json.loads(sys.stdin.buffer.read())
-    module = sys.modules["solution"] = types.ModuleType("solution")
-    number = 0
-    try:
-        for part in ("setup", "program"):
-            exec(compile(task[part], part, "exec"), module.__dict__)
-        for number, test in enumerate(task["tests"], 1):
-            exec(compile(test, "test", "exec"), module.__dict__)
-        said = "passed"
-    except BaseException as error:
-        said = f"{type(error).__name__} in " + (f"test {number}" if number else "the program")
-    os.write(1, f"{task['secret']}{said}".encode("utf-8", "replace"))
-    os._exit(0)
-
-main()
-"""
+    marks, _ = score(output)
+    if marks == 1:
+        return True
+    full, said = score(test["output"])
+    if full not in (1, 100):
+        raise KDError(f"the checker fails: it says {said} of the expected output, and not 1 or 100")
+    return full == 100 and marks is not None and marks >= 100
 
 
 def _verify_asserts(verifier: dict[str, Any], program: str, tests: list[str], sandbox: Sandbox) -> Verdict:
-    task = {"setup": verifier.get("setup") or "", "program": program, "tests": tests}
-    secret = hmac.new(_SECRET, json.dumps(task).encode(), hashlib.sha256).hexdigest()  # one a program: it can be cached
-    outcome = sandbox.run("python", _HARNESS, json.dumps(task | {"secret": secret}), _limits(verifier))
-    if failure := _failure(outcome, ""):
+    task = asserts.encode((verifier.get("setup") or "", tests), str)
+    jobs = [("judge", {"task": task}), ("program", {"program.py": program})]
+    judge, answer = sandbox.run_joined(Path(asserts.__file__).read_text(), jobs, _limits(verifier))
+    if failure := _failure(answer, ""):
         return Verdict(0.0, failure)
-    said = outcome.stdout.rpartition(secret)[2] if secret in outcome.stdout else "ended before its tests"
-    if said == "passed":
+    if failure := _failure(judge, ""):
+        return Verdict(0.0, f"{failure} in the tests")
+    result, reason = asserts.decode(judge.stdout, asserts.plain)
+    if result == "passed":
         return Verdict(1.0, f"passed {len(tests)} of {len(tests)} tests")
-    return Verdict(0.0, said)
+    return Verdict(None if result == "unjudged" else 0.0, reason or "ended before its tests did")

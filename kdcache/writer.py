@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import format, storage
+from kdcache import format, seal, storage
 from kdcache.errors import KDError
 from kdcache.sparsify import Candidates
 from kdcache.storage import Location
@@ -85,18 +85,29 @@ def rows_to_table(rows: Sequence[Row], precision: str) -> pa.Table:
 def write_shard(path: Location, rows: Sequence[Row], precision: str, metadata: dict[str, Any]) -> bool:
     """Write one shard whole: beside its name, fsync, link into place, fsync the folder; or as one upload.
 
-    A shard whose rows were all rejected has no row group at all (an empty one breaks ``load_dataset``).
+    A shard whose rows were all rejected has no row group at all (an empty one breaks ``load_dataset``). The shard says its own
+    name in ``metadata``, so that one that stands under another's is noticed.
     Returns False when another writer's shard of the same slice got there first; that one stands.
     """
+    metadata = metadata | {"name": f"data/{path.name}"}
     schema = format.SCHEMA.with_metadata({b"kdcache": json.dumps(metadata, ensure_ascii=False).encode()})
+    tables = (
+        rows_to_table(rows[start : start + ROW_GROUP_ROWS], precision) for start in range(0, len(rows), ROW_GROUP_ROWS)
+    )
     with storage.staged(path) as temporary:
-        with open(temporary, "wb") as sink:
-            with pq.ParquetWriter(sink, schema, **format.parquet_options(precision)) as writer:
-                for start in range(0, len(rows), ROW_GROUP_ROWS):
-                    writer.write_table(rows_to_table(rows[start : start + ROW_GROUP_ROWS], precision))
-            sink.flush()
-            os.fsync(sink.fileno())
+        _write_sealed(temporary, schema, tables, format.parquet_options(precision))
         return storage.create(temporary, path)
+
+
+def _write_sealed(path: Path, schema: pa.Schema, tables: Iterable[pa.Table], options: dict[str, Any]) -> None:
+    """Write a Parquet file that carries its own seal, and sync it."""
+    with open(path, "w+b") as sink:
+        with pq.ParquetWriter(sink, schema, **options) as writer:
+            for table in tables:
+                writer.write_table(table)
+        seal.seal(sink)
+        sink.flush()
+        os.fsync(sink.fileno())
 
 
 def remove_leftovers(folder: Location) -> None:
@@ -148,6 +159,6 @@ def create_json(path: Location, value: Any) -> bool:
 
 
 def write_table(path: Location, table: pa.Table) -> None:
-    """Write a small Parquet file (vocab) atomically."""
+    """Write a small Parquet file (vocab, rewards) atomically, with its seal."""
     with _replacing(path) as temporary:
-        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        _write_sealed(temporary, table.schema, [table], {"compression": "zstd", "write_page_checksum": True})

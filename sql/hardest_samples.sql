@@ -10,5 +10,5 @@ SELECT
     round(exp(-list_avg(token_logprobs)), 2) AS perplexity,
     round(list_avg(entropies), 3) AS entropy,
     right(prompt, 60) AS prompt_end, left(completion, 60) AS completion_start
-FROM samples ORDER BY nats_a_token DESC;
+FROM samples ORDER BY nats_a_token DESC, sample_id;
 COMMENT ON VIEW hardest_samples IS 'the completions that surprise the teacher most';

@@ -9,7 +9,8 @@ SELECT
     shards.* EXCLUDE (filename, file_row_number) REPLACE (coalesce(rewards.reward, shards.reward) AS reward),
     parse_filename(shards.filename) AS file, shards.file_row_number
 FROM read_parquet(
-    coalesce(getvariable('cache'), '.') || '/data/*.parquet', filename = true, file_row_number = true
+    coalesce(getvariable('shards'), [coalesce(getvariable('cache'), '.') || '/data/*.parquet']),
+    filename = true, file_row_number = true
 ) AS shards
 LEFT JOIN rewards ON rewards.sample_id = shards.sample_id;
 COMMENT ON VIEW samples IS 'one row a sample: a prompt and one completion';

@@ -5,11 +5,11 @@
 CREATE OR REPLACE VIEW shards AS
 WITH sizes AS (
     SELECT parse_filename(file_name) AS file, sum(total_compressed_size) AS bytes
-    FROM parquet_metadata(coalesce(getvariable('cache'), '.') || '/data/*.parquet')
+    FROM parquet_metadata(coalesce(getvariable('shards'), [coalesce(getvariable('cache'), '.') || '/data/*.parquet']))
     GROUP BY ALL
 ), counts AS (
     SELECT
-        file, any_value(split) AS split, count(*) AS samples, sum(completion_tokens) AS tokens,
+        file, min(split) AS split, count(*) AS samples, sum(completion_tokens) AS tokens,
         sum(list_sum(list_transform(candidate_ids, lambda ids: len(ids)))) AS candidates
     FROM samples
     GROUP BY file

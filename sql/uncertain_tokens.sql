@@ -40,5 +40,5 @@ LEFT JOIN vocab AS choice_1 ON choice_1.token_id = best_1
 LEFT JOIN vocab AS choice_2 ON choice_2.token_id = best_2
 LEFT JOIN vocab AS choice_3 ON choice_3.token_id = best_3
 WHERE position IS NOT NULL
-ORDER BY entropy DESC;
+ORDER BY entropy DESC, sample_id, position;
 COMMENT ON VIEW uncertain_tokens IS 'where the teacher is least sure, with what it would rather have said';

@@ -136,7 +136,7 @@ Kd = Callable[..., subprocess.CompletedProcess]
 
 def run_kd(folder: Path, *arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
     """Runs the real `kd` in a process of its own, in ``folder``."""
-    command = [sys.executable, "-m", "cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "kdcache", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"} | options.pop("env", {})
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900, **options)
     if code is not None:

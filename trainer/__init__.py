@@ -1,1 +1,1 @@
-"""Phase two: a student from the cache alone. The teacher is never loaded, and vllm only to generate with the student."""
+"""Phase two of kdcache: a student from the cache alone. No teacher is loaded, and vllm only to generate with the student."""

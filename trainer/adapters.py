@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from kdcache import models
 from kdcache.errors import UsageError, first_line
 from trainer.run import StudentConfig
 from trainer.student import answer_as_cached, load_student
@@ -39,9 +40,7 @@ def merge(config: StudentConfig, adapter: Path, out: Path, plan: dict[str, Any])
 
     ``plan`` is the cache's: the folder answers as it says.
     """
-    import peft
-
     student, tokenizer = load_student(config.student, config.dtype)
     answer_as_cached(student, tokenizer, plan)
-    peft.PeftModel.from_pretrained(student, str(adapter)).merge_and_unload().save_pretrained(out)
+    models.with_adapter(student, adapter).merge_and_unload().save_pretrained(out)
     tokenizer.save_pretrained(out)

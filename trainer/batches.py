@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from kdcache import hashes, query
-from kdcache.errors import KDError
+from kdcache.errors import KDError, UsageError
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
 
@@ -93,7 +93,8 @@ def select(
     columns: list[np.ndarray] = []  # [n, 4]: group, row, tokens, completion tokens
     too_long = 0
     for number, cache in enumerate(caches):
-        files, table = query.select_samples(cache.path, where, split)  # table [n, 4]: file, row, prompt, completion
+        # table [n, 4]: file, row, prompt, completion. Without a condition no SQL is needed to read three columns.
+        files, table = query.select_samples(cache.path, where, split) if where else cache.lengths(split)
         if max_length is not None:
             long = table[:, 2] + table[:, 3] > max_length
             too_long += int(long.sum())
@@ -164,6 +165,7 @@ class Stream(torch.utils.data.IterableDataset):
         wanted = self.steps_per_epoch
         while wanted:
             epoch, first = divmod(self.step, self.steps_per_epoch)
+            before = wanted
             for mine in self._steps(epoch, first):
                 self.step += 1  # before the parts: a consumer need not come back after the last one
                 for samples in mine:
@@ -171,6 +173,8 @@ class Stream(torch.utils.data.IterableDataset):
                 wanted -= 1
                 if not wanted:
                     return
+            if wanted == before:  # else this would go round for ever
+                raise KDError("the shards have other samples than were selected: were they replaced meanwhile?", 3)
 
     def _steps(self, epoch: int, first: int) -> Iterator[list[list[Sample]]]:
         """This rank's parts of the global batches of an epoch, from the ``first`` on; what lies before is not read."""
@@ -407,10 +411,13 @@ def _fit_to_head(
 
 
 def open_caches(paths: Sequence[Location]) -> list[Cache]:
-    """The caches to train on together: all of one tokenizer."""
+    """The caches to train on together: all of one tokenizer, and none twice."""
     caches = [Cache(path) for path in paths]
-    for cache in caches[1:]:
+    for number, cache in enumerate(caches):
+        same = next((other for other in caches[:number] if other.fingerprint == cache.fingerprint), None)
+        if same is not None:
+            raise UsageError(f"--from-cache {cache.path} is {same.path} once more, and its samples would count twice")
         theirs, first = cache.plan["tokenizer"], caches[0].plan["tokenizer"]
-        if any(theirs[name] != first[name] for name in hashes.SAME_IDS):
+        if any(theirs.get(name) != first.get(name) for name in hashes.SAME_IDS):
             raise KDError(f"{cache.path} and {caches[0].path} were made with different tokenizers and cannot be mixed")
     return caches

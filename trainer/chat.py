@@ -10,8 +10,10 @@ import torch
 from transformers import TextIteratorStreamer
 
 from kdcache import hashes
+from kdcache.bounds import check_sampling
 from kdcache.errors import KDError, first_line
 from kdcache.prompts import Prompts
+from trainer.run import RUN_FILE
 from trainer.student import load_student, stop_ids
 
 
@@ -34,17 +36,23 @@ class _Streamer(TextIteratorStreamer):
 class Conversation:
     """Keeps the turns; ``answer`` yields pieces of text."""
 
-    def __init__(self, student: str, system: str | None, temperature: float, max_new_tokens: int):
+    def __init__(
+        self, student: str, system: str | None, temperature: float, max_new_tokens: int, bos: str | None = None
+    ):
+        """``bos``: as in kdcache.prompts.BOS; None: as the student's training was told, where it was."""
+        check_sampling(temperature, None)
         self.model, self.tokenizer = load_student(student, "float32" if not torch.cuda.is_available() else "auto")
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        self.prompts = Prompts(hashes.model_folder(student), self.tokenizer)
+        folder = hashes.model_folder(student)
+        bos = bos or hashes.read_json(folder, RUN_FILE).get("bos") or "auto"
+        self.prompts = Prompts(folder, self.tokenizer, bos=bos)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
 
     def answer(self, text: str) -> Iterator[str]:
         self.messages.append({"role": "user", "content": text})
         ids = torch.tensor([self.prompts.prompt_ids(self.prompts.render(self.messages))], device=self.model.device)
-        stops = stop_ids(self.model, self.prompts.facts.stop_ids)
+        stops = stop_ids(self.model, self.tokenizer, self.prompts.facts.stop_ids)
         streamer = _Streamer(self.tokenizer, stops)
         greedy = self.temperature == 0
         arguments = {

@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kdcache import writer
+from kdcache import folders, lock, writer
 from kdcache.errors import KDError
 from trainer import metrics
 
 #: Settings that must be the same for two evaluations to stand in one table.
-COMPARED = ("caches", "split", "where", "max_length", "prompts_hash", "top_p", "max_new_tokens")
+COMPARED = ("measures", "caches", "split", "where", "max_length", "prompts_hash", "top_p", "max_new_tokens")
 TEACHER, COPY = "teacher (cache)", "copy the input"  # labels of rows that no model is behind
-EVALUATION_FILE = "evaluation.json"  # names the parts of an evaluation's folder
+EVALUATION_FILE = folders.EVALUATION.marker  # names the parts of an evaluation's folder
 
 #: In the order of the table; those of RETAINED are divided by the teacher's.
 SHOWN = ("kl", "agreement", "ce", "perplexity", "ece", "rougeL", "rougeL_paper", "rougeL_teacher", "exact")
@@ -125,11 +125,12 @@ def with_interval(value: float | None, within: tuple[float, float] | None) -> st
 
 def write(found: Sequence[dict[str, Any]], out: Path) -> tuple[Path, Path]:
     """comparison.json and comparison.csv in ``out``."""
-    out.mkdir(parents=True, exist_ok=True)
-    writer.write_json(out / "comparison.json", list(found))
+    folders.check_writable(out, folders.COMPARISON)
     flat = [_flat(row) for row in found]
     names = list(dict.fromkeys(name for row in flat for name in row))
-    writer.write_csv(out / "comparison.csv", names, [[row.get(name) for name in names] for row in flat])
+    with lock.held(out, ".lock-comparison", wait=True):  # both files of one comparison
+        writer.write_json(out / "comparison.json", list(found))
+        writer.write_csv(out / "comparison.csv", names, [[row.get(name) for name in names] for row in flat])
     return out / "comparison.json", out / "comparison.csv"
 
 

@@ -19,18 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache import writer
-from kdcache.errors import UsageError, first_line
-from trainer import adapters, card
+from trainer import adapters, card, checkpoints, parallel
+from trainer.arguments import for_training
 from trainer.batches import IGNORE, Batch, Stream, in_order
 from trainer.fused import Head, Losses, distillation_loss, head_of
-from trainer.run import RUN_FILE, Run, begin
+from trainer.run import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
 from trainer.student import answer_as_cached, load_student
-
-Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
 
 # --- the loss, inside the student's forward ---------------------------------------------------------------------------
 
@@ -121,7 +120,7 @@ def measure(student: Any, batches: Iterable[Batch]) -> dict[str, float]:
 # --- the trainer ------------------------------------------------------------------------------------------------------
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(checkpoints.WholeCheckpoints, Trainer):
     """Trainer with our stream of batches and our held-out metrics; everything else is its own."""
 
     def __init__(
@@ -140,6 +139,11 @@ class DistillTrainer(Trainer):
         self._tokens, self._begun = before["tokens"], time.monotonic() - before["seconds"]
         self.add_callback(_Steps(stream.steps_per_epoch))
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        parallel.prepare(self.args)
+        super().create_accelerator_and_postprocess()
+        parallel.check(self.args, self.accelerator)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         # A generator of its own: it would draw from the one that dropout goes on with after a resume.
@@ -162,6 +166,7 @@ class DistillTrainer(Trainer):
             logs |= {name: round(value / max(tokens, 1.0), 4) for name, value in sums.items()}
             self._tokens += tokens
             self._sums = {}
+        stop_unless_finite(logs, self.state.global_step, self.args.fp16)
         logs |= {"tokens": self._tokens, "seconds": round(time.monotonic() - self._begun, 2)}  # since the first step
         super().log(logs, *args, **kwargs)
 
@@ -177,7 +182,7 @@ class DistillTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        super()._save(output_dir, parallel.without_tied(self.model, state_dict))
         writer.write_json(Path(output_dir or str(self.args.output_dir)) / RUN_FILE, self.record)
 
 
@@ -212,10 +217,11 @@ class _Report(TrainerCallback):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
+@alone
 def train(run: Run, report: Report) -> dict[str, Any]:
     """Train, keep the best checkpoint by the validation split, and save it as a Hugging Face folder."""
     config = run.config
-    arguments = _training_arguments(run)  # starts the process group, where there are several
+    arguments = for_training(run)  # starts the process group, where there are several
     set_seed(arguments.seed)  # of LoRA's matrices, before there is a Trainer
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     answer_as_cached(student, tokenizer, run.train.caches[0].plan)
@@ -224,8 +230,6 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     model = adapters.add(student, config)
     if run.compile is not None:  # the layers alone: the loss is three matrix products already
         student.base_model.compile(dynamic=True, **run.compile)
-    if arguments.process_index == 0:
-        begin(config, run.record)
 
     step, logged = 0, []
     if run.checkpoint:
@@ -246,10 +250,8 @@ def train(run: Run, report: Report) -> dict[str, Any]:
     held_out = None
     if len(run.validation):
         held_out = lambda: in_order(run.validation, head_rows, arguments.per_device_eval_batch_size, rank, ranks)  # noqa: E731
-    callbacks: list[TrainerCallback] = [_Report(report)]
+    callbacks: list[TrainerCallback] = [Begun(), _Report(report)]
     if config.early_stopping_patience is not None:
-        if held_out is None:
-            raise UsageError("--early-stopping-patience needs a validation split, and the cache's is empty")
         callbacks.append(EarlyStoppingCallback(config.early_stopping_patience))
     trainer = DistillTrainer(
         stream,
@@ -262,6 +264,8 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    if arguments.process_index == 0:
+        begin(run)  # last of all: what fails before this has changed nothing
     trainer.train(resume_from_checkpoint=run.checkpoint)
     _leave(run, trainer)
     return {
@@ -278,62 +282,19 @@ def _ranks_a_node(ranks: int) -> int:
     return here if here * nodes == ranks else 1
 
 
-def _leave(run: Run, trainer: DistillTrainer) -> None:
+def _leave(run: Run, trainer: Any) -> None:
     """What a run leaves: a whole student that transformers and vLLM load, its card, its history; the record last."""
-    out = run.config.output_dir
-    trainer.save_state()
+    out, first = run.config.output_dir, trainer.args.process_index == 0
     adapted = run.config.lora_r is not None
-    trainer.save_model(str(out / adapters.FOLDER if adapted else out))  # by all ranks: shards are gathered
-    if trainer.args.process_index == 0:
-        if adapted:
-            adapters.merge(run.config, out / adapters.FOLDER, out, run.train.caches[0].plan)
-        (out / "README.md").write_text(card.render(run, trainer.state.log_history), encoding="utf-8")
+    with checkpoints.whole_student(out, checkpoints.size_of(trainer.model.parameters()), first) as scratch:
+        trainer.save_model(str(scratch / adapters.FOLDER if adapted else scratch))  # by all ranks: shards are gathered
+        if first:
+            if adapted:
+                adapters.merge(run.config, scratch / adapters.FOLDER, scratch, run.train.caches[0].plan)
+            trainer.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+            (scratch / "README.md").write_text(card.render(run, trainer.state.log_history), encoding="utf-8")
+    if first:
         record = {**run.record, "finished": True, "history": trainer.state.log_history}
-        writer.write_json(out / RUN_FILE, record)
+        with checkpoints.saving(out, 0):
+            writer.write_json(out / RUN_FILE, record)
     trainer.accelerator.wait_for_everyone()
-
-
-def _training_arguments(run: Run) -> TrainingArguments:
-    config, given = run.config, dict(run.arguments)
-    every = max(1, round(run.steps_per_epoch / config.evals_per_epoch))
-    evaluates = len(run.validation) > 0
-    eval_steps = given.pop("eval_steps", every)
-    defaults: dict[str, Any] = {
-        "per_device_train_batch_size": run.samples_per_device,
-        "per_device_eval_batch_size": run.samples_per_device,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.05,
-        "weight_decay": 0.01,
-        "max_grad_norm": 1.0,
-        "logging_steps": max(1, run.max_steps // 100),
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": eval_steps,
-        "save_strategy": "steps",
-        "save_steps": eval_steps,
-        "save_total_limit": 2,
-        "load_best_model_at_end": evaluates,
-        "metric_for_best_model": ("eval_kl" if config.method == "kd" else "eval_ce") if evaluates else None,
-        "greater_is_better": False,
-        "report_to": ["tensorboard"],
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    arguments = defaults | given
-    if arguments["report_to"] is None:  # `none` on the command line
-        arguments["report_to"] = "none"
-    if config.early_stopping_patience is not None:
-        arguments["restore_callback_states_from_checkpoint"] = True  # else its count starts again at 0
-    arguments |= {
-        "output_dir": str(config.output_dir),
-        "max_steps": run.max_steps,
-        "ignore_data_skip": True,  # our stream starts at the step itself
-        "remove_unused_columns": False,
-    }
-    try:
-        made = TrainingArguments(**arguments)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"TrainingArguments refused these options: {first_line(error)}") from None
-    if made.n_gpu > 1:  # DataParallel would cut packed rows; torchrun gives each GPU a process
-        made._n_gpu = 1
-    return made

@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from kdcache import hashes, query, verifiers, writer
-from kdcache.errors import KDError
+from kdcache import folders, hashes, query, verifiers, writer
+from kdcache.bounds import MOST_SAMPLES, check_sampling, check_whole
+from kdcache.errors import KDError, UsageError
 from kdcache.format import SPLITS
-from kdcache.reader import Cache, Sample, entropy_unstored
+from kdcache.reader import Cache, Sample
 from kdcache.sandbox import Sandbox
 from trainer import generate, metrics
-from trainer.batches import IGNORE, Units, open_caches, pack, select
+from trainer.batches import Units, open_caches, select
 from trainer.compare import COPY, EVALUATION_FILE, TEACHER
-from trainer.distill import losses_of
+from trainer.forced import at_positions, sampled_from
 from trainer.fused import head_of
 from trainer.generate import Ask, Decoding
 from trainer.student import cached_stop_ids, check_tokenizer, load_student
@@ -65,19 +67,44 @@ class Prompt:
     prompt_id: str
     group_id: str
     ids: list[int]
-    reference: str | None
-    verifier: str | None
+    judges: tuple[tuple[str | None, str | None], ...]  # (verifier, reference), one or more: the best verdict counts
     teacher: list[str] = field(repr=False)  # the teacher's own answers
+
+
+def _check(config: EvaluateConfig) -> None:
+    """UsageError for values that nothing could be measured with."""
+    for label, model in config.models:
+        if not label or not model:
+            raise UsageError(f"{label}={model}: expected a model, or LABEL=MODEL")
+    for temperature in config.temperatures or (0.0,):
+        check_sampling(temperature, config.top_p)
+    check_whole("--max-length", config.max_length, 1)
+    check_whole("--batch-size", config.batch_size, 1)
+    check_whole("--generate", config.generate, 0)
+    check_whole("--seeds", config.seeds, 1, MOST_SAMPLES)
+    check_whole("--max-new-tokens", config.max_new_tokens, 1)
 
 
 def label_of(argument: str) -> tuple[str, str]:
     """``label=model`` or a model, which is then its own label."""
     label, equals, model = argument.partition("=")
-    return (label, model) if equals and not Path(argument).exists() else (argument, argument)
+    return (label, os.path.expanduser(model)) if equals and not Path(argument).exists() else (argument, argument)
 
 
-def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Path:
-    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts."""
+def evaluate(
+    config: EvaluateConfig, progress: Progress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+) -> Path:
+    """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts.
+
+    ``say`` is told what the user should know of the engine that generates.
+    """
+    _check(config)
+    with folders.held(config.out, folders.EVALUATION):
+        folders.check_writable(config.out, folders.EVALUATION)
+        return _evaluate(config, progress, say)
+
+
+def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], None]) -> Path:
     if config.split not in SPLITS:
         raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
     caches = open_caches(config.from_cache)
@@ -88,10 +115,11 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
         raise KDError(f"the {config.split} split has no sample to evaluate on (--where, --max-length, --split-ratios?)")
     decoding, temperatures, seeds = _decoding(config, caches[0])
     prompts = _prompts(config)
-    sandbox = verifiers.sandbox_for((prompt.verifier for prompt in prompts), config.unsafe_exec)
+    sandbox = verifiers.sandbox_for((verifier for p in prompts for verifier, _ in p.judges), config.unsafe_exec)
     engine = generate.resolve(config.engine, [model for _, model in config.models], config.dtype) if prompts else None
     groups = _groups(config, caches)
     settings = {
+        "measures": MEASURES_VERSION,
         "caches": [cache.fingerprint for cache in caches],
         "split": config.split,
         "where": config.where,
@@ -119,14 +147,11 @@ def evaluate(config: EvaluateConfig, progress: Progress = lambda *_: None) -> Pa
     def entropies() -> dict[str, list[float]]:
         return dict(_rows(config, "sample_id, entropies"))
 
-    # A topk cache stores all that was captured: its KL needs no entropy beside it.
-    sampled = caches[0].plan["fields"]["sparsify"].startswith("threshold")
-
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
         at = lambda *numbers: progress(f"{label}: held-out KL", *numbers)  # noqa: E731
-        forced = _forced(model, units, groups, entropies(), sampled, config, at)
+        forced = _forced(model, units, groups, entropies(), sampled_from(caches[0]), config, at)
         texts = generate.answers(
-            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at)
+            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at), say
         )
         return forced, judged(asks, texts)
 
@@ -159,7 +184,7 @@ def _kept(
 ) -> dict[str, str]:
     """The folder with one model's measurements, made unless it is there; model.json is written last."""
     slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if label == model else label).strip("-.") or "model"
-    name = f"{slug}-{hashes.of_json(settings | {'measures': MEASURES_VERSION, 'model': model})[:8]}"
+    name = f"{slug}-{hashes.of_json(settings | {'model': model})[:8]}"
     if not (out / name / "model.json").is_file():
         forced, answers = measure()
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -182,17 +207,27 @@ def _rows(
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
-    """Each prompt of the split once, in the order of its hash; where the teacher answered some, only those."""
+    """Each prompt of the split once, in the order of its hash; where the teacher answered some, only those.
+
+    A prompt may stand in several rows, and in several caches. It is judged by the best of what they say of it, and
+    nothing here depends on the order in which DuckDB's threads find them.
+    """
     if config.generate == 0:
         return []
     rows = _rows(
         config,
-        "prompt_id, any_value(group_id), any_value(prompt_ids), any_value(reference), any_value(verifier), "
-        "list(completion ORDER BY sample_index) FILTER (origin = 'sampled')",
+        "prompt_id, min(group_id), first(prompt_ids ORDER BY sample_id), "
+        "list(DISTINCT {verifier: verifier, reference: reference} ORDER BY {verifier: verifier, reference: reference}), "
+        "list(completion ORDER BY sample_index, sample_id) FILTER (origin = 'sampled')",
         "GROUP BY prompt_id ORDER BY prompt_id",
         length="prompt_tokens",  # however long the teacher's answers are
     )
-    prompts = [Prompt(name, group, ids, ref, verifier, own or []) for name, group, ids, ref, verifier, own in rows]
+    by_id: dict[str, Prompt] = {}
+    for name, group, ids, judges, own in rows:
+        known = by_id.get(name, Prompt(name, group, ids, (), []))
+        pairs = dict.fromkeys([*known.judges, *((judge["verifier"], judge["reference"]) for judge in judges)])
+        by_id[name] = replace(known, judges=tuple(pairs), teacher=[*known.teacher, *(own or [])])
+    prompts = [by_id[name] for name in sorted(by_id)]
     if any(prompt.teacher for prompt in prompts):
         prompts = [prompt for prompt in prompts if prompt.teacher]
     return prompts[: config.generate]
@@ -204,7 +239,7 @@ def _groups(config: EvaluateConfig, caches: Sequence[Cache]) -> dict[str, str]:
     groups = dict(rows)
     if len(groups) < len(rows):
         raise KDError("the caches share samples, which would count twice; evaluate on each by itself")
-    for name in ("sampling", "sparsify", "samples"):
+    for name in ("sampling", "sparsify", "capture_k", "samples"):
         if len({str(cache.plan["fields"][name]) for cache in caches}) > 1:
             raise KDError(f"the caches differ in {name}; evaluate on each by itself")
     return groups
@@ -228,13 +263,19 @@ def _decoding(config: EvaluateConfig, cache: Cache) -> tuple[Decoding, tuple[flo
 
 def _baseline(prompt: Prompt) -> str | None:
     """What a student would answer that only copies the problem, where the data set says what that is."""
-    found = json.loads(prompt.verifier) if prompt.verifier else {}
-    return found.get("baseline") if isinstance(found, dict) else None
+    for verifier, _ in prompt.judges:
+        try:
+            found = json.loads(verifier or "{}")
+        except ValueError:  # no verifier: its verdict will say so
+            continue
+        if isinstance(found, dict) and found.get("baseline") is not None:
+            return found["baseline"]
+    return None
 
 
 # --- teacher-forced ---------------------------------------------------------------------------------------------------
 
-MEASURES_VERSION = 3
+MEASURES_VERSION = 4
 ENTROPIES = len(metrics.ENTROPY_EDGES_NATS) + 1  # buckets of them
 FORCED = pa.schema(
     [
@@ -253,35 +294,24 @@ def _forced(
     units: Units,
     groups: dict[str, str],
     entropies: dict[str, list[float]],
-    sampled: bool,
+    captured: int | None,
     config: EvaluateConfig,
     progress: Callable[[int, int], None],
 ) -> pa.Table:
     """One row a sample, summed over its supervised positions. KL is to the distribution as it was captured."""
     student, _ = load_student(model, config.dtype)
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    head = head_of(student)
-    device, rows = next(student.parameters()).device, []
+    head, rows = head_of(student), []
     for first in range(0, len(units), config.batch_size):
         samples = units.load(np.arange(first, min(first + config.batch_size, len(units))))
-        batch = {name: value.to(device) for name, value in pack(samples, len(head.weight)).items()}
-        with torch.no_grad():
-            found = losses_of(student, head, batch, 0.0, "forward_kl")
-        labels = batch["shift_labels"][0]
-        measured = {
-            "kl": found.divergence,
-            "agreement": found.best == batch["candidate_ids"][:, 0],
-            "ce": found.ce,
-            "confidence": found.confidence.exp(),  # type: ignore[union-attr]
-            "right": found.best == labels[labels != IGNORE],
+        of_teacher = [np.array(entropies[sample.sample_id], dtype=np.float64) for sample in samples]
+        found = at_positions(student, head, samples, of_teacher, captured)
+        measured = {name: found[name] for name in ("kl", "agreement", "confidence", "right")} | {
+            "ce": -found["logprobs"]
         }
-        arrays = {name: value.cpu().numpy().astype(np.float64) for name, value in measured.items()}  # type: ignore[union-attr]
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
-        for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
-            mine = {name: array[low:high] for name, array in arrays.items()}
-            entropy = np.array(entropies[sample.sample_id], dtype=np.float64)
-            if sampled:
-                mine["kl"] = mine["kl"] - entropy_unstored(sample, entropy)
+        for sample, entropy, low, high in zip(samples, of_teacher, [0, *ends[:-1]], ends):
+            mine = {name: array[low:high].astype(np.float64) for name, array in measured.items()}
             rows.append(_summed(sample.sample_id, groups, entropy=entropy[sample.supervised], **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
@@ -333,6 +363,10 @@ def _summed(
     confidence: np.ndarray,
     right: np.ndarray,
 ) -> dict[str, Any]:
+    for name, values in (("the teacher's entropy", entropy), ("the KL", kl), ("the cross-entropy", ce)):
+        if not np.isfinite(values).all():
+            position = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise KDError(f"sample {sample_id}: {name} at its supervised position {position} is {values[position]}", 3)
     bins = metrics.bin_of(confidence)
     buckets = np.searchsorted(metrics.ENTROPY_EDGES_NATS, entropy, side="right")
     return {
@@ -367,13 +401,18 @@ ANSWERS = pa.schema(
 def _judge(
     prompts: list[Prompt], asks: Sequence[Ask], texts: Sequence[str], is_teacher: bool, sandbox: Sandbox | None
 ) -> pa.Table:
-    """One row an answer, with its scores; null where there is nothing to compare with."""
+    """One row an answer, with its scores; null where there is nothing to compare with, the best where there is more than one."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     of = [by_id[ask.prompt_id] for ask in asks]
-    verdicts = verifiers.verify_many([(p.verifier, text, p.reference) for p, text in zip(of, texts)], sandbox)
+    verdicts = iter(
+        verifiers.verify_many(
+            [(v, text, reference) for p, text in zip(of, texts) for v, reference in p.judges], sandbox
+        )
+    )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for ask, prompt, text, verdict in zip(asks, of, texts, verdicts):
+        for ask, prompt, text in zip(asks, of, texts):
+            verdict = _best([next(verdicts) for _ in prompt.judges])
             row: dict[str, Any] = {
                 "prompt_id": prompt.prompt_id,
                 "group_id": prompt.group_id,
@@ -383,12 +422,18 @@ def _judge(
                 "reward": verdict.reward,
                 "reason": verdict.reason,
             }
-            if prompt.reference is not None:
-                row["rougeL"] = metrics.rouge_l(text, prompt.reference)
-                row["rougeL_paper"] = metrics.rouge_l_of_the_paper(text, prompt.reference)
-                row["exact"] = metrics.exact(verifiers.answer_in(text, prompt.verifier), prompt.reference)
+            known = [(verifier, reference) for verifier, reference in prompt.judges if reference is not None]
+            if known:
+                row["rougeL"] = max(metrics.rouge_l(text, reference) for _, reference in known)
+                row["rougeL_paper"] = max(metrics.rouge_l_of_the_paper(text, reference) for _, reference in known)
+                row["exact"] = max(metrics.exact(verifiers.answer_in(text, verifier), ref) for verifier, ref in known)
             if prompt.teacher and not is_teacher:
                 row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
             yield row
 
     return pa.Table.from_pylist(list(rows()), ANSWERS)
+
+
+def _best(verdicts: Sequence[verifiers.Verdict]) -> verifiers.Verdict:
+    """The first of those with the highest reward; one that could not be judged only where no other was."""
+    return max(verdicts, key=lambda verdict: -1.0 if verdict.reward is None else verdict.reward)

@@ -7,7 +7,6 @@ within a round. One sequence at a time (batch 1). `kd quantize` runs it; it meas
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import statistics
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from kdcache import hashes, machine
+from kdcache import hashes, machine, quiet
 from kdcache.errors import KDError
 from trainer.student import load_student
 
@@ -64,7 +63,7 @@ def _apart(model: str, prompt_ids: Sequence[int]) -> dict[str, float]:
 @torch.no_grad()
 def measure(model: str, prompt_ids: Sequence[int]) -> dict[str, float]:
     """The figures of one model in this process; MB of 1,000,000 bytes."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 on a CPU says at every layer that it rounds
+    quiet.libraries()  # this process is a new one
     student, _ = load_student(model, "auto")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student.to(device).eval()

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kdcache import format, hashes
+from kdcache import format, hashes, models
+from kdcache.bounds import LARGEST
 from kdcache.errors import KDError, UsageError
 from kdcache.prompts import completion_text
 from trainer.student import load_student, quantized_by, stop_ids
@@ -65,29 +66,55 @@ def resolve(engine: str, models: Sequence[str] = (), dtype: str = "float32") -> 
 
 
 def answers(
-    model: str, asks: Sequence[Ask], decoding: Decoding, engine: str, progress: Callable[[int, int], None]
+    model: str,
+    asks: Sequence[Ask],
+    decoding: Decoding,
+    engine: str,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[str]:
     """The answers, in the order asked, as text without what ended them."""
     if not asks:
         return []
-    return (_from_vllm if engine == "vllm" else _from_transformers)(model, asks, decoding, progress)
+    longest = max(len(ask.prompt_ids) for ask in asks)
+    positions = _positions(model)
+    if positions is not None and longest >= positions:
+        raise KDError(
+            f"{model} has {positions:,} positions, and the longest prompt has {longest:,} tokens: no room to answer"
+        )
+    if engine == "vllm":
+        return _from_vllm(model, asks, decoding, positions, progress, say)
+    return _from_transformers(model, asks, decoding, positions, progress)
 
 
-def _from_vllm(model: str, asks: Sequence[Ask], decoding: Decoding, progress: Callable[[int, int], None]) -> list[str]:
-    from kdcache.prompts import load_tokenizer
+def _positions(model: str) -> int | None:
+    """How many tokens a prompt and its answer may have together, where the model says so."""
+    config = models.config(hashes.model_folder(model)).get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _from_vllm(
+    model: str,
+    asks: Sequence[Ask],
+    decoding: Decoding,
+    positions: int | None,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> list[str]:
     from kdcache.teachers import EngineOptions, Refusal, Request, Sampling
     from kdcache.teachers.vllm import VLLMTeacher
 
-    folder = hashes.model_folder(model)
-    tokenizer = load_tokenizer(folder)
+    folder, longest = hashes.model_folder(model), max(len(ask.prompt_ids) for ask in asks)
+    tokenizer = models.tokenizer(folder)
     engine = VLLMTeacher(
         EngineOptions(
             model=folder,
             capture_k=1,
-            max_model_len=max(len(ask.prompt_ids) for ask in asks) + decoding.max_new_tokens,
+            max_model_len=min(longest + decoding.max_new_tokens, positions or LARGEST),
             dtype=decoding.dtype,
             stop_token_ids=decoding.stop_ids,
-        )
+        ),
+        say,
     )
     try:
         requests = (
@@ -113,19 +140,23 @@ def _from_vllm(model: str, asks: Sequence[Ask], decoding: Decoding, progress: Ca
 
 
 def _from_transformers(
-    model: str, asks: Sequence[Ask], decoding: Decoding, progress: Callable[[int, int], None]
+    model: str,
+    asks: Sequence[Ask],
+    decoding: Decoding,
+    positions: int | None,
+    progress: Callable[[int, int], None],
 ) -> list[str]:
     """Prompts of one temperature and of like length share a batch, padded on the left."""
     student, tokenizer = load_student(model, decoding.dtype)
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    stops = stop_ids(student, decoding.stop_ids)
+    stops = stop_ids(student, tokenizer, decoding.stop_ids)
     found: dict[int, str] = {}
     order = sorted(range(len(asks)), key=lambda i: (asks[i].temperature, len(asks[i].prompt_ids), i))
     while order:
         temperature = asks[order[0]].temperature
         batch = [i for i in order[: decoding.batch_size] if asks[i].temperature == temperature]
         order = order[len(batch) :]
-        texts = _generate(student, tokenizer, [asks[i] for i in batch], decoding, stops)
+        texts = _generate(student, tokenizer, [asks[i] for i in batch], decoding, stops, positions)
         found.update(zip(batch, texts))
         progress(len(found), len(asks))
     del student
@@ -134,7 +165,9 @@ def _from_transformers(
 
 
 @torch.no_grad()
-def _generate(student: Any, tokenizer: Any, asks: list[Ask], decoding: Decoding, stops: list[int]) -> list[str]:
+def _generate(
+    student: Any, tokenizer: Any, asks: list[Ask], decoding: Decoding, stops: list[int], positions: int | None
+) -> list[str]:
     width = max(len(ask.prompt_ids) for ask in asks)
     pad = decoding.stop_ids[0]
     ids = torch.full((len(asks), width), pad, dtype=torch.int64)
@@ -152,7 +185,7 @@ def _generate(student: Any, tokenizer: Any, asks: list[Ask], decoding: Decoding,
         temperature=None if greedy else temperature,
         top_p=None if greedy else decoding.top_p,
         top_k=None if greedy else 0,
-        max_new_tokens=decoding.max_new_tokens,
+        max_new_tokens=min(decoding.max_new_tokens, (positions or LARGEST) - width),
         repetition_penalty=1.0,  # an answer is the student's own, whatever its generation_config says
         eos_token_id=stops,
         pad_token_id=pad,

@@ -13,6 +13,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,20 +23,34 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from kdcache import query, verifiers, writer
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache import models, query, verifiers, writer
+from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION
+from kdcache.hashes import model_folder
 from kdcache.reader import Cache, Sample
 from kdcache.storage import Location
-from trainer import adapters, rewards
+from trainer import adapters, checkpoints, parallel, rewards
+from trainer.arguments import REFUSED_BY_GRPO, as_usage, check_lora, check_values, made
 from trainer.batches import select
-from trainer.run import RUN_FILE, StudentConfig, begin, made_with, open_for, resume_point
+from trainer.checkpoints import Resume
+from trainer.run import (
+    RUN_FILE,
+    Begun,
+    Report,
+    StudentConfig,
+    alone,
+    begin,
+    bos_of,
+    made_with,
+    open_for,
+    resume_point,
+    steps_asked_for,
+    stop_unless_finite,
+)
 from trainer.student import answer_as_cached, cached_stop_ids, load_student, stop_ids
 
 SOMETIMES = "success > 0 AND success < 1"
 GUIDES = ("prefix",)
-
-Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
 
 
 @dataclass(frozen=True)
@@ -68,13 +84,17 @@ class GrpoRun:
     config: GrpoConfig
     prompts: list[Prompt]
     where: str | None
+    parallel: str | None  # DDP or FSDP2, with the number of processes; None for one
     plan: dict[str, Any] = field(repr=False)  # of the first cache: how prompts are made and answers end
     record: dict[str, Any]
     checkpoint: str | None
+    resume: Callable[[], Resume]  # finds ``checkpoint``, once more when the folder's lock is held
+    notes: Sequence[str]  # on what it goes on from
 
     def facts(self) -> dict[str, Any]:
         return {
             "output_dir": str(self.config.output_dir),
+            "parallel": self.parallel,
             "prompts": len(self.prompts),
             "where": self.where,
             "prompts_with_a_trace": sum(bool(prompt.traces) for prompt in self.prompts),
@@ -96,6 +116,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
             f"--teacher-weight {config.teacher_weight}: expected 0 to {rewards.MOST_TEACHER_WEIGHT}, so that it cannot outweigh "
             "being right"
         )
+    steps_asked_for(config.arguments)
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
     prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
@@ -116,6 +137,8 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         )
     if config.teacher_weight:
         _add_cached(prompts, caches)
+    check_lora(config)
+    _arguments(config, len(prompts))  # what cannot be is told before anything is made
     record = {
         "format_version": FORMAT_VERSION,
         "method": "grpo",
@@ -124,14 +147,20 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
         "made_with": made_with(),
         "finished": False,
+        **bos_of(caches),
     }
+    resume = partial(resume_point, config, record, _settings, "kd grpo")
+    found = resume()
     return GrpoRun(
         config,
         prompts,
         where,
+        parallel.mode(config.arguments),
         caches[0].plan,
         record,
-        resume_point(config, record, _settings, "kd grpo"),
+        found.path,
+        resume,
+        found.notes,
     )
 
 
@@ -146,7 +175,7 @@ def _default_where(config: GrpoConfig) -> str | None:
 
 def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Prompt]:
     columns = "prompt, prompt_ids, verifier, reference, traces"
-    rest = "AND verifier IS NOT NULL ORDER BY prompt_id"
+    rest = "AND verifier IS NOT NULL ORDER BY prompt_id, source"
     found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()
     reasoned = plan["fields"].get("reasoning") is not None
     stops = cached_stop_ids(plan)
@@ -196,6 +225,8 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         if not logs or "reward" not in logs:
             return
+        watched = {name: logs[name] for name in ("loss", "grad_norm", "reward") if name in logs}
+        stop_unless_finite(watched, state.global_step, args.fp16)
         if state.is_world_process_zero:
             self.report(state.global_step, state.max_steps, logs)
         if self.guards is not None:
@@ -220,49 +251,49 @@ def _success_of(checkpoint: str | None) -> float:
     return next((float(logs["success"]) for logs in reversed(state["log_history"]) if "success" in logs), 0.0)
 
 
+@alone
 def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     """Train, and save the student as a Hugging Face folder. ``rewards.Collapsed`` if a guard stops it."""
     import datasets
 
     config = run.config
     sandbox = verifiers.sandbox_for((prompt.verifier for prompt in run.prompts), config.unsafe_exec)
-    arguments = _arguments(run)
-    answers = arguments.per_device_train_batch_size * (arguments.steps_per_generation or 1)
-    if config.guide is not None and answers % (arguments.num_generations or 1):
-        raise UsageError(
-            f"--guide needs whole groups on a process: {answers} answers a generation are no multiple of --num-generations "
-            f"{arguments.num_generations}"
-        )
+    arguments = _arguments(config, len(run.prompts))
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     answer_as_cached(student, tokenizer, run.plan)
-    stops = stop_ids(student, cached_stop_ids(run.plan))
-    if arguments.process_index == 0:
-        begin(config, run.record)
-    trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
-        run,
-        sandbox,
-        stops,
-        model=adapters.add(student, config),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list([{"prompt": prompt.text} for prompt in run.prompts]),
-        processing_class=tokenizer,
-        callbacks=[_Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
-    )
+    stops = stop_ids(student, tokenizer, cached_stop_ids(run.plan))
+    model = adapters.add(student, config)
+    with as_usage("trl.GRPOTrainer"):
+        trainer = trainer_class(bool(config.arguments.get("use_vllm")))(
+            run,
+            sandbox,
+            stops,
+            model=model,
+            args=arguments,
+            train_dataset=datasets.Dataset.from_list([{"prompt": prompt.text} for prompt in run.prompts]),
+            processing_class=tokenizer,
+            callbacks=[Begun(), _Watch(rewards.Guards(config.guard_window) if config.guards else None, report)],
+        )
     trainer.success = _success_of(run.checkpoint)
+    if arguments.process_index == 0:
+        begin(run)  # last of all: what fails before this has changed nothing
     try:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     except rewards.Collapsed:
         trainer._save_checkpoint(trainer.model, trial=None)  # --no-guards goes on from here
         raise
-    if config.lora_r is not None:
-        trainer.save_model(str(config.output_dir / adapters.FOLDER))
-        if arguments.process_index == 0:
-            adapters.merge(config, config.output_dir / adapters.FOLDER, config.output_dir, run.plan)
-    else:
-        trainer.save_model(str(config.output_dir))
-    if arguments.process_index == 0:
-        trainer.save_state()
-        writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
+    first, adapted = arguments.process_index == 0, config.lora_r is not None
+    with checkpoints.whole_student(
+        config.output_dir, checkpoints.size_of(trainer.model.parameters()), first
+    ) as scratch:
+        trainer.save_model(str(scratch / adapters.FOLDER if adapted else scratch))  # by all ranks: shards are gathered
+        if first and adapted:
+            adapters.merge(config, scratch / adapters.FOLDER, scratch, run.plan)
+        if first:
+            trainer.state.save_to_json(str(scratch / TRAINER_STATE_NAME))
+    if first:
+        with checkpoints.saving(config.output_dir, 0):
+            writer.write_json(config.output_dir / RUN_FILE, run.record | {"finished": True})
     return {"output_dir": str(config.output_dir), "steps": trainer.state.global_step, "success": trainer.success}
 
 
@@ -279,7 +310,7 @@ def trainer_class(use_vllm: bool) -> Any:
         from trl import GRPOTrainer
     finally:
         import_utils.is_vllm_available = asked
-    return type("CachedGRPO", (FromCache, GRPOTrainer), {})
+    return type("CachedGRPO", (checkpoints.WholeCheckpoints, FromCache, GRPOTrainer), {})
 
 
 def argument_names() -> list[str]:
@@ -288,7 +319,8 @@ def argument_names() -> list[str]:
     return [f.name for f in dataclasses.fields(GRPOConfig)]
 
 
-def _arguments(run: GrpoRun) -> Any:
+def _arguments(config: GrpoConfig, prompts: int) -> Any:
+    """trl.GRPOConfig of a run. UsageError for what it, or its optimizer, schedule and prompts, cannot be made of."""
     from trl import GRPOConfig
 
     given: dict[str, Any] = {
@@ -299,12 +331,50 @@ def _arguments(run: GrpoRun) -> Any:
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
-        "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := run.config.teacher_weight) else [])],
+        "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := config.teacher_weight) else [])],
         "disable_tqdm": True,
-        **run.config.arguments,
-        "output_dir": str(run.config.output_dir),
+        "logging_nan_inf_filter": False,
+        **check_values(config.arguments, REFUSED_BY_GRPO, GRPOConfig),
+        "trust_remote_code": models.code_is_trusted(),
+        "output_dir": str(config.output_dir),
     }
-    try:
-        return GRPOConfig(**given)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"trl.GRPOConfig: {first_line(error)}") from None
+    if given["report_to"] is None:  # `none` on the command line
+        given["report_to"] = "none"
+    asked = given.get("max_steps", -1)
+    together = made(GRPOConfig, given, asked if asked > 0 else 1000)
+    at_once = together.generation_batch_size // together.num_generations
+    if at_once > prompts:
+        raise UsageError(
+            f"a generation answers {at_once} prompts (its {together.generation_batch_size} answers over --num-generations "
+            f"{together.num_generations}), and there are {prompts}; use a smaller --per-device-train-batch-size"
+        )
+    answers = together.per_device_train_batch_size * together.steps_per_generation
+    if config.guide is not None and answers % together.num_generations:
+        raise UsageError(
+            f"--guide needs whole groups on a process: {answers} answers a generation are no multiple of --num-generations "
+            f"{together.num_generations}"
+        )
+    shape = models.config(model_folder(config.student))
+    if together.router_aux_loss_coef is not None and not hasattr(shape, "output_router_logits"):
+        raise UsageError(
+            "--router-aux-loss-coef weighs the loss of a mixture of experts, and the student is none; leave it out"
+        )
+    longest = getattr(shape, "max_position_embeddings", None)
+    if longest is not None and together.max_completion_length > longest:
+        raise UsageError(
+            f"--max-completion-length {together.max_completion_length}: the student knows {longest} positions, prompt and answer "
+            "together"
+        )
+    if together.sync_ref_model and (together.beta == 0 or config.lora_r is not None):
+        raise UsageError(
+            "--sync-ref-model needs a student of reference, which there is with --beta and without --lora-r"
+        )
+    if together.use_vllm and find_spec("vllm") is None:
+        raise KDError("--use-vllm: vllm is not installed; install it, or leave the option out")
+    if together.log_completions and find_spec("rich") is None:
+        raise KDError("--log-completions: rich is not installed; pip install rich, or leave the option out")
+    if together.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise KDError(
+            "--use-liger-kernel: liger-kernel is not installed; pip install liger-kernel, or leave the option out"
+        )
+    return together

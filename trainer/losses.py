@@ -52,6 +52,22 @@ def cells(
     return log_p, torch.cat([log_q, log_s], dim=-1)
 
 
+def log_mass_beyond(logits: Tensor, candidate_ids: Tensor, others: Tensor) -> Tensor:
+    """Log of the student's mass outside the candidates and outside its own ``others`` best tokens besides them.
+
+    Args:
+        logits: (N, V), any floating dtype; computed in float32 (float64 stays).
+        candidate_ids: (N, K) int64, padded as in ``cells``.
+        others: (N,) int64, how many tokens of each position.
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    rest = logits.scatter(1, candidate_ids, NOTHING)
+    best = rest.topk(min(int(others.max()), logits.shape[1]), dim=-1)  # (N, most of them)
+    left_out = torch.arange(best.values.shape[1], device=logits.device) < others[:, None]
+    rest.scatter_(1, best.indices, best.values.masked_fill(left_out, NOTHING))
+    return rest.logsumexp(dim=-1) - logits.logsumexp(dim=-1)
+
+
 def forward_kl(logits: Tensor, candidate_ids: Tensor, candidate_logprobs: Tensor, tail_logprobs: Tensor) -> Tensor:
     """KL(teacher || student), for every kind of cache:
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache import models
 from kdcache.hashes import model_folder
 from trainer import adapters
 from trainer.fused import rows_of_a_chunk, scale_and_cap
@@ -24,12 +25,10 @@ def estimate(run: Run) -> dict[str, Any]:
     Activations are what autograd keeps of the longest micro-batch: about 10 hidden-sized and 4 MLP-sized tensors a
     layer; with checkpointing one hidden-sized tensor a layer, and one layer whole. The first step tells better.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     config = run.config
-    shape = AutoConfig.from_pretrained(model_folder(config.student)).get_text_config()
+    shape = models.config(model_folder(config.student)).get_text_config()
     with torch.device("meta"):
-        student = AutoModelForCausalLM.from_config(shape)
+        student = models.untrained(shape)
         parameters = sum(p.numel() for p in student.parameters())
         in_layers = sum(p.numel() for p in student.base_model.layers.parameters())
         adapted = adapters.add(student, dataclasses.replace(config, load_in_4bit=False))

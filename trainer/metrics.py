@@ -7,13 +7,14 @@ and every model: intervals of ratios and differences are paired. B resamplings, 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Mapping
 from functools import cache
 from math import comb
 from typing import Any
 
 import numpy as np
+
+from kdcache.verifiers import nfc
 
 RESAMPLINGS = 2000
 LEAST_GROUPS = 5  # problems that an interval needs: resampling fewer says little of others
@@ -30,7 +31,7 @@ class WordTokenizer:
     """Words of any language: runs of letters and digits (NFC), lower-cased, no stemming. rouge-score's own is ASCII."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"\w+", unicodedata.normalize("NFC", text).lower())
+        return re.findall(r"\w+", nfc(text).lower())
 
 
 @cache
@@ -54,7 +55,7 @@ def rouge_l_of_the_paper(answer: str, target: str) -> float:
 
 def exact(answer: str, target: str) -> float:
     """1 where the texts are equal but for Unicode composition and white space, else 0."""
-    a, b = (" ".join(unicodedata.normalize("NFC", text).split()) for text in (answer, target))
+    a, b = (" ".join(nfc(text).split()) for text in (answer, target))
     return float(a == b)
 
 

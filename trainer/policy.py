@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from kdcache.prompts import completion_text, whole_turn
 from kdcache.sandbox import Sandbox
-from trainer import rewards
+from trainer import parallel, rewards
 from trainer.grpo import GrpoRun
 
 if TYPE_CHECKING:
@@ -38,6 +38,14 @@ class FromCache(Base):
         functions: list[Any] = [self.correctness, self.form, *([self.likeness] if run.config.teacher_weight else [])]
         super().__init__(reward_funcs=functions, **kwargs)
         self.remove_callback(PrinterCallback)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        parallel.prepare(self.args)
+        super().create_accelerator_and_postprocess()
+        parallel.check(self.args, self.accelerator)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, parallel.without_tied(self.model, state_dict))
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         return [list(self.prompts_by_text[text].ids) for text in prompts], None, {}

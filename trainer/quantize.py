@@ -22,16 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import hashes, machine, writer
+from kdcache import folders, hashes, machine, models, writer
 from kdcache.errors import KDError, UsageError, first_line
 from trainer import compare, footprint
 from trainer.batches import Units, open_caches, select
 from trainer.evaluate import EvaluateConfig, evaluate
-from trainer.student import check_tokenizer, load_student, quantized_by, whole_folder
+from trainer.student import check_tokenizer, load_student, quantized_by
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
-RECORD, TABLE = "quantization.json", "quantization.csv"
+RECORD, TABLE = folders.QUANTIZED.marker, "quantization.csv"
 MAX_LENGTH = 2048
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 64, 512
 ANSWERS = 256  # prompts to answer at most, greedily
@@ -60,7 +60,7 @@ class QuantizeConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """A quantization that can be done. ``made``: it is there already, and only the measuring is to do."""
+    """A quantization that can be done."""
 
     config: QuantizeConfig
     dtype: str  # of the student, and of what stays
@@ -68,7 +68,6 @@ class Plan:
     train: Units | None
     test: Units | None
     record: dict[str, Any]
-    made: bool
     sizes: dict[str, int]
 
     def facts(self) -> dict[str, Any]:
@@ -107,21 +106,21 @@ def prepare(config: QuantizeConfig) -> Plan:
         "calibrated_on": [cache.fingerprint for cache in train.caches] if train and config.format == "w4a16" else None,
     }
     record = {"settings": settings, "student": config.student, "meaning": FORMATS[config.format], "measured": None}
-    made = _made(config, settings)
-    return Plan(config, dtype, group_size, train, test, record, made, _sizes(shape, config.format, group_size))
+    _is_made(config, settings)  # or it is refused
+    return Plan(config, dtype, group_size, train, test, record, _sizes(shape, config.format, group_size))
 
 
-def _made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
-    """Is the folder there, and only not measured? KDError if it holds anything else."""
+def _is_made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
+    """Whether the quantized student is there already, and not measured yet; KDError if the folder holds anything else."""
     out = config.out
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return False
-    found = json.loads((out / RECORD).read_text(encoding="utf-8")) if (out / RECORD).is_file() else None
+    folders.check_place(out, "--out")
     if config.overwrite:
-        if found is None:
-            raise KDError(f"--overwrite: {out} holds no quantized student; delete it yourself if that is meant")
+        folders.check_deletable(out, folders.QUANTIZED, reads=[config.student, *config.from_cache])
         return False
-    if found is not None and found["settings"] == settings and found["measured"] is None and config.measure:
+    if folders.is_empty(out):
+        return False
+    found = json.loads((out / RECORD).read_text(encoding="utf-8")) if folders.holds(out, folders.QUANTIZED) else None
+    if found is not None and found["settings"] == settings and found["measured"] is None:
         return True
     raise KDError(f"--out {out} is not empty; use another, or --overwrite")
 
@@ -129,17 +128,18 @@ def _made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
 def quantize(plan: Plan, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Save the quantized student and, if asked, measure both; returns what quantization.json says."""
     out = plan.config.out
-    if not plan.made:
-        with whole_folder(out) as scratch:
-            _save(plan, scratch, progress)
-            writer.write_text(scratch / "README.md", _card(plan))
-            writer.write_json(scratch / RECORD, plan.record)
-    if not plan.config.measure:
-        return plan.record
-    record = plan.record | {"measured": _measure(plan, progress)}
-    writer.write_csv(out / TABLE, *table(record["measured"]["rows"], exact=True))
-    writer.write_json(out / RECORD, record)
-    return record
+    with folders.held(out, folders.QUANTIZED):
+        if not _is_made(plan.config, plan.record["settings"]):  # again, now that nobody else writes there
+            with folders.whole(out, folders.QUANTIZED) as scratch:
+                _save(plan, scratch, progress)
+                writer.write_text(scratch / "README.md", _card(plan))
+                writer.write_json(scratch / RECORD, plan.record)
+        if not plan.config.measure:
+            return plan.record
+        record = plan.record | {"measured": _measure(plan, progress)}
+        writer.write_csv(out / TABLE, *table(record["measured"]["rows"], exact=True))
+        writer.write_json(out / RECORD, record)
+        return record
 
 
 def _card(plan: Plan) -> str:
@@ -170,7 +170,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
     """Round to nearest, weighed by what the layers' inputs are on the cache's samples (AutoRound with ``iters=0``)."""
     from auto_round import AutoRound
 
-    logging.getLogger("autoround").setLevel(logging.ERROR)
+    logging.getLogger("autoround").setLevel(logging.WARNING)  # below it is progress, which is ours to show
     student, tokenizer = load_student(plan.config.student, plan.dtype)
     assert plan.train is not None
     rows = calibration(plan.train)
@@ -187,6 +187,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
                 seqlen=rows.shape[1],
                 device_map="cuda" if torch.cuda.is_available() else "cpu",
                 enable_torch_compile=False,
+                trust_remote_code=models.code_is_trusted(),  # its own default is True
             ).quantize_and_save(str(folder), format="llm_compressor")
         except Exception as error:
             raise KDError(f"AutoRound could not quantize {plan.config.student}: {first_line(error)}") from error
@@ -213,11 +214,9 @@ def calibration(units: Units) -> torch.Tensor:
 
 
 def _shape(student: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(hashes.model_folder(student))
+    config = models.config(hashes.model_folder(student))
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        return models.untrained(config, dtype=config.dtype or torch.float32)
 
 
 def _linear(shape: Any) -> list[torch.nn.Linear]:
@@ -285,9 +284,7 @@ def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
 def _prompt(plan: Plan) -> list[int]:
     """Prompts of the test split, end to end, as long as is measured; tokens drawn at random where there is no cache."""
     if plan.test is None:
-        from transformers import AutoConfig
-
-        size = AutoConfig.from_pretrained(hashes.model_folder(plan.config.student)).get_text_config().vocab_size
+        size = models.config(hashes.model_folder(plan.config.student)).get_text_config().vocab_size
         return np.random.default_rng(0).integers(size, size=footprint.PROMPT_TOKENS).tolist()
     first = plan.test.load(np.arange(min(len(plan.test), footprint.PROMPT_TOKENS)))
     ids = np.concatenate([sample.prompt_ids for sample in first])

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from transformers.trainer_utils import get_last_checkpoint
 
-from kdcache import __version__, manifest, query, writer
+from kdcache import __version__, folders, manifest, query, writer
 from kdcache.errors import KDError
-from trainer import compare, metrics
+from trainer import checkpoints, compare, metrics
 from trainer.run import CONFIG_FILE, RUN_FILE
 
 WORST = 20  # samples shown side by side
@@ -119,8 +118,8 @@ def _labels(evaluations: Sequence[Path]) -> list[tuple[str, str]]:
 def _run(folder: Path, labels: Sequence[tuple[str, str]]) -> dict[str, Any]:
     """One training run: what was asked for, and its history."""
     record = _json(folder / RUN_FILE)
-    places = [folder, *map(Path, filter(None, [get_last_checkpoint(str(folder))]))]
-    states = [place / "trainer_state.json" for place in places if (place / "trainer_state.json").is_file()]
+    saved = [checkpoint for checkpoint in checkpoints.listed(folder) if not checkpoints.is_half(checkpoint)]
+    states = [place / "trainer_state.json" for place in (folder, *saved) if (place / "trainer_state.json").is_file()]
     history = _json(states[0])["log_history"] if states else []
     method = record.get("method", record["config"].get("method"))
     finished = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
@@ -229,9 +228,11 @@ def _worst(found: Found, methods: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def _texts(cache: Path, split: str, sample_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    wanted = ", ".join("'" + name.replace("'", "''") + "'" for name in sample_ids) or "NULL"
     columns = "sample_id, prompt_id, origin, prompt, completion, reference"
-    rows = query.select(cache, columns, None, split, f"AND sample_id IN ({wanted})").to_pylist()
+    wanted = {"ids": list(sample_ids)}
+    rows = query.select(
+        cache, columns, None, split, "AND list_contains($ids::VARCHAR[], sample_id)", parameters=wanted
+    ).to_pylist()
     return {row.pop("sample_id"): row for row in rows}
 
 
@@ -284,14 +285,16 @@ def write(found: Found, out: Path, progress: Progress = lambda _: None) -> Path:
     """report.html, report.json and plots/*.csv in ``out``; the page last."""
     from trainer import figures as drawn
 
-    data = gather(found, progress)
-    progress("drawing")
-    figures = drawn.of(data)
-    (out / "plots").mkdir(parents=True, exist_ok=True)
-    for figure in figures:
-        writer.write_csv(out / "plots" / f"{figure.name}.csv", figure.columns, figure.rows)
-    writer.write_json(out / "report.json", data)
-    writer.write_text(out / "report.html", _render(data, {figure.name: figure for figure in figures}))
+    with folders.held(out, folders.REPORT):
+        folders.check_writable(out, folders.REPORT)
+        data = gather(found, progress)
+        progress("drawing")
+        figures = drawn.of(data)
+        (out / "plots").mkdir(exist_ok=True)
+        for figure in figures:
+            writer.write_csv(out / "plots" / f"{figure.name}.csv", figure.columns, figure.rows)
+        writer.write_json(out / "report.json", data)
+        writer.write_text(out / "report.html", _render(data, {figure.name: figure for figure in figures}))
     return out / "report.html"
 
 

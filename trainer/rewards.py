@@ -9,7 +9,6 @@ knows. The weights are such that no answer gains as much by form and likeness as
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,6 @@ from kdcache.sandbox import Sandbox
 
 FORMAT_WEIGHT = 0.1
 MOST_TEACHER_WEIGHT = 0.5
-#: What an answer under --reasoning looks like, and nothing besides.
-REASONED = re.compile(r"\s*<think>.*?\S.*?</think>\s*<answer>.*?\S.*?</answer>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def compose(verdict: verifiers.Verdict, form: bool, finished: bool) -> Judged:
 
 def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
     """Whether an answer has the form asked for: reasoning and answer in their tags, or simply an answer that can be found."""
-    if reasoned and REASONED.fullmatch(text) is None:
+    if reasoned and not verifiers.has_reasoned_form(text):
         return False
     return bool(verifiers.answer_in(text, verifier).strip())
 

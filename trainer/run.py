@@ -9,26 +9,27 @@ import dataclasses
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import yaml
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, TrainingArguments
 
-from kdcache import machine, writer
+from kdcache import folders, machine, writer
 from kdcache.errors import KDError, UsageError
 from kdcache.format import FORMAT_VERSION, differing_fields
 from kdcache.reader import Cache
 from kdcache.storage import Location
-from trainer import losses
+from trainer import checkpoints, losses, parallel
+from trainer.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
 from trainer.batches import Units, open_caches, select
+from trainer.checkpoints import Resume
 from trainer.student import check_tokenizer, quantized_by
 
-RUN_FILE = "kdcache.json"
+RUN_FILE = folders.RUN.marker
 CONFIG_FILE = "run.yaml"
 METHODS = ("kd", "sft")
 SAMPLES_PER_DEVICE = 8
@@ -91,14 +92,18 @@ class Run:
     samples_per_step: int
     steps_per_epoch: int
     max_steps: int
+    parallel: str | None  # DDP or FSDP2, with the number of processes; None for one
     arguments: dict[str, Any]  # for TrainingArguments
     compile: dict[str, Any] | None  # for torch.compile
     record: dict[str, Any]
     checkpoint: str | None
+    resume: Callable[[], Resume]  # finds ``checkpoint``, once more when the folder's lock is held
+    notes: Sequence[str]  # on what it goes on from
 
     def facts(self) -> dict[str, Any]:
         return {
             "output_dir": str(self.config.output_dir),
+            "parallel": self.parallel,
             "method": self.config.method,
             "alpha": self.alpha,
             "divergence": self.config.divergence if self.alpha else None,
@@ -116,7 +121,7 @@ class Run:
 
 
 def open_for(config: StudentConfig) -> list[Cache]:
-    """The caches, once it is clear that the student can be trained on them, and will not be deleted first."""
+    """Open the caches, after checking that this student can train on them and that --overwrite may delete what is there."""
     if config.load_in_4bit and config.lora_r is None:
         raise UsageError(
             "--load-in-4bit needs --lora-r: weights of 4 bits cannot be trained, what LoRA adds to them can"
@@ -126,13 +131,11 @@ def open_for(config: StudentConfig) -> list[Cache]:
             f"{config.student} is quantized, and such weights cannot be trained: train the student that it was made from "
             "(--load-in-4bit --lora-r 16 for QLoRA)"
         )
+    folders.check_place(config.output_dir, "--output-dir")
+    if config.overwrite:
+        _check_deletable(config)
     caches = open_caches(config.from_cache)
     check_tokenizer(config.student, caches[0])
-    student = Path(config.student).resolve()
-    if config.overwrite and config.output_dir.resolve() in (student, *student.parents):
-        raise UsageError(
-            f"--overwrite would delete the student {student}: it is inside --output-dir {config.output_dir}"
-        )
     return caches
 
 
@@ -142,6 +145,7 @@ def prepare(config: TrainConfig) -> Run:
         raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
     if not 0.0 <= config.alpha <= 1.0:
         raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
+    max_steps = steps_asked_for(config.arguments)
     caches = open_for(config)
     alpha = config.alpha if config.method == "kd" else 0.0
     for cache in caches:
@@ -155,14 +159,15 @@ def prepare(config: TrainConfig) -> Run:
             f"no sample to train on: the train split is empty, or {condition}--max-length {config.max_length} leave nothing of it"
         )
     validation = select(caches, "validation", config.where, config.max_length, cut)
-    arguments = dict(config.arguments)
-    _check_arguments(arguments)
+    if config.early_stopping_patience is not None and not len(validation):
+        raise UsageError("--early-stopping-patience needs a validation split, and the cache's is empty")
+    arguments = check_values(config.arguments, REFUSED_BY_TRAIN)
+    check_lora(config)
     samples_per_device = arguments.get("per_device_train_batch_size", SAMPLES_PER_DEVICE)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = parallel.processes()
     samples_per_step = samples_per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
     steps_per_epoch = math.ceil(len(train) / samples_per_step)
-    max_steps = arguments.get("max_steps", -1)
-    if max_steps <= 0:
+    if max_steps is None:
         max_steps = math.ceil(arguments.get("num_train_epochs", 3) * steps_per_epoch)
     record = {
         "format_version": FORMAT_VERSION,
@@ -171,8 +176,11 @@ def prepare(config: TrainConfig) -> Run:
         "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
         "made_with": made_with(),
         "finished": False,
+        **bos_of(caches),
     }
-    return Run(
+    resume = partial(resume_point, config, record, _settings, "kd train")
+    found = resume()
+    run = Run(
         config,
         train,
         validation,
@@ -182,11 +190,35 @@ def prepare(config: TrainConfig) -> Run:
         samples_per_step,
         steps_per_epoch,
         max_steps,
+        parallel=parallel.mode(arguments),
         compile=_take_compile(arguments),
         arguments=arguments,
         record=record,
-        checkpoint=resume_point(config, record, _settings, "kd train"),
+        checkpoint=found.path,
+        resume=resume,
+        notes=found.notes,
     )
+    for_training(run)  # what cannot be together is told before anything is made
+    return run
+
+
+def bos_of(caches: Sequence[Cache]) -> dict[str, str]:
+    """How the prompts of the caches begin, where that was chosen: `kd chat` asks the student in the same way."""
+    chosen = [cache.plan["fields"]["bos"] for cache in caches if "bos" in cache.plan["fields"]]
+    return {"bos": chosen[0]} if chosen else {}
+
+
+def stop_unless_finite(logs: Mapping[Any, Any], step: int, fp16: bool = False) -> None:
+    """KDError for a logged number that is not finite: nothing that is trained after it is worth keeping.
+
+    Gradients of float16 overflow now and then, and such a step is left out by itself.
+    """
+    for name, value in logs.items():
+        if isinstance(value, int | float) and not math.isfinite(value) and not (fp16 and name == "grad_norm"):
+            raise KDError(
+                f"step {step}: {name} is {value}, so the weights are no longer numbers; the last checkpoint is from before. "
+                "Lower --learning-rate, or look for what the cache holds with: kd cache verify"
+            )
 
 
 def made_with() -> dict[str, str]:
@@ -194,21 +226,68 @@ def made_with() -> dict[str, str]:
     return {"device": machine.device(), **machine.versions()}
 
 
-def begin(config: StudentConfig, record: dict[str, Any]) -> None:
-    """Make the folder of a run: empty under --overwrite, with what was asked for and what it was resolved to."""
-    folder = config.output_dir
-    if config.overwrite and folder.is_dir():
-        _clear(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    writer.write_json(folder / RUN_FILE, record)
-    (folder / CONFIG_FILE).write_text(config.as_yaml(), encoding="utf-8")
+class Resolved(Protocol):
+    """What ``alone`` and ``begin`` need of a run."""
+
+    @property
+    def config(self) -> StudentConfig: ...
+    @property
+    def record(self) -> dict[str, Any]: ...
+    @property
+    def checkpoint(self) -> str | None: ...
+    @property
+    def resume(self) -> Callable[[], Resume]: ...
 
 
-def _clear(folder: Path) -> None:
-    """Delete what a run left; refuse a folder that holds no run."""
-    if not (folder / RUN_FILE).is_file() and get_last_checkpoint(str(folder)) is None and any(folder.iterdir()):
-        raise KDError(f"--overwrite: {folder} holds no run; delete it yourself if that is meant")
-    shutil.rmtree(folder)
+AnyRun = TypeVar("AnyRun", bound=Resolved)
+Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
+
+
+def alone(train: Callable[[AnyRun, Report], dict[str, Any]]) -> Callable[[AnyRun, Report], dict[str, Any]]:
+    """``train`` while its first rank holds the lock of the run's folder: KDError if another process writes there.
+
+    What ``begin`` set aside is deleted when the first step is done (``Begun``), and put back by an error before that.
+    """
+
+    @wraps(train)
+    def holding(run: AnyRun, report: Report) -> dict[str, Any]:
+        folder = run.config.output_dir
+        if os.environ.get("RANK", "0") != "0":  # one process holds it for all that torchrun started
+            return train(run, report)
+        with folders.held(folder, folders.RUN, "--output-dir"):
+            if run.resume().path != run.checkpoint:
+                raise KDError(f"another process wrote to --output-dir {folder} just now; run the same command again")
+            return train(run, report)
+
+    return holding
+
+
+class Begun(TrainerCallback):
+    """Deletes what ``begin`` set aside once a step is done: the most that can go wrong has gone well by then."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            folders.drop(Path(args.output_dir))
+
+
+def begin(run: Resolved) -> None:
+    """Write what was asked for and what it was resolved to, after all that can be checked; old contents are set aside.
+
+    Without a checkpoint there is nothing to continue: what a start left that failed before its first one goes too.
+    """
+    config, folder = run.config, run.config.output_dir
+    if config.overwrite:
+        _check_deletable(config)  # again: loading took its time
+    if run.checkpoint is None and (config.overwrite or folders.foreign(folder, folders.RUN) is None):
+        folders.set_aside(folder)
+    with checkpoints.saving(folder, 0):
+        writer.write_json(folder / RUN_FILE, run.record)
+        writer.write_text(folder / CONFIG_FILE, config.as_yaml())
+    checkpoints.sweep(folder)
+
+
+def _check_deletable(config: StudentConfig) -> None:
+    folders.check_deletable(config.output_dir, folders.RUN, [config.student, *config.from_cache], flag="--output-dir")
 
 
 def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
@@ -220,63 +299,44 @@ def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
     return options if wanted else None
 
 
-#: TrainingArguments that cannot mean here what they mean elsewhere.
-REFUSED_ARGUMENTS = {
-    "label_smoothing_factor": "the teacher's probabilities are the soft labels",
-    "group_by_length": "the order of batches is fixed by the seed",
-    "output_dir": "it is an option of this command",
-    "remove_unused_columns": "batches hold just what is used",
-    "ignore_data_skip": "the stream starts at the right batch by itself",
-}
-
-
-def _check_arguments(arguments: dict[str, Any]) -> None:
-    """UsageError for what TrainingArguments would take and fail on later."""
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
-    for name, value in arguments.items():
-        flag = "--" + name.replace("_", "-")
-        if name in REFUSED_ARGUMENTS:
-            raise UsageError(f"{flag}: not used here, {REFUSED_ARGUMENTS[name]}")
-        number = isinstance(defaults[name], int | float) and not isinstance(defaults[name], bool)
-        if number and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise UsageError(f"{flag} {value}: expected a number")
-        if name in ("eval_strategy", "save_strategy") and value == "epoch":
-            raise UsageError(f"{flag} epoch: use --evals-per-epoch 1")
-    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"):
-        if name in arguments and arguments[name] <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} {arguments[name]}: expected more than 0")
+def steps_asked_for(arguments: dict[str, Any]) -> int | None:
+    """--max-steps; None if it was not given, or is -1, its default. transformers also takes 0 and -7 for "not given"."""
+    steps = arguments.get("max_steps", -1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or (steps < 1 and steps != -1):
+        raise UsageError(
+            f"--max-steps {steps}: expected a whole number of at least 1; leave it out for --num-train-epochs"
+        )
+    return None if steps == -1 else steps
 
 
 def resume_point(
     config: StudentConfig, record: dict[str, Any], settings: Callable[[dict[str, Any]], dict[str, Any]], command: str
-) -> str | None:
+) -> Resume:
     """The checkpoint to go on from. KDError if the folder holds something else: ``settings`` of a record must be the same."""
     folder = config.output_dir
-    if config.overwrite or not folder.exists():
-        return None
-    if not folder.is_dir():
-        raise UsageError(f"--output-dir {folder} is a file; expected a folder")
-    checkpoint = get_last_checkpoint(str(folder))
-    found = next(
-        (f for f in (folder / RUN_FILE, *([Path(checkpoint) / RUN_FILE] if checkpoint else [])) if f.is_file()), None
-    )
+    if config.overwrite or folders.is_empty(folder):
+        return Resume()
+    records = [place / RUN_FILE for place in (folder, *checkpoints.listed(folder))]
+    found = next((path for path in records if path.is_file()), None)
     if found is None:
-        if any(folder.iterdir()):
-            raise KDError(
-                f"--output-dir {folder} is not empty and holds no run of {command}; use another, or --overwrite"
-            )
-        return None
-    old = json.loads(found.read_text(encoding="utf-8"))
-    if old.get("finished"):
+        raise KDError(f"--output-dir {folder} is not empty and holds no run of {command}; use another")
+    try:
+        old = json.loads(found.read_text(encoding="utf-8"))
+        finished, old_settings = old.get("finished"), settings(old)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise KDError(
+            f"{found} is damaged: it holds no record of a run; use another --output-dir, or --overwrite"
+        ) from None
+    if finished:
         raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    differing = differing_fields(settings(old), settings(record))
-    if differing:
+    differing = differing_fields(old_settings, settings(record))
+    if differing and folders.has_results(folder, folders.RUN):  # else there is nothing to lose
         raise KDError(
             f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
             + "\n  ".join(differing)
             + "\nUse the same settings to continue it, another folder, or --overwrite."
         )
-    return checkpoint
+    return checkpoints.to_continue(folder, int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
@@ -297,11 +357,9 @@ RENAMED = {
     "per_gpu_train_batch_size": "--per-device-train-batch-size",
     "per_gpu_eval_batch_size": "--per-device-eval-batch-size",
     "adafactor": "--optim adafactor",
-    "fp16_full_eval": "--dtype float16",
-    "bf16_full_eval": "--dtype bfloat16",
     "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "push_to_hub_model_id": "--hub-model-id",
-    "push_to_hub_token": "--hub-token",
+    "push_to_hub_model_id": "kd push",
+    "push_to_hub_token": "kd push",
     "save_safetensors": "nothing: it is always safetensors",
     "jit_mode_eval": "--torch-compile",
     "torchdynamo": "--torch-compile-backend",
@@ -310,6 +368,7 @@ RENAMED = {
     "temperature": "nothing: a divergence at another temperature needs the full vocabulary, which no cache holds",
     "loss_type": "--divergence",
     "lora_rank": "--lora-r",
+    "group_by_length": "nothing: the order of batches is fixed by the seed",
     "packing": "nothing: samples are always packed, without padding",
 }
 

@@ -5,56 +5,43 @@ kd init-student --from embedded --keep-layers 20 --out data/student
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcache import hashes
-from kdcache.errors import KDError, UsageError, first_line
+from kdcache import __version__, folders, hashes, models, writer
+from kdcache.errors import KDError, UsageError
+from kdcache.prompts import ids_in
 from kdcache.reader import Cache
 
 
 def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite: bool = False) -> dict[str, Any]:
     """Save a student made of ``base`` (all of it, or the layers named by ``keep_layers``) to ``out``."""
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]) and not overwrite:
-        raise KDError(f"--out {out} is not empty; use another, or --overwrite")
-    model, tokenizer = load_student(base, "auto")
-    depth = model.config.get_text_config().num_hidden_layers
-    kept = list(range(depth))
-    if keep_layers is not None:
-        kept = parse_layers(keep_layers, depth)
-        _keep(model, kept)
-    with whole_folder(out) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+    with folders.held(out, folders.STUDENT):
+        if overwrite:
+            folders.check_deletable(out, folders.STUDENT, reads=[base])
+        elif not folders.is_empty(out):
+            raise KDError(f"--out {out} is not empty; use another, or --overwrite")
+        model, tokenizer = load_student(base, "auto")
+        depth = model.config.get_text_config().num_hidden_layers
+        kept = list(range(depth))
+        if keep_layers is not None:
+            kept = parse_layers(keep_layers, depth)
+            _keep(model, kept)
+        with folders.whole(out, folders.STUDENT) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            made = {"kdcache": __version__, "from": base, "kept": kept, "of": depth}
+            writer.write_json(scratch / folders.STUDENT.marker, made)
     return {
         "student": str(out),
         "layers": f"{len(kept)} of {depth}",
         "kept": ",".join(map(str, kept)),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-
-
-@contextlib.contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when all is saved: under its final name a folder holds all of the student."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield scratch
-        scratch.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        scratch.rename(out)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def parse_layers(spec: str, depth: int) -> list[int]:
@@ -99,10 +86,8 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
     """
     import transformers
 
-    from kdcache.prompts import load_tokenizer
-
     folder = hashes.model_folder(model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = models.tokenizer(folder)
     options: dict[str, Any] = {}
     if weights is not None:
         device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
@@ -117,23 +102,18 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
     elif quantized_by(model) == "compressed-tensors":
         # It expands its weights at the first call anyway, but of the whole model only, and ours calls parts.
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    try:
-        student = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except Exception as error:
-        raise KDError(f"{model}: the model could not be loaded: {first_line(error)}") from None
-    return student, tokenizer
+    return models.causal_lm(folder, dtype=dtype, **options), tokenizer
 
 
 def quantized_by(model: str) -> str | None:
     """The library that quantized a student's weights, as in bitsandbytes or compressed-tensors; None if they are not."""
-    config = json.loads((Path(hashes.model_folder(model)) / "config.json").read_text(encoding="utf-8"))
-    return (config.get("quantization_config") or {}).get("quant_method")
+    config = hashes.read_json(hashes.model_folder(model), "config.json").get("quantization_config")
+    return config.get("quant_method") if isinstance(config, dict) else None
 
 
-def stop_ids(student: Any, of_cache: Sequence[int]) -> list[int]:
-    """Every id that ends an answer: the cache's, and what the student's generation_config names."""
-    eos = student.generation_config.eos_token_id
-    return sorted({*of_cache, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
+def stop_ids(student: Any, tokenizer: Any, of_cache: Sequence[int]) -> list[int]:
+    """Every id that ends an answer, as in vLLM: the cache's, and what generation_config and tokenizer name."""
+    return ids_in(list(of_cache), student.generation_config.eos_token_id, tokenizer.eos_token_id)
 
 
 def cached_stop_ids(plan: dict[str, Any]) -> tuple[int, ...]:
@@ -151,16 +131,14 @@ def answer_as_cached(student: Any, tokenizer: Any, plan: dict[str, Any]) -> None
     if plan.get("chat_template") is not None:
         tokenizer.chat_template = plan["chat_template"]
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    own = stop_ids(student, ends)
+    own = stop_ids(student, tokenizer, ends)
     student.generation_config.eos_token_id = own if len(own) > 1 else own[0]
     student.config.get_text_config().eos_token_id = ends[0]
 
 
 def check_tokenizer(student: str, cache: Cache) -> None:
     """The student must read the very token ids that the cache holds. What ends an answer may differ: it is the cache's."""
-    from kdcache.prompts import load_tokenizer
-
-    tokenizer = load_tokenizer(hashes.model_folder(student))
+    tokenizer = models.tokenizer(hashes.model_folder(student))
     mine, theirs = hashes.tokenizer_identity(tokenizer), cache.plan["tokenizer"]
     differing = [name for name in hashes.SAME_IDS if mine[name] != theirs.get(name)]
     if differing:

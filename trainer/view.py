@@ -23,9 +23,8 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from kdcache import query, storage
+from kdcache import query
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.format import SPLITS, round_logprobs
 from kdcache.reader import Cache, Sample
@@ -336,8 +335,7 @@ class View:
 
     def bytes_of(self, ids: np.ndarray) -> list[bytes]:
         if self._vocabulary is None:
-            table = pq.read_table(storage.opened(self.cache.path / "vocab.parquet"), columns=["bytes"])
-            self._vocabulary = table["bytes"]
+            self._vocabulary = self.cache.vocabulary("bytes")
         return [token or b"" for token in self._vocabulary.take(pa.array(ids)).to_pylist()]
 
 

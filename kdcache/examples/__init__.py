@@ -87,7 +87,8 @@ def load(
     for number, row in enumerate(rows, 1):
         if limit is not None and len(examples) >= limit:
             break
-        examples.append(row if isinstance(row, BadRow) else _finish(row, number, prompt_format))
+        finished = row if isinstance(row, BadRow) else _finish(row, number, prompt_format)
+        examples.append(_writable(finished) if isinstance(finished, BadRow) else finished)
     if not examples:
         raise KDError(f"--examples {name}: there are no rows in it")
     return examples
@@ -121,6 +122,15 @@ def _rows(name: str, columns: Columns, data_path: str | None, prompt_format: str
     )
 
 
+FIELD_NAMES = {"row_id": "id", "messages": "prompt"}  # as a user calls them, where that is another name
+
+
+def _writable(row: BadRow) -> BadRow:
+    """The same row with what UTF-8 cannot hold escaped, so that it can be listed."""
+    texts = (text.encode("utf-8", "backslashreplace").decode() for text in (row.source, row.row_id, row.reason))
+    return BadRow(*texts)
+
+
 def _finish(example: Example, number: int, prompt_format: str) -> Example | BadRow:
     """What every example must be, wherever it comes from: valid Unicode, and in the form asked for."""
     from kdcache.examples import templates
@@ -128,11 +138,11 @@ def _finish(example: Example, number: int, prompt_format: str) -> Example | BadR
     def bad(reason: str) -> BadRow:
         return BadRow(example.source, example.row_id, f"row {number}: {reason}")
 
-    texts = [example.messages, example.completion, example.answer, example.tools, example.reference, example.verifier]
-    try:
-        json.dumps(texts, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        return bad("its text is not valid Unicode (half a surrogate pair)")
+    for name, value in vars(example).items():
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            return bad(f"its {FIELD_NAMES.get(name, name)} is not valid Unicode (half a surrogate pair)")
     if prompt_format == "chat" or example.prompt is not None:
         return example
     if [m["role"] for m in example.messages] != ["user"] or example.tools or example.answer:

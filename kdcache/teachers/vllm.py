@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from kdcache import extras, models
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.teachers import Answer, EngineOptions, Refusal, Request, missing_engine, runs_on_gpu
+from kdcache.teachers import Answer, EngineOptions, Refusal, Request, Say, runs_on_gpu
 from kdcache.teachers.collector import ArrayCollector, Both
 
 #: On a machine without a GPU: one process (loads in a few seconds, schedules deterministically), a small KV cache.
@@ -35,9 +36,8 @@ SMALLEST_BATCH_TOKENS = 128
 class VLLMTeacher:
     """Real vLLM. ``options.extra`` goes to ``vllm.LLM`` under vLLM's own names and wins over the defaults here."""
 
-    def __init__(self, options: EngineOptions):
+    def __init__(self, options: EngineOptions, say: Say = lambda _: None):
         on_cpu = not runs_on_gpu("vllm")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if on_cpu:
             for name, value in CPU_ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
@@ -45,10 +45,10 @@ class VLLMTeacher:
             import vllm
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
-            raise missing_engine("vllm", error) from None
+            raise _not_there(error) from None
 
         self.version = f"vllm {vllm.__version__}"
-        self._options = options
+        self._options, self._say = options, say
         self._k = options.capture_k
         self._arguments = _arguments(options, on_cpu)
         self._common: dict[str, Any] = {
@@ -67,7 +67,25 @@ class VLLMTeacher:
                 self._llm = vllm.LLM(**self._arguments)
         except Exception as error:
             raise KDError(f"vLLM could not start: {_reason(error)}") from error
-        self.collects = self._collector_gives_the_same_bits()
+        self._choose_collector()
+
+    def _choose_collector(self) -> None:
+        """Use the collector if it gives the same bits as vLLM's public way; else say so."""
+        try:
+            difference = self._collector_differs()
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise KDError(
+                    f"vLLM ran out of memory as it started: {_reason(error)}. Lower --max-num-batched-tokens, "
+                    "--max-model-len or --gpu-memory-utilization"
+                ) from error
+            difference = f"{type(error).__name__}: {first_line(error)}"
+        self.collects = difference is None
+        if difference is not None:
+            self._say(
+                f"warning: the quick way to take log-probabilities from {self.version} failed its check at start-up "
+                f"({difference}). vLLM's public way is used: the same numbers, for many times the processor time per token"
+            )
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer | Refusal]]:
         waiting, running = iter(requests), dict[str, tuple[Request, ArrayCollector | None]]()
@@ -84,6 +102,10 @@ class VLLMTeacher:
                         f"vLLM stopped: {reason}. What is done is kept; run the same command again to continue. Out of "
                         "memory? Lower --max-num-batched-tokens or --gpu-memory-utilization (neither changes what it says)."
                     ) from error
+            self._say(
+                "warning: vLLM ran out of memory; it starts again with steps of at most "
+                f"{self._arguments['max_num_batched_tokens']} tokens and {self._arguments['max_num_seqs']} samples"
+            )
             # Outside of the except block: its traceback holds what the engine allocated.
             self.stop()
             self._start()
@@ -175,25 +197,26 @@ class VLLMTeacher:
             np.array(flat.ranks[part][::width], dtype=np.int32),
         )
 
-    def _collector_gives_the_same_bits(self) -> bool:
-        """Score one short text and sample another, and compare the collector with the public path on the same outputs."""
+    def _collector_differs(self) -> str | None:
+        """What the collector gets wrong; None if nothing. It may also raise, with another vLLM than it was written for.
+
+        One short text is scored and another sampled, and the same outputs are read through the public path.
+        """
         engine = self._llm.llm_engine
         ids = list(range(1, 9))
         probes = {"score": Request(("", ""), ids[:4], ids[4:]), "sample": Request(("", ""), ids, None, seed=0)}
         try:
             collectors = {name: self._add(name, request, check=True) for name, request in probes.items()}
-            same: list[bool] = []
-            while len(same) < len(probes):
+            waiting = set(probes)
+            while waiting:
                 for output in engine.step():
                     if output.finished:
                         name = output.request_id
                         collected = self._answer(probes[name], output, collectors[name])
-                        same.append(_equal(collected, self._answer(probes[name], output, None)))
-            return all(same)
-        except Exception as error:
-            if _is_out_of_memory(error):
-                raise
-            return False  # another vLLM than the collector was written for: its public path serves
+                        if not _equal(collected, self._answer(probes[name], output, None)):
+                            return f"other values than the public way's, where it was asked to {name}"
+                        waiting.remove(name)
+            return None
         finally:
             engine.abort_request(list(probes))
 
@@ -222,6 +245,7 @@ def _arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
     """Keyword arguments of ``vllm.LLM``."""
     arguments: dict[str, Any] = {
         "model": options.model,
+        "trust_remote_code": models.code_is_trusted(),
         "dtype": options.dtype,
         "max_model_len": options.max_model_len,
         "max_logprobs": options.capture_k,
@@ -240,6 +264,8 @@ def _arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
         # Scoring makes float32 logits of a whole prefill step, which vLLM does not plan memory for: bound the step.
         arguments["max_num_batched_tokens"] = 2048
     arguments |= options.extra
+    if not isinstance(arguments["max_logprobs"], int):
+        raise UsageError(f"--max-logprobs {arguments['max_logprobs']}: expected a whole number")
     if arguments["max_logprobs"] < options.capture_k:
         raise UsageError(
             f"--max-logprobs {arguments['max_logprobs']} is below the {options.capture_k} candidates a position to capture; "
@@ -302,14 +328,19 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 def engine_options() -> dict[str, Any]:
     """vLLM's own option names and their defaults, to check what is passed through."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import dataclasses
 
         from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:
-        raise missing_engine("vllm", error) from None
+        raise _not_there(error) from None
     return {f.name: f.default for f in dataclasses.fields(EngineArgs)}
+
+
+def _not_there(error: ImportError) -> KDError:
+    package = extras.missing_package(error)
+    why = extras.missing(package) if package else f"vLLM could not be imported: {first_line(error)}"
+    return KDError(f"{why}. Or use --engine transformers")
 
 
 def preferred_dtype(model_dtype: str | None) -> str:

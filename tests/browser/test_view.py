@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from playwright.sync_api import expect
 
-from kdcache import format, query, writer
+from kdcache import format, query, seal, writer
 from kdcache.sparsify import parse
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -38,7 +38,7 @@ HOSTILE = {
 @contextmanager
 def served(*arguments: object) -> Iterator[str]:
     """The address of the real `kd view`, which Ctrl-C ends with status 0."""
-    command = [sys.executable, "-m", "cli", "view", *map(str, arguments), "--no-browser", "--port", "0"]
+    command = [sys.executable, "-m", "kdcache", "view", *map(str, arguments), "--no-browser", "--port", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
@@ -75,7 +75,7 @@ def make_hostile(folder: Path, like: Path, tokenizer: str) -> None:
     plan = json.loads((like / "plan.json").read_text())
     plan["shards"] = [{"name": format.shard_name("train", 0), "examples": len(HOSTILE)}]
     (folder / "data").mkdir(parents=True)
-    writer.write_json(folder / "plan.json", plan)
+    writer.write_json(folder / "plan.json", seal.with_checksum(plan))
     (folder / "vocab.parquet").write_bytes((like / "vocab.parquet").read_bytes())
     rows = []
     for name, (prompt, completion) in HOSTILE.items():

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from kdcache import examples
-from kdcache.prompts import Prompts, load_tokenizer
+from kdcache import examples, models
+from kdcache.prompts import Prompts
 from kdcache.teachers import EngineOptions, Refusal, Request, Sampling, load
 
 pytestmark = pytest.mark.integration
@@ -23,7 +23,7 @@ K = 20
 @pytest.fixture(scope="module")
 def requests(smollm):
     """Given answers of each task, and sampled ones: short, so that some end and some are cut."""
-    prompts = Prompts(smollm, load_tokenizer(smollm))
+    prompts = Prompts(smollm, models.tokenizer(smollm))
     found = []
     for i, example in enumerate(examples.load("builtin", examples.Columns(), 8)):
         asked = prompts.ask(example.messages, example.given)
@@ -126,20 +126,28 @@ def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm
             assert mine.dtype == other.dtype and np.array_equal(mine, other), name
 
 
-def test_a_collector_that_differs_is_not_used(vllm_teacher, monkeypatch):
+def test_a_collector_that_differs_or_fails_is_not_used_and_the_user_is_told_why(vllm_teacher, monkeypatch):
     from kdcache.teachers import collector
 
     def shifted(self):
         ids, logprobs, ranks = arrays(self)
         return ids, logprobs + 1e-7, ranks
 
-    arrays = collector.ArrayCollector.arrays
-    monkeypatch.setattr(collector.ArrayCollector, "arrays", shifted)
-    assert not vllm_teacher._collector_gives_the_same_bits()
-    monkeypatch.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
-    assert not vllm_teacher._collector_gives_the_same_bits()
-    monkeypatch.undo()
-    assert vllm_teacher._collector_gives_the_same_bits()
+    arrays, said, used = collector.ArrayCollector.arrays, [], []
+
+    def choose():
+        vllm_teacher._choose_collector()
+        used.append(vllm_teacher.collects)
+
+    monkeypatch.setattr(vllm_teacher, "_say", said.append)
+    with monkeypatch.context() as broken:
+        broken.setattr(collector.ArrayCollector, "arrays", shifted)
+        choose()
+        broken.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
+        choose()
+    choose()
+    assert used == [False, False, True] and len(said) == 2
+    assert "other values than the public way's" in said[0] and "no attribute 'no_such_thing'" in said[1]
 
 
 def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, requests):
@@ -150,7 +158,18 @@ def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, r
 
 
 def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--limit", "24", "--mode", "both", "--max-tokens", "16"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "cache-teacher",
+        "--limit",
+        "24",
+        "--mode",
+        "both",
+        "--max-tokens",
+        "16",
+    ]
     command += ["--rows-per-shard", "8", "--sparsify", "topk:16", "--out", str(tmp_path / "out"), "--max-num-seqs", "4"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -174,12 +193,12 @@ def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
 OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np
-from kdcache import embedded, examples
-from kdcache.prompts import Prompts, load_tokenizer
+from kdcache import embedded, examples, models
+from kdcache.prompts import Prompts
 from kdcache.teachers import EngineOptions, Request, load
 
 model = str(embedded.prepare())
-prompts = Prompts(model, load_tokenizer(model))
+prompts = Prompts(model, models.tokenizer(model))
 asked = [prompts.ask(e.messages, e.given) for e in examples.load("builtin", examples.Columns(), 24)]
 requests = [Request(("x", str(i)), a.prompt_ids, a.completion_ids) for i, a in enumerate(asked)]
 teacher = load("vllm", EngineOptions(model, 8, 512, "float32", extra={"max_num_batched_tokens": 2048}))
@@ -212,7 +231,17 @@ def test_an_engine_that_runs_out_of_memory_starts_again_with_half_the_batch_and_
 
 @pytest.mark.slow
 def test_ctrl_c_with_an_engine_in_a_process_of_its_own_finishes_the_shards_that_are_begun(tmp_path, smollm):
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--limit", "60", "--rows-per-shard", "10", "--sparsify"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "cache-teacher",
+        "--limit",
+        "60",
+        "--rows-per-shard",
+        "10",
+        "--sparsify",
+    ]
     command += ["topk:8", "--out", str(tmp_path / "out"), "--max-num-seqs", "4", "--max-model-len", "512"]
     process = subprocess.Popen(
         command,

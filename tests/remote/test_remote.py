@@ -128,6 +128,9 @@ def test_other_file_systems_of_fsspec_serve_as_well(tiny_model, rows_file, tiny_
     assert [s.sample_id for s in there] == [s.sample_id for s in here]
     capture.run(capture_plan(tiny_model, rows_file, where, overwrite=True, limit=2))
     assert manifest.summary(where)["samples"] == 4, "--overwrite deleted the rest"
+    (where / "notes.txt").upload(rows_file)
+    with pytest.raises(KDError, match=r"would delete memory://caches/tiny/notes.txt, which kdcache did not write"):
+        capture.run(capture_plan(tiny_model, rows_file, where, overwrite=True))
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -287,7 +290,7 @@ def test_a_large_upload_in_parts_is_visible_once_it_is_whole(s3, buckets, tmp_pa
 @pytest.mark.slow
 def test_killed_in_the_middle_of_an_upload_nothing_half_is_visible(s3, buckets, tiny_model, rows_file):
     s3.fault = lambda method, path: "hold" if method == "PUT" and "train-00001" in path else None
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--teacher", tiny_model, "--examples", rows_file]
+    command = [sys.executable, "-m", "kdcache", "cache-teacher", "--teacher", tiny_model, "--examples", rows_file]
     command += [
         "--out",
         "s3://bucket/killed",

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, capture_plan
 from transformers import AutoModelForCausalLM
 
-from kdcache import capture, manifest, query
+from kdcache import capture, manifest, query, seal, writer
 from kdcache.errors import KDError, UsageError
 
 COLUMNS = "sample_id, prompt_ids, completion_ids, candidate_ids, candidate_logprobs, tail_logprobs, token_logprobs, token_ranks"
@@ -187,7 +187,18 @@ def test_killed_in_the_middle_the_same_command_completes_it(tiny_model, tmp_path
         "".join(json.dumps({"prompt": f"Number {i}", "completion": f"{i} " * 20}) + "\n" for i in range(400))
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "cli", "cache-teacher", "--teacher", tiny_model, "--examples", rows, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "kdcache",
+        "cache-teacher",
+        "--teacher",
+        tiny_model,
+        "--examples",
+        rows,
+        "--out",
+        out,
+    ]
     command = [*map(str, command), "--engine", "transformers", "--sparsify", "topk:8", "--rows-per-shard", "20"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
@@ -260,10 +271,9 @@ def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_p
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
     capture.run(capture_plan(str(model), rows, tmp_path / "out", mode="score"))
-    old = (tmp_path / "out/plan.json").read_text()
-    plan = json.loads(old)
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
     yesterday = "2001-02-03"
-    (tmp_path / "out/plan.json").write_text(old.replace(plan["date"], yesterday))
+    writer.write_json(tmp_path / "out/plan.json", seal.with_checksum(plan | {"date": yesterday}))
     again = capture_plan(str(model), rows, tmp_path / "out", mode="score")
     (sample,) = again.samples_of(again.shards[0], again.examples[0])
     assert sample.fields["prompt"] == "Today is 2001-02-03. a: "

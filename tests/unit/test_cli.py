@@ -136,7 +136,7 @@ def test_progress_goes_to_stderr_and_facts_to_stdout(kd, tmp_path, tiny_model):
 
 
 def test_a_closed_pipe_is_no_error(tiny_cache):
-    command = f"{sys.executable} -m cli sql {tiny_cache} 'FROM candidates' --csv | head -n 1"
+    command = f"{sys.executable} -m kdcache sql {tiny_cache} 'FROM candidates' --csv | head -n 1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, env=dict(os.environ)
     )

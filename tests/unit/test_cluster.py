@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, cluster, integrity, lock, manifest, query
+from kdcache import capture, cluster, integrity, lock, manifest, query, seal, writer
 from kdcache.errors import KDError, UsageError
 
 ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
@@ -28,7 +28,7 @@ def command(model, rows, out, *more):
 def start(*arguments, start_new_session=False, **environment):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    words = [sys.executable, "-m", "cli", *arguments]
+    words = [sys.executable, "-m", "kdcache", *arguments]
     return subprocess.Popen(words, env=environment, start_new_session=start_new_session, **pipes)
 
 
@@ -93,7 +93,7 @@ def test_a_plan_that_was_cut_otherwise_is_refused(tiny_cache, tiny_model, rows_f
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = json.loads((copy / "plan.json").read_text())
     plan["shards"][0]["examples"] += 1
-    (copy / "plan.json").write_text(json.dumps(plan))
+    writer.write_json(copy / "plan.json", seal.with_checksum(plan))
     with pytest.raises(KDError, match="into other shards"):
         capture.run(capture_plan(tiny_model, rows_file, copy))
 

@@ -1,5 +1,6 @@
 """Phase two on several processes, and with less memory: the same losses as one plain process, by the real command."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,23 +19,25 @@ TWO = ("--per-device-train-batch-size", 4)  # on each of two processes, the defa
 def start(tiny_cache, tiny_model, tmp_path_factory):
     """Runs ``kd train`` on some processes; killed after a step, if asked for. Returns the folder and the process."""
 
-    def run(*more, ranks=1, out=None, kill_after=None, student=tiny_model, code=0):
+    def run(*more, ranks=1, out=None, kill_after=None, student=tiny_model, code=0, script=INTERRUPTED, seen=None):
         out = out or tmp_path_factory.mktemp("runs") / "run"
-        script = tmp_path_factory.getbasetemp() / "interrupted.py"
-        script.write_text(INTERRUPTED)
+        program = tmp_path_factory.mktemp("scripts") / "kd.py"
+        program.write_text(script)
         launcher = [sys.executable]
         if ranks > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*launcher, script, "train", "--from-cache", tiny_cache, "--student", student, "--output-dir", out]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        command = [*launcher, program, "train", "--from-cache", tiny_cache, "--student", student, "--output-dir", out]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "SEEN": str(seen)}
         if kill_after:
             environment["KILL_AFTER"] = str(kill_after)
         done = subprocess.run(
             [*map(str, (*command, *SETTINGS, *more))], capture_output=True, text=True, env=environment, timeout=600
         )
-        assert done.returncode == code or (kill_after and done.returncode), done.stderr
+        assert code is None or done.returncode == code or (kill_after and done.returncode), done.stderr
+        run.said[out] = done.stderr
         return out
 
+    run.said = {}
     return run
 
 
@@ -64,12 +67,121 @@ def plain(start):
     return start()
 
 
-@pytest.mark.parametrize("more", [(), ("--fsdp",)], ids=["DDP", "FSDP2"])
-def test_two_processes_give_the_losses_and_weights_of_one(start, plain, more):
-    two = start(*TWO, *more, ranks=2)
+def test_two_processes_give_the_losses_and_weights_of_one(start, plain):
+    two = start(*TWO, ranks=2)
     assert len(logged(two, "loss")) == STEPS and len(logged(two, "eval_kl")) == 2
     assert_same(plain, two)
     assert_loads(two)
+
+
+#: `kd` that writes what reached the loss, and how the student was held, to the file SEEN.
+WATCHED = """
+import json, os
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+import cli
+from trainer import distill
+
+losses_of, log = distill.losses_of, distill.DistillTrainer.log
+seen = {"exact": True}
+
+def watched(student, head, batch, alpha, divergence):
+    found = losses_of(student, head, batch, alpha, divergence)
+    rounded = batch["candidate_logprobs"].bfloat16().to(batch["candidate_logprobs"].dtype)
+    seen["exact"] &= batch["candidate_logprobs"].dtype == torch.float32 and not torch.equal(rounded, batch["candidate_logprobs"])
+    seen["loss"], seen["head"] = str(found.loss.dtype), str(head.weight.dtype)
+    return found
+
+def logging(self, *arguments, **options):
+    weights = list(self.model.parameters())
+    seen["sharded"] = sum(isinstance(weight, DTensor) for weight in weights), len(weights)
+    seen["modules"] = sum(isinstance(module, FSDPModule) for module in self.model.modules())
+    seen["local"] = sum(weight.to_local().numel() for weight in weights if isinstance(weight, DTensor))
+    seen["all"] = sum(weight.numel() for weight in weights)
+    if self.args.process_index == 0:
+        json.dump(seen, open(os.environ["SEEN"], "w"))
+    return log(self, *arguments, **options)
+
+distill.losses_of, distill.DistillTrainer.log = watched, logging
+cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def untied_student(tiny_model, tmp_path_factory):
+    """Its head is a matrix of its own."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = AutoConfig.from_pretrained(tiny_model)
+    config.tie_word_embeddings = False
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def sharded(request, start, plain, tiny_model, untied_student, tmp_path_factory):
+    """A run of one process, one of two under FSDP2, what was seen in it, and what it said first."""
+    seen = tmp_path_factory.mktemp("seen") / "seen.json"
+    student = tiny_model if request.param == "tied" else untied_student
+    one = plain if request.param == "tied" else start(student=student)
+    two = start("--fsdp", *TWO, ranks=2, student=student, script=WATCHED, seen=seen)
+    return one, two, json.loads(seen.read_text()), start.said[two]
+
+
+def test_fsdp2_gives_the_losses_and_weights_of_one_process_and_a_whole_student(sharded):
+    one, two, _, _ = sharded
+    assert len(logged(two, "loss")) == STEPS and len(logged(two, "eval_kl")) == 2
+    assert_same(one, two)
+    assert_loads(two)
+
+
+def test_under_fsdp2_every_parameter_is_a_dtensor_and_half_of_it_is_here(sharded):
+    _, _, seen, _ = sharded
+    assert seen["sharded"][0] == seen["sharded"][1] > 0 and seen["modules"] >= 4
+    assert seen["local"] == seen["all"] / 2
+
+
+def test_the_first_line_says_the_mode(sharded):
+    assert "parallel FSDP2, 2 processes" in sharded[3]
+
+
+def test_under_bf16_and_fsdp2_the_teachers_word_reaches_the_loss_unrounded(start, tmp_path):
+    start("--fsdp", "--bf16", "--max-steps", 2, *TWO, ranks=2, script=WATCHED, seen=tmp_path / "seen.json")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["exact"] and (seen["loss"], seen["head"]) == ("torch.float32", "torch.bfloat16")
+
+
+@pytest.mark.parametrize(
+    "environment, options, says",
+    [
+        ({}, {"fsdp": True}, "this is one"),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, "ask for it with --fsdp"),
+        ({"WORLD_SIZE": "2"}, {"fsdp": True}, None),
+    ],
+)
+def test_fsdp_is_an_error_where_it_cannot_be(monkeypatch, environment, options, says):
+    from kdcache.errors import UsageError
+    from trainer import parallel
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if says is None:
+        assert parallel.mode(options) == "FSDP2, 2 processes"
+    else:
+        with pytest.raises(UsageError, match=says):
+            parallel.mode(options)
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_printed_once(start, tmp_path):
+    out = start("--seed", -1, ranks=2, out=tmp_path / "none", code=None)
+    assert start.said[out].count("Error: --seed -1: expected") == 1
+    assert not out.exists()
 
 
 def test_a_run_of_one_process_is_continued_by_two(start, plain, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, capture_plan, history
 
-from kdcache import capture, query, verifiers
+from kdcache import capture, folders, lock, query, verifiers
 from kdcache.errors import KDError
 from kdcache.reader import Sample
 from kdcache.sandbox import Sandbox
@@ -184,6 +184,7 @@ def test_an_adapter_learns_from_the_teachers_word_too_and_leaves_a_whole_student
     )
     assert "likeness" in done.stderr and len(history(tmp_path / "r", "rewards/likeness/mean", "kl")) == 2
     assert (tmp_path / "r" / "model.safetensors").is_file() and (tmp_path / "r" / "adapter").is_dir()
+    assert folders.foreign(tmp_path / "r", folders.RUN) is None, "--overwrite must know all that a run leaves"
 
 
 def test_a_cached_answer_is_as_likely_as_its_cached_probabilities_say(sums, tiny_model, tmp_path):
@@ -248,6 +249,9 @@ def test_wrong_use_is_a_clear_sentence(kd, sums, tiny_model, tiny_cache, tmp_pat
             grpo.prepare(grpo.GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
         return str(refused.value)
 
+    config = grpo.GrpoConfig((sums,), tiny_model, tmp_path / "locked", where="true")
+    with lock.held(tmp_path / "locked"), pytest.raises(KDError, match="locked is being written by process"):
+        grpo.train(grpo.prepare(config), print)
     assert "no training row of this cache says how an answer is judged" in refusal(tiny_cache)
     assert "have a verifier, and none fulfils success > 2" in refusal(where="success > 2")
     assert "use-vllm" in refusal(guide="prefix", arguments={"use_vllm": True})

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from kdcache import folders
 from kdcache.errors import KDError
 from trainer import chat, compare, footprint, generate, quantize, run
 from trainer.evaluate import EvaluateConfig, evaluate
@@ -71,6 +72,7 @@ def test_a_quantized_student_loads_as_it_is_and_is_as_small_as_foretold(student,
     assert assert_loads_and_speaks(out).get_input_embeddings().weight.dtype == torch.float32
     card = (out / "README.md").read_text()
     assert card.startswith("# A student's card") and quantize.FORMATS[format] in card
+    assert folders.foreign(out, folders.QUANTIZED) is None, "--overwrite must know all that is left"
 
 
 def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny_cache):
@@ -96,6 +98,7 @@ def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny
     assert [line["metric"] for line in lines] == list(rows)
     assert json.loads((nf4 / "evaluation" / "evaluation.json").read_text())["settings"]["engine"] == "transformers"
     assert compare.rows([nf4 / "evaluation"], against="before")  # kd compare's
+    assert folders.foreign(nf4, folders.QUANTIZED) is None
     with pytest.raises(KDError, match="not empty"):
         made(student, nf4)
 
@@ -143,7 +146,7 @@ def test_wrong_use_is_one_clear_sentence(student, nf4, tmp_path):
     assert not (tmp_path / "o").exists() and not (tmp_path / "again").exists()
 
 
-def test_killed_while_it_saves_it_leaves_nothing_under_the_final_name(student, tmp_path):
+def test_killed_while_it_saves_it_leaves_nothing_that_loads_and_no_obstacle(student, tmp_path):
     killed = f"""
 import os
 from pathlib import Path
@@ -153,5 +156,7 @@ quantize.quantize(quantize.prepare(quantize.QuantizeConfig({student!r}, Path("ou
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == -9 and not (tmp_path / "out").exists()
-    assert any(tmp_path.glob(".out-*/model.safetensors"))  # it was at it
+    assert done.returncode == -9 and not list((tmp_path / "out").glob("[!.]*"))
+    assert any((tmp_path / "out").glob(".kdcache/new/model.safetensors"))  # it was at it
+    made(student, tmp_path / "out", measure=False)
+    assert (tmp_path / "out/config.json").is_file() and not list((tmp_path / "out").glob(".*"))

@@ -22,8 +22,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, format, query
+import cli
+from kdcache import capture, format, judging, publish, query, seal, writer
 from kdcache.errors import KDError
+from kdcache.reader import Cache
+from trainer import batches, evaluate, grpo
 
 FILES = sorted(format.resource_folder("sql").glob("*.sql"))
 MACROS = {"captured_mass": "captured_mass(4)", "sample": "sample('rows:r3:g')"}
@@ -271,7 +274,15 @@ def test_duplicates_are_what_counts_twice_or_leaks(copy):
         leak | other | {"sample_id": "leak", "split": "test"},
         regrouped | other | {"sample_id": "regrouped", "group_id": "another"},
     ]
-    pq.write_table(pa.Table.from_pylist(added, schema=table.schema), train.with_name("train-00099.parquet"))
+    plan = json.loads((copy / "plan.json").read_text())
+    plan["shards"].append({"name": "data/train-00099.parquet", "examples": 3})
+    writer.write_json(copy / "plan.json", seal.with_checksum(plan))
+    (copy / "manifest.json").unlink()
+    schema = table.schema.with_metadata({b"kdcache": json.dumps({"fingerprint": plan["fingerprint"]}).encode()})
+    with open(train.with_name("train-00099.parquet"), "w+b") as file:
+        with pq.ParquetWriter(file, schema) as sink:
+            sink.write_table(pa.Table.from_pylist(added, schema=schema))
+        seal.seal(file)
 
     def family(row, *more):
         return sorted([r["sample_id"] for r in by_id.values() if r["prompt_id"] == row["prompt_id"]] + [*more])
@@ -375,6 +386,75 @@ def test_only_the_views_asked_for_are_made(tiny_cache):
     assert connection.execute("SHOW TABLES").fetchall() == [("rewards",), ("samples",)]
 
 
+# --- where the files are ---------------------------------------------------------------------------------------------
+
+
+def chooses_and_reads(cache):
+    """How many samples SQL counts, training chooses, and the reader has."""
+    [(counted,)] = query.run(cache, "SELECT count(*) FROM samples JOIN shards USING (file) WHERE tokens > 0")[1]
+    units = [batches.select([Cache(cache)], split) for split in format.SPLITS]
+    return counted, sum(map(len, units)), sum(len(unit.load(np.arange(len(unit)))) for unit in units)
+
+
+@pytest.mark.parametrize("name", ["a[b]c", "a[", "a*c", "a?c", "[!a]", "it's", "two words", "*", "a\\c", "%41{x}"])
+def test_a_folder_may_have_any_name(name, tiny_cache, tmp_path):
+    for sibling in ("abc", "a[[]", "other"):
+        shutil.copytree(tiny_cache, tmp_path / sibling)
+    shutil.copytree(tiny_cache, tmp_path / name)
+    assert chooses_and_reads(tmp_path / name) == (78, 78, 78)
+
+
+def test_data_may_be_a_link_to_another_disk(copy, tmp_path):
+    (copy / "data").rename(tmp_path / "elsewhere")
+    (copy / "data").symlink_to(tmp_path / "elsewhere")
+    assert chooses_and_reads(copy) == (78, 78, 78)
+
+
+@pytest.fixture
+def snapshot(tiny_cache, tmp_path):
+    """A cache as the Hub's snapshot_download leaves it."""
+    repository = tmp_path / "datasets--me--cache"
+    folder = repository / "snapshots" / "0123abcd"
+    (folder / "data").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    for number, path in enumerate(path for path in sorted(tiny_cache.rglob("*")) if path.is_file()):
+        blob = shutil.copy(path, repository / "blobs" / f"{number:040x}")
+        link = folder / path.relative_to(tiny_cache)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def test_a_snapshot_of_the_hub_is_a_cache(snapshot):
+    assert chooses_and_reads(snapshot) == (78, 78, 78)
+    assert len(query.run(snapshot, "FROM vocab LIMIT 3")[1]) == 3
+    assert len(publish.prepare(snapshot, "me/again").files) > 5
+
+
+def test_a_snapshot_lets_no_query_read_what_else_is_in_the_blobs(snapshot):
+    other = snapshot.parent.parent / "blobs" / "other"
+    other.write_text("private")
+    with pytest.raises(KDError, match="disabled by configuration"):
+        query.run(snapshot, f"FROM read_text('{other}')")
+
+
+@pytest.mark.parametrize("read", [query.connect, Cache, lambda cache: publish.prepare(cache, "me/it")])
+@pytest.mark.parametrize("name", ["vocab.parquet", "plan.json", "data/train-00000.parquet"])
+def test_a_link_that_leads_elsewhere_is_refused_by_name(name, read, copy, snapshot, tmp_path):
+    for cache in (copy, snapshot):
+        target = (cache / name).resolve().rename(tmp_path / "elsewhere")
+        (cache / name).unlink(missing_ok=True)
+        (cache / name).symlink_to(target)
+        with pytest.raises(KDError, match=rf"{name} is a link to {target}, which is outside"):
+            read(cache)
+
+
+def test_a_linked_data_folder_is_not_pushed(copy, tmp_path):
+    (copy / "data").rename(tmp_path / "elsewhere")
+    (copy / "data").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(KDError, match="data is a link to"):
+        publish.prepare(copy, "me/it")
+
+
 # --- choosing samples -------------------------------------------------------------------------------------------------
 
 
@@ -402,16 +482,109 @@ def test_a_condition_may_use_the_other_views_or_find_nothing(tiny_cache):
     assert chosen(tiny_cache, "false") == [] == chosen(tiny_cache, None, split="elsewhere")
 
 
-def test_a_condition_that_falls_differently_each_time_still_names_the_files_of_its_rows(tiny_cache):
-    every = set(chosen(tiny_cache, None))
-    assert all(set(chosen(tiny_cache, "random() < 0.1")) <= every for _ in range(20))
+HOSTILE = [
+    "true) OR (true",
+    "true) UNION SELECT file, file_row_number, 1, 1 FROM samples WHERE (true",
+    "true); COPY (SELECT 1) TO '{cache}/x'; SELECT (1",
+    "true; COPY (SELECT 1) TO '{cache}/x'",
+    "true) OR (split = 'test') -- ",
+    "true /*",
+    "*/ true /*",
+    "true) OR (true /* ",
+    "true\x00) OR (true",
+    "true\n) OR (\ntrue",
+    "1) OR split IN ('test', 'validation'",
+    "'a' = 'a'' OR ''a' OR split = 'test') OR ('",
+    "$$ true",
+    "",
+    " \n",
+    "-- nothing",
+    "true, false",
+    "true ORDER BY split",
+    "true LIMIT 1",
+    "true GROUP BY ALL",
+    "true QUALIFY true",
+    "true FROM samples",
+    "true UNION ALL SELECT true",
+    "SELECT true",
+    "true AS yes",
+    "origin = 'given' language",
+    "*",
+    "? = 1",
+    "$split = split",
+    "count(*) > 0",
+    "row_number() OVER () > 1",
+    "unnest([true])",
+    "random() < 2",
+    "sample_id IN (SELECT sample_id FROM samples USING SAMPLE 1)",
+    "setseed(0.5) IS NULL",
+    "write_log('x') IS NULL OR true",
+    "error('x') IS NULL",
+    "EXISTS (WITH t AS (COPY (SELECT 1) TO '{cache}/x') FROM t)",
+    "EXISTS (FROM query('FROM samples'))",
+    "EXISTS (FROM json_execute_serialized_sql('{{}}'))",
+    "EXISTS (FROM enable_profiling(save_location = '{cache}/x'))",
+    "EXISTS (FROM read_text('/etc/hostname'))",
+    "EXISTS (FROM HOSTILE)",
+]
 
 
-def test_a_condition_is_one_condition(copy):
+@pytest.mark.parametrize("where", HOSTILE)
+def test_what_is_not_one_condition_that_reads_is_refused_and_runs_nothing(where, copy):
     before = files_of(copy)
-    with pytest.raises(KDError):
-        query.select_samples(copy, f"true); COPY (SELECT 1) TO '{copy}/x'; SELECT (1", "train")
-    assert before == files_of(copy)
+    with pytest.raises(KDError, match="--where") as refusal:
+        query.select_samples(copy, where.format(cache=copy), "train")
+    assert (refusal.value.exit_code, files_of(copy)) == (2, before)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "true OR split = 'test'",
+        "split <> 'train' OR true",
+        "sample_id IN (SELECT sample_id FROM samples WHERE split = 'test') OR true",
+        "samples.split = 'test' OR samples.split = 'train'",
+        "(true) OR (true) -- ) OR (true",
+        "/* ( */ true",
+        "EXISTS (SELECT 1 FROM positions WHERE positions.sample_id = samples.sample_id)",
+    ],
+)
+def test_a_condition_chooses_all_of_its_split_and_nothing_of_another(where, tiny_cache):
+    assert chosen(tiny_cache, where) == chosen(tiny_cache, None) != []
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ("orign = 'given'", "there is no column orign (is origin meant?); the view samples has sample_id, "),
+        ("count(*) > 1", "it holds no aggregate and no window function"),
+        ("lag(reward) OVER () = 1", "it holds no aggregate and no window function"),
+        ("reward = ?", "a condition has no parameters"),
+        ("origin = 'given' language", "after it stands more (language)"),
+        ("true) OR (true", "expected one condition, as in "),
+        ("random() < 0.1", "random says something else each time; hash(sample_id) % 10 = 0 draws"),
+        ("origin > 3", "Cannot compare values of type VARCHAR"),
+    ],
+)
+def test_a_condition_that_cannot_be_asked_is_explained_in_a_sentence(where, sentence, tiny_cache):
+    with pytest.raises(KDError) as refusal:
+        query.select_samples(tiny_cache, where, "train")
+    assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+ASKING = {
+    "train": lambda cache, where: batches.select([Cache(cache)], "train", where),
+    "the student's card": lambda cache, where: query.sources(cache, where),
+    "evaluate": lambda cache, where: evaluate._prompts(evaluate.EvaluateConfig((), (cache,), cache, where=where)),
+    "grpo": lambda cache, where: grpo._choose(cache, Cache(cache).plan, where),
+    "verify-answers": lambda cache, where: judging.verify_answers(cache, where=where),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_a_condition_is_one_condition_wherever_it_is_taken(ask, copy):
+    with pytest.raises(KDError, match="expected one condition"):
+        ask(copy, "true) OR (true")
 
 
 # --- kd sql -----------------------------------------------------------------------------------------------------------
@@ -462,8 +635,26 @@ def test_json_has_no_infinity(kd, tiny_cache):
     assert json.loads(line, parse_constant=pytest.fail) == {"a": None, "b": [None, 1.5]}
 
 
+def test_a_name_that_stands_twice_gets_a_number_as_in_a_table_of_the_query(kd, tiny_cache):
+    sql = "SELECT 1 AS a, 2 AS a, 3 AS a_1, 4 AS b, 5 AS a"
+    assert json.loads(kd("sql", tiny_cache, sql, "--json").stdout) == {"a": 1, "a_2": 2, "a_1": 3, "b": 4, "a_3": 5}
+
+
+def test_a_table_is_printed_while_its_rows_come(capsys):
+    printed = []
+
+    def rows():
+        for number in range(3000):
+            if number == 2000:
+                printed.append(len(capsys.readouterr().out.splitlines()))
+            yield (number,)
+
+    cli._print_table(["n"], rows())
+    assert printed[0] > 1000
+
+
 def command(*arguments):
-    return [sys.executable, "-m", "cli", *map(str, arguments)]
+    return [sys.executable, "-m", "kdcache", *map(str, arguments)]
 
 
 @pytest.mark.parametrize("how", ["--json", "--csv", None])
@@ -476,28 +667,13 @@ def test_a_reader_that_leaves_early_is_no_error(how, tiny_cache):
     assert process.returncode == 0
 
 
-def test_shards_that_changed_since_the_last_verify_are_warned_of(kd, copy):
-    assert query.changed_shards(copy) == [] and not kd("sql", copy, "SELECT 1").stderr
-    first, second = (f"data/{path.name}" for path in sorted((copy / "data").iterdir())[:2])
-    os.utime(copy / second, ns=(0, 0))
-    assert query.changed_shards(copy) == [second]
-    with open(copy / first, "ab") as file:
-        file.write(b" ")
-    (copy / second).unlink()
-    assert sorted(query.changed_shards(copy)) == [first, second]
+def test_a_query_without_all_shards_says_so(kd, copy):
+    first = f"data/{min((copy / 'data').iterdir()).name}"
+    (copy / "manifest.json").unlink()  # as before the end of a capture
     (copy / first).unlink()
-    done = kd("sql", copy, "SELECT 1 AS one")
-    named = json.loads((copy / "manifest.json").read_text())["shards"]
-    earliest = next(shard["name"] for shard in named if shard["name"] in (first, second))
-    assert done.stderr == (
-        f"warning: 2 shards changed since the cache was last verified (the first is {earliest}); "
-        f"run: kd cache verify {copy}\n"
+    assert kd("sql", copy, "SELECT 1 AS one").stderr == (
+        f"warning: 1 shard is missing (the first is {first}); what is asked is answered without them\n"
     )
-    for manifest in ("[]", "{", '{"shards": 1}', '{"shards": [{}]}'):
-        (copy / "manifest.json").write_text(manifest)
-        assert query.changed_shards(copy) == []
-    (copy / "manifest.json").unlink()
-    assert query.changed_shards(copy) == []
 
 
 def test_a_damaged_shard_is_said_to_be_damaged(kd, copy, tiny_model):
@@ -578,6 +754,15 @@ def test_the_prompt_takes_queries_until_ctrl_d(tiny_cache):
     kd.until("kd> ", again="\x03")
     kd.type("\x04")
     assert kd.process.wait(60) == 0
+
+
+def test_ctrl_c_ends_a_query_that_does_not_react_to_it(tiny_cache):
+    kd = Terminal(tiny_cache)
+    kd.until("kd> ")
+    kd.type("SELECT levenshtein(repeat('a', 400000), repeat('b', 400000)) AS b;\n")
+    kd.until("AS b;\r\n")
+    kd.until("kd ends without waiting", again="\x03")
+    assert kd.process.wait(60) == 130
 
 
 def test_a_prompt_keeps_the_verifier_that_one_of_its_rows_names(tiny_model, tmp_path):

@@ -94,6 +94,29 @@ def test_files_are_the_arguments_of_a_program(sandbox):
     assert sandbox.run("python", program, files={"a": "1", "b": "ñ"}).stdout == "['1', 'ñ']\n"
 
 
+def test_input_and_output_have_names(sandbox):
+    program = (
+        "text = open('/dev/stdin').read()\nopen('/dev/stdout', 'w').write(text)\nopen('/dev/stderr', 'w').write('e')"
+    )
+    outcome = sandbox.run("python", program, "hello")
+    assert (outcome.stdout, outcome.stderr) == ("hello", "e")
+    body = 'ifstream given("/dev/stdin"); string word; given >> word; ofstream("/dev/stdout") << word;'
+    assert sandbox.run("cpp", CPP % body, "hello").stdout == "hello"
+
+
+def test_cpp_of_any_standard_since_17_compiles_and_knows_its_judge(sandbox):
+    newer = "#include <cstdio>\n#include <numbers>\nauto f(auto x) requires true { return x; }\n#ifdef ONLINE_JUDGE\n"
+    assert sandbox.run("cpp", newer + 'int main() { printf("%d", f(int(std::numbers::pi))); }\n#endif').stdout == "3"
+    older = '#include <cstdio>\nint main() { int requires = 2; printf("%d", requires); }'
+    assert sandbox.run("cpp", older).stdout == "2"
+
+
+def test_of_a_flood_on_stderr_the_end_is_kept_and_no_limit_is_exceeded(sandbox):
+    outcome = sandbox.run("python", "import sys\nsys.stderr.write('x' * 3_000_000 + 'end')\nprint('done')")
+    assert (outcome.status, outcome.stdout) == ("ok", "done\n")
+    assert len(outcome.stderr) == sandbox_module.STDERR_KEPT_BYTES and outcome.stderr.endswith("end")
+
+
 def test_the_same_run_is_not_run_again(sandbox):
     program = "import time; print(time.time_ns())"
     first = sandbox.run("python", program)
@@ -214,12 +237,25 @@ print(json.dumps(written))
 
 def test_no_capability_no_namespace_no_mount_and_no_memory_that_no_limit_sees(sandbox):
     program = """
-import ctypes, json, os
+import ctypes, json, mmap, os, socket
 call = ctypes.CDLL(None, use_errno=True).syscall
 gained = [line for line in open("/proc/self/status") if line.startswith("Cap") and int(line.split()[1], 16)]
 try:
     os.memfd_create("x")
     gained.append("memfd")
+except OSError:
+    pass
+for flags in (mmap.MAP_SHARED | mmap.MAP_ANONYMOUS, 3 | mmap.MAP_ANONYMOUS, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | 0x40000):
+    try:
+        mmap.mmap(-1, 4096, flags)
+        gained.append("shared memory")
+    except OSError:
+        pass
+mmap.mmap(-1, 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+gained += ["/dev/zero"] if os.path.exists("/dev/zero") else []
+try:
+    socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)
+    gained.append("large buffers")
 except OSError:
     pass
 libc = ctypes.CDLL(None)
@@ -286,6 +322,29 @@ def _command_lines():
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         if os.access(path, os.R_OK) and path.exists():
             yield path
+
+
+def test_ctrl_c_ends_programs_whatever_time_they_have(tmp_path):
+    code = (
+        "from kdcache.sandbox import Limits, Sandbox, side_by_side\n"
+        "import signal\n"
+        "from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job lacks
+        "long = Limits(wall_seconds=600, cpu_seconds=600)\n"
+        "sandbox = Sandbox()\n"
+        f"touch = Path({str(tmp_path)!r})\n"
+        "def run(n):\n    (touch / str(n)).touch()\n"
+        "    return sandbox.run('python', f'import time; time.sleep(600 + {n})', limits=long)\n"
+        "side_by_side(run, range(9), 2)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        while process.poll() is None and len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(timeout=20) == -signal.SIGINT  # where it took 600 s
+        finally:
+            process.kill()
 
 
 # --- no more than it was given ----------------------------------------------------------------------------------------
@@ -384,6 +443,16 @@ def test_a_machine_without_a_filter_runs_nothing(monkeypatch):
             Sandbox().run("python", "print(1)")
     finally:
         sandbox_module._filter.cache_clear()
+
+
+def test_a_program_cannot_take_the_sign_that_it_was_started(sandbox):
+    program = """#include <cstdio>
+#include <initializer_list>
+int main() {
+    for (const char *path : {"/proc/self/fd/0", "/proc/1/fd/0", "/proc/2/fd/0"})
+        if (FILE *file = fopen(path, "r")) printf("%d", fgetc(file));
+}"""
+    assert sandbox.run("cpp", program, limits=SMALL).status == "ok"
 
 
 def test_a_program_cannot_make_its_failure_look_like_the_sandboxs(sandbox):

@@ -8,6 +8,7 @@ from kdcache import verifiers
 from kdcache.errors import KDError
 from kdcache.sandbox import Sandbox
 from kdcache.verifiers import Verdict, extract, parse, verify, verify_many
+from trainer.metrics import WordTokenizer
 
 SUM = {
     "kind": "stdio",
@@ -15,6 +16,7 @@ SUM = {
     "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 5\n", "output": "10\n"}],
 }
 DOUBLE = {"kind": "asserts", "language": "python", "tests": ["assert double(2) == 4", "assert double('a') == 'aa'"]}
+CPP = "#include <bits/stdc++.h>\n#include <unistd.h>\nint main() { %s }\n"
 ADD = "print(sum(map(int, input().split())))"
 
 
@@ -45,6 +47,8 @@ def test_a_row_without_a_verifier_has_none():
         ('{"kind": "numeric", "answer": 5}', "a string"),
         ('{"kind": "numeric", "answer": "5", "tolerance": "a"}', "tolerance"),
         ('{"kind": "asserts", "language": "python", "tests": ["x"], "time_limit_seconds": -1}', "positive"),
+        ('{"kind": "asserts", "language": "python", "tests": ["x"], "time_limit_seconds": 1e9}', "at most 60"),
+        ('{"kind": "asserts", "language": "python", "tests": ["x"], "memory_limit_mb": 1e9}', "at most 4096"),
     ],
 )
 def test_a_verifier_that_is_no_good_says_what_was_found_and_gives_no_reward(text, says):
@@ -220,7 +224,31 @@ def test_cpp_programs_are_judged_too(sandbox):
         ("0.3333333333", "0.33333333", True),
         ("0.3334", "0.333333", False),
         ("1000000.5", "1000000.0", True),
-        ("3.0", "3", False),
+        ("3.0", "3", True),
+        ("3", "3.000000", True),
+        ("0.0000001", "1e-07", True),
+        ("1e-07", "0.0000001", True),
+        ("1e5", "100000", True),
+        ("2.9999999999", "3", True),
+        ("2.9", "3", False),
+        ("1e18", "1000000000000000001", False),
+        ("1000000006.0", "1000000007", False),
+        ("1000000007.0", "1000000007", True),
+        ("03", "3", False),
+        ("+3", "3", False),
+        ("-0.0", "0", True),
+        ("inf", "1e999", False),
+        ("1e999", "1e999", True),
+        ("1e99999", "9" * 400, False),
+        ("0x10", "16", False),
+        ("3.", "3", True),
+        (".5", "0.5", True),
+        ("1,5", "1.5", False),
+        ("n\u0303", "ñ", True),
+        ("ñ", "n\u0303", True),
+        ("ﬁ", "fi", False),
+        ("1\r\n2\r\n", "1\n2\n", True),
+        ("YES", "YES.", False),
         ("nan", "1.0", False),
         ("1_0.0", "10.0", False),
         ("", "", True),
@@ -229,6 +257,33 @@ def test_cpp_programs_are_judged_too(sandbox):
 )
 def test_outputs_are_compared_word_by_word(output, expected, same):
     assert verifiers._same_words(output, expected) is same
+
+
+@pytest.mark.parametrize(
+    ("language", "program", "given", "expected", "reward"),
+    [
+        ("python", "print(open('/dev/stdin').read())", "a\n", "a", 1),
+        ("python", "print(repr(open(0, newline='').read()))", "a\r\nb\r\n", "'a\\nb\\n'", 1),
+        ("python", "print('1 ' * 1_100_000)", "", "1 " * 1_100_000, 1),
+        ("python", "print('1 ' * 1_100_000)", "", "1", 0),
+        ("python", "import sys; sys.stderr.write('debug ' * 150_000); print(1)", "", "1", 1),
+        ("python", "print(1); raise SystemExit(1)", "", "1", 0),
+        ("python", "import sys; print(1); sys.stdout.close(); sys.exit(0)", "", "1", 1),
+        ("python", "print(1 / 3)", "", "0.333333", 1),
+        ("python", "print('n\u0303')", "", "ñ", 1),
+        ("cpp", CPP % "long long a; std::cin >> a; std::cout << std::midpoint(a, 4LL);", "2", "3", 1),
+        ("cpp", CPP % 'freopen("/dev/stdin", "r", stdin); int a; std::cin >> a; std::cout << a;', "2", "2", 1),
+        ("cpp", CPP % 'std::ifstream f("/proc/self/fd/1"); alarm(1); char c; f.get(c); std::cout << 4;', "2", "2", 0),
+    ],
+)
+def test_right_programs_are_right_however_they_read_and_print(sandbox, language, program, given, expected, reward):
+    verifier = {"kind": "stdio", "language": language, "tests": [{"input": given, "output": expected}]}
+    assert verify(verifier, program, None, sandbox).reward == reward
+
+
+def test_a_module_that_is_missing_is_named(sandbox):
+    verdict = verify(SUM, "import no.such_module", None, sandbox)
+    assert verdict == Verdict(0.0, "exit code 1 on test 1 of 2: No module named 'no'")
 
 
 def test_only_as_many_tests_are_run_as_asked_for(sandbox):
@@ -248,9 +303,80 @@ def test_a_checker_judges_where_there_are_many_right_outputs(sandbox):
     assert verify(verifier, "print(1, int(input()) - 1)", None, sandbox).reward == 1.0
     assert verify(verifier, "print(1, 1)", None, sandbox).reward == 0.0
     assert verify(verifier, "print('seven')", None, sandbox).reward == 0.0  # the checker itself stumbles over it
-    for broken in ("print('maybe')", "1 / 0", "import os; os._exit(0)"):
+    for broken in ("print('maybe')", "1 / 0", "import os; os._exit(0)", "print(0)", "print(50)", "print(False)"):
         verdict = verify(verifier | {"checker": broken}, "print(3, 4)", None, sandbox)
         assert verdict.reward is None and "checker" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("said", "reward"),
+    [
+        ("1 if right else 0", 1),
+        ("right", 1),
+        ("1.0 if right else 0.5", 1),
+        ("100 if right else 50", 1),
+        ("50 if output else 100", 0),
+        ("100 if expected == output else 99.9", 1),
+        ("0.5 if output else 1", None),
+    ],
+)
+def test_a_checkers_right_is_one_or_true_or_what_it_gives_the_expected_output(sandbox, said, reward):
+    checker = f"import sys\ngiven, expected, output = (open(path).read().strip() for path in sys.argv[1:])\nright = expected == output\nprint({said})"
+    verifier = SUM | {"tests": [{"input": "", "output": "7" if reward != 0 else ""}], "checker": checker}
+    assert verify(verifier, "print(7)", None, sandbox).reward == reward
+    assert verify(verifier, "print(8)", None, sandbox).reward == (None if reward is None else 0)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+MEGABYTE = 1 << 20
+NUMERIC, EXACT = {"kind": "numeric", "answer": "7"}, {"kind": "exact", "answer": "7"}
+TAGS = (
+    "<think>",
+    "<answer>",
+    "</think><answer>",
+    "<answer></answer>",
+    "</think> <answer> ",
+    "<think> </think> <answer> </answer>",
+)
+FENCES = ("```", "```a\n", "```\n", "```python\n", "``` a `", "``` " + "a" * 99 + " " * 99, " ", "\n")
+DIGITS = (
+    "1",
+    "1.",
+    "1,",
+    "1 ",
+    "1 111 ",
+    "1.111,",
+    "111 1111 ",
+    "1e",
+    "1e+",
+    "-",
+    "0",
+    ".",
+    "\\boxed{",
+    "9" * 399 + " ",
+)
+MARKS = ("\u0316\u0300", "\u0301\u0327", "e\u0301", "\u1100\u1161")
+
+
+@pytest.mark.parametrize(
+    ("read", "pieces"),
+    [
+        (lambda text: extract("<answer>" + text, SUM), TAGS + FENCES),
+        (lambda text: extract("```python\n" + text + "`", SUM), FENCES),
+        (lambda text: verifiers.has_reasoned_form("<think>a" + text + "</answer>"), TAGS),
+        (lambda text: verifiers.has_reasoned_form("<think>" + text), TAGS),
+        (lambda text: verify(NUMERIC, text).reward, DIGITS),
+        (lambda text: verify(NUMERIC, "1" + text + "x 1").reward, DIGITS),
+        (lambda text: verify(EXACT, "a" + text + "b").reward, FENCES + MARKS),
+        (lambda text: verifiers._same_words(text + "x", "1.5"), DIGITS + MARKS),
+        (lambda text: WordTokenizer().tokenize(text + " a") is None, MARKS),
+    ],
+)
+def test_a_megabyte_of_repetition_is_read_at_all(read, pieces):
+    """In quadratic time each would take hours."""
+    found = [read(piece * (MEGABYTE // len(piece))) for piece in pieces]
+    assert len(found) == len(pieces)
 
 
 def test_a_function_passes_its_asserts(sandbox):
@@ -272,13 +398,12 @@ def test_a_function_passes_its_asserts(sandbox):
         ("def triple(x): return 4", "NameError in test 1"),
         ("def double(x) return 4", "SyntaxError in the program"),
         ("import sys; sys.exit(0)", "SystemExit in the program"),
-        ("import os; os._exit(0)", "ended before its tests"),
-        ("print('passed'); import os; os._exit(0)", "ended before its tests"),
+        ("import os; os._exit(0)", "ended before its tests did"),
+        ("print('passed'); import os; os._exit(0)", "ended before its tests did"),
         ("def double(x): raise SystemExit(0)", "SystemExit in test 1"),
-        ("import os\ndef double(x): os.write(1, b'passed 2 of 2 tests'); os._exit(0)", "ended before its tests"),
+        ("import os\ndef double(x): os.write(1, b'passed 2 of 2 tests'); os._exit(0)", "ended before its tests did"),
         ("import atexit, os; atexit.register(os._exit, 0); exit()", "SystemExit in the program"),
         ("import os; os.kill(os.getpid(), 9)", "exit code 137"),
-        ("import os; print('passed' if os.fork() else '')\ndef double(x): return 0", "AssertionError in test 1"),
         ("def double(x):\n    while True: pass", "timeout"),
         ("import builtins\nbuiltins.AssertionError = ()\ndef double(x): return 0", "AssertionError in test 1"),
         ("import sys\nprint(open(sys.argv[0]).read())\ndef double(x): return 0", "AssertionError in test 1"),

