@@ -97,7 +97,9 @@ def check(verifier: Any) -> dict[str, Any]:
             value = verifier.get(name) or 1
             need(_is_positive(value) and value <= most, f'a "{name}" that is a positive number, at most {most:g}')
     elif kind in ("exact", "numeric"):
-        need(isinstance(verifier.get("answer") or "", str), 'an "answer" that is a string')
+        answer = verifier.get("answer")
+        is_answer = answer is None or (isinstance(answer, str | int | float) and not isinstance(answer, bool))
+        need(is_answer, 'an "answer" that is a string or a number')
         need(_is_positive(verifier.get("tolerance") or 1), 'a "tolerance" that is a number of at least 0')
     return verifier
 
@@ -262,7 +264,8 @@ def runs_code(verifier: dict[str, Any] | str | None) -> bool:
 
 
 def _verify_text(verifier: dict[str, Any], answer: str | None, reference: str | None) -> Verdict:
-    expected = verifier.get("answer") or reference
+    answer_known = verifier.get("answer") not in (None, "")
+    expected = str(verifier["answer"]) if answer_known else reference
     if expected is None:
         return Verdict(None, "no answer to compare with")
     if answer is None:
@@ -274,6 +277,8 @@ def _verify_text(verifier: dict[str, Any], answer: str | None, reference: str | 
         wanted = [float(expected)]
     except ValueError:
         wanted = _last_number(expected)
+        if answer_known and len(_NUMBER.findall(_without_fractions(expected))) > 1:
+            return Verdict(None, f"the expected answer is not one number: {_short(expected)}")
     found = _last_number(answer)
     if not wanted:
         return Verdict(None, f"the expected answer has no number: {_short(expected)}")
@@ -308,12 +313,28 @@ _GROUPED = rf"\d{{1,3}}(?:[{_BLANKS}]\d{{3}})+(?!\d)(?:[.,]\d+)?"
 _NUMBER = re.compile(rf"(?<![\w.,])([-+−]?)[$€£]?({_GROUPED}|\d+(?:[.,]\d+)*|[.,]\d+)((?:[eE][+-]?\d+)?)")
 
 
+_FRACTION = re.compile(
+    r"(?<![\w.,/])([-+−]?\d{1,30}) ?/ ?(\d{1,30})(?![\w/]|[.,]\d)|([-+−]?)\\[dt]?frac\{ ?([-+−]?\d{1,30}) ?\}\{ ?(\d{1,30}) ?\}"
+)
+
+
+def _without_fractions(text: str) -> str:
+    """A text with 0 in the place of each fraction (3/4, \\frac{3}{4}), so that each is one number."""
+    return _FRACTION.sub("0", text)
+
+
 def _last_number(text: str) -> list[float]:
-    """The readings of the last number of a text, the likelier first; none if it has no number."""
-    numbers = _NUMBER.findall(text)
+    """The readings of the last number of a text, the likelier first; none if it has no number. A fraction is one number."""
+    numbers = list(_NUMBER.finditer(text))
     if not numbers:
         return []
-    sign, digits, exponent = numbers[-1]
+    fractions = list(_FRACTION.finditer(text))
+    if fractions and fractions[-1].end() >= numbers[-1].end():
+        fraction = fractions[-1]
+        sign, above, below = (fraction[3], fraction[4], fraction[5]) if fraction[4] else ("", fraction[1], fraction[2])
+        value = int(above.replace("−", "-")) / int(below) if int(below) else math.nan
+        return [-value if sign in ("-", "−") else value]
+    sign, digits, exponent = numbers[-1].groups()
     if len(digits) + len(exponent) > MOST_DIGITS:
         return []
     blocks = re.split(f"[{_BLANKS}]", digits)

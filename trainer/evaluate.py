@@ -28,6 +28,7 @@ from kdcache import folders, hashes, query, verifiers, writer
 from kdcache.bounds import MOST_SAMPLES, check_sampling, check_whole
 from kdcache.errors import KDError, UsageError
 from kdcache.format import SPLITS
+from kdcache.prompts import whole_turn
 from kdcache.reader import Cache, Sample
 from kdcache.sandbox import Sandbox
 from trainer import generate, metrics
@@ -69,6 +70,7 @@ class Prompt:
     ids: list[int]
     judges: tuple[tuple[str | None, str | None], ...]  # (verifier, reference), one or more: the best verdict counts
     teacher: list[str] = field(repr=False)  # the teacher's own answers
+    text: str = field(default="", repr=False)
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -216,15 +218,15 @@ def _prompts(config: EvaluateConfig) -> list[Prompt]:
         return []
     rows = _rows(
         config,
-        "prompt_id, min(group_id), first(prompt_ids ORDER BY sample_id), "
+        "prompt_id, min(group_id), first(prompt_ids ORDER BY sample_id), min(prompt), "
         "list(DISTINCT {verifier: verifier, reference: reference} ORDER BY {verifier: verifier, reference: reference}), "
         "list(completion ORDER BY sample_index, sample_id) FILTER (origin = 'sampled')",
         "GROUP BY prompt_id ORDER BY prompt_id",
         length="prompt_tokens",  # however long the teacher's answers are
     )
     by_id: dict[str, Prompt] = {}
-    for name, group, ids, judges, own in rows:
-        known = by_id.get(name, Prompt(name, group, ids, (), []))
+    for name, group, ids, text, judges, own in rows:
+        known = by_id.get(name, Prompt(name, group, ids, (), [], text))
         pairs = dict.fromkeys([*known.judges, *((judge["verifier"], judge["reference"]) for judge in judges)])
         by_id[name] = replace(known, judges=tuple(pairs), teacher=[*known.teacher, *(own or [])])
     prompts = [by_id[name] for name in sorted(by_id)]
@@ -404,14 +406,12 @@ def _judge(
     """One row an answer, with its scores; null where there is nothing to compare with, the best where there is more than one."""
     by_id = {prompt.prompt_id: prompt for prompt in prompts}
     of = [by_id[ask.prompt_id] for ask in asks]
-    verdicts = iter(
-        verifiers.verify_many(
-            [(v, text, reference) for p, text in zip(of, texts) for v, reference in p.judges], sandbox
-        )
-    )
+    turns = [whole_turn(prompt.text, text) for prompt, text in zip(of, texts)]
+    items = [(v, turn, reference) for p, turn in zip(of, turns) for v, reference in p.judges]
+    verdicts = iter(verifiers.verify_many(items, sandbox))
 
     def rows() -> Iterator[dict[str, Any]]:
-        for ask, prompt, text in zip(asks, of, texts):
+        for ask, prompt, text, turn in zip(asks, of, texts, turns):
             verdict = _best([next(verdicts) for _ in prompt.judges])
             row: dict[str, Any] = {
                 "prompt_id": prompt.prompt_id,
@@ -426,7 +426,7 @@ def _judge(
             if known:
                 row["rougeL"] = max(metrics.rouge_l(text, reference) for _, reference in known)
                 row["rougeL_paper"] = max(metrics.rouge_l_of_the_paper(text, reference) for _, reference in known)
-                row["exact"] = max(metrics.exact(verifiers.answer_in(text, verifier), ref) for verifier, ref in known)
+                row["exact"] = max(metrics.exact(verifiers.answer_in(turn, verifier), ref) for verifier, ref in known)
             if prompt.teacher and not is_teacher:
                 row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
             yield row

@@ -44,7 +44,7 @@ def test_a_row_without_a_verifier_has_none():
         ('{"kind": "stdio", "language": "cpp", "tests": [{"input": "1"}]}', '"output"'),
         ('{"kind": "asserts", "language": "cpp", "tests": ["x"]}', "language"),
         ('{"kind": "asserts", "language": "python", "tests": [[1, 2]]}', "strings of Python"),
-        ('{"kind": "numeric", "answer": 5}', "a string"),
+        ('{"kind": "numeric", "answer": [5]}', "a string or a number"),
         ('{"kind": "numeric", "answer": "5", "tolerance": "a"}', "tolerance"),
         ('{"kind": "asserts", "language": "python", "tests": ["x"], "time_limit_seconds": -1}', "positive"),
         ('{"kind": "asserts", "language": "python", "tests": ["x"], "time_limit_seconds": 1e9}', "at most 60"),
@@ -173,6 +173,28 @@ def test_a_tolerance_is_the_verifiers_and_large_whole_numbers_are_exact():
     assert verify({"kind": "numeric", "answer": "123456789"}, "123456788").reward == 0.0
     assert verify({"kind": "numeric", "answer": "5", "tolerance": 0}, "5").reward == 1.0
     assert verify({"kind": "numeric", "answer": "five"}, "5").reward is None
+
+
+@pytest.mark.parametrize(
+    "answer, completion, reward",
+    [
+        ("3/4", "It is 3/4.", 1.0),
+        ("3/4", "It is 0.75", 1.0),
+        ("3/4", "It is 4", 0.0),
+        ("0.75", "So \\boxed{\\frac{3}{4}}", 1.0),
+        ("0.75", "So \\frac{3}{4}", 1.0),
+        ("-1/2", "minus half: -0.5", 1.0),
+        ("3/0", "3", 0.0),
+        (5, "five is 5", 1.0),
+        (0, "It is 0", 1.0),
+        (0, "It is 7", 0.0),
+        (2.5, "2.5", 1.0),
+        ("between 3 and 4", "4", None),
+        ("(1, 2)", "2", None),
+    ],
+)
+def test_an_expected_answer_is_one_number_or_a_fraction_or_nothing_is_judged(answer, completion, reward):
+    assert verify({"kind": "numeric", "answer": answer}, completion, "The reference says 7").reward == reward
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
