@@ -62,7 +62,7 @@ def rows(tmp_path, *lines):
         (["cache-teacher", "--sparsify", "topk:60000"], 2, "vocabulary of 49152"),
         (["cache-teacher", "--split-ratios", "0.5,0.5"], 2, "three shares"),
         (["cache-teacher", "--split-ratios", "0.5,0.5,0.5"], 2, "sum to 1"),
-        (["cache-teacher", "--samples", "0"], 2, "at least 1"),
+        (["cache-teacher", "--samples", "0"], 2, "from 1 to"),
         (["cache-teacher", "--top-p", "2"], 2, "at most 1"),
         (["cache-teacher", "--max-model-len", "100000"], 2, "positions end at 8192"),
         (["cache-teacher", "--teacher", "./nowhere"], 2, "no such folder"),
