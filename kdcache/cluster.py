@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdcache import capture, folders, hashes, models
+from kdcache import capture, extras, folders, hashes, models
 from kdcache.capture import Progress
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.plan import Plan, Shard
@@ -313,8 +313,10 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
     """Ray, how many workers, GPUs of each; KDError if it is missing or has no room for one worker."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that it will be so one day
-    import ray
-
+    try:
+        import ray
+    except ImportError:
+        raise extras.missing("ray") from None
     gpus = workers.gpus_each(plan)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:

@@ -59,6 +59,7 @@ CACHE = Kind(
         *("README.md", "manifest.json", "plan.json", "rejected.jsonl", "vocab.parquet", "rewards.parquet"),
         *(f"data/{name}" for name in _SHARDS),
         *(f"set-aside/{name}*" for name in (*_SHARDS, "vocab.parquet", "rewards.parquet", "rejected.jsonl")),
+        *(f"set-aside/{name}*" for name in ("plan.json", "manifest.json", "README.md")),
     ),
     results=("data/*", "set-aside/*"),
 )

@@ -197,7 +197,7 @@ def test_what_goes_wrong_in_a_worker_is_one_sentence_and_has_changed_nothing(
 
 def test_without_ray_it_says_how_to_get_it(tiny_model, rows_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(KDError, match=r"--ray needs Ray .*Install it with `pip install 'kdcache\[ray\]'`"):
+    with pytest.raises(KDError, match=r"ray is not installed: pip install 'kdcache\[ray\]'"):
         cluster.run(capture_plan(tiny_model, rows_file, tmp_path / "out"), cluster.Workers(count=1))
     assert not (tmp_path / "out").exists()
 

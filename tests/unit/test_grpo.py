@@ -11,7 +11,7 @@ from kdcache import capture, folders, lock, query, verifiers
 from kdcache.errors import KDError
 from kdcache.reader import Sample
 from kdcache.sandbox import Sandbox
-from trainer import rewards
+from trainer import checkpoints, rewards
 
 ADD = json.dumps({"kind": "asserts", "language": "python", "tests": ["assert add(1, 2) == 3"]})
 NUMBER = json.dumps({"kind": "numeric", "answer": "7"})
@@ -165,6 +165,9 @@ def test_grpo_trains_from_the_cache_alone_and_goes_on_after_an_interruption(kd, 
     done = kd(*command, "--output-dir", tmp_path / "r", "--max-steps", 4, "--no-guards", env=environment)
     assert "step 4/4" in done.stderr and "right" in done.stderr
     assert json.loads((tmp_path / "r" / "kdcache.json").read_text())["finished"]
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["use_cache"], "as the student had it"
+    assert (tmp_path / "r" / "checkpoint-4" / checkpoints.FILES_FILE).is_file()
+    assert checkpoints.problem(tmp_path / "r" / "checkpoint-4") is None
 
     for leftover in ("model.safetensors", "config.json"):
         (tmp_path / "r" / leftover).unlink()

@@ -1,6 +1,7 @@
 """Right answers get 1, wrong ones 0, what cannot be judged nothing; and none passes without being right."""
 
 import json
+import re
 
 import pytest
 
@@ -425,7 +426,7 @@ def test_a_function_passes_its_asserts(sandbox):
         ("def double(x): raise SystemExit(0)", "SystemExit in test 1"),
         ("import os\ndef double(x): os.write(1, b'passed 2 of 2 tests'); os._exit(0)", "ended before its tests did"),
         ("import atexit, os; atexit.register(os._exit, 0); exit()", "SystemExit in the program"),
-        ("import os; os.kill(os.getpid(), 9)", "exit code 137"),
+        ("import os; os.kill(os.getpid(), 9)", "exit code 137|ended before its tests did"),
         ("def double(x):\n    while True: pass", "timeout"),
         ("import builtins\nbuiltins.AssertionError = ()\ndef double(x): return 0", "AssertionError in test 1"),
         ("import sys\nprint(open(sys.argv[0]).read())\ndef double(x): return 0", "AssertionError in test 1"),
@@ -433,7 +434,8 @@ def test_a_function_passes_its_asserts(sandbox):
     ],
 )
 def test_asserts_are_not_passed_by_ending_early_or_by_printing_what_a_pass_prints(sandbox, program, reason):
-    assert verify(DOUBLE | {"time_limit_seconds": 1}, program, None, sandbox) == Verdict(0.0, reason)
+    verdict = verify(DOUBLE | {"time_limit_seconds": 1}, program, None, sandbox)
+    assert verdict.reward == 0 and re.fullmatch(reason, verdict.reason), verdict
 
 
 def test_many_answers_are_judged_in_order_and_one_bad_row_spoils_no_other(sandbox):
