@@ -313,7 +313,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     device = machine.chosen(runs_on_gpu(config.engine))
     named = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
     _note(f"{named} on {device}, {len(plan.examples)} examples -> {config.out}")
-    for note in plan.notes():
+    for note in (*plan.introduction(), *plan.notes()):
         _note(note)
     if options["dry_run"]:
         _print_facts(capture.dry_run(plan), options["as_json"])

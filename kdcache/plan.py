@@ -170,11 +170,16 @@ class Plan:
     def _no_token(self, token: int) -> str:
         return f"token {token}, is beyond the model's vocabulary of {self.vocab_size}: its tokenizer has more tokens than that"
 
+    def introduction(self) -> list[str]:
+        """What the teacher will be asked, in two lines: what the template does, and the first row."""
+        return [
+            f"template: {self.prompts.facts.describe(self.prompts.tokenizer)}",
+            f"asks first: {self.first_asked()}",
+        ]
+
     def notes(self) -> list[str]:
         """What the user should know before the teacher runs, each a sentence or two."""
-        found = [f"template: {self.prompts.facts.describe(self.prompts.tokenizer)}"]
-        if (first := self.first_asked()) is not None:
-            found.append(f"asks first: {first}")
+        found = []
         if self.near_duplicates:
             found.append(f"{self.near_duplicates} rows nearly repeat a row of another split, and are dropped")
         if self.prompts.lacks_bos:

@@ -31,6 +31,7 @@ _MARK = "kdcache-probe"
 
 #: Why a given answer is not scored after the very prompt that a model is asked with, or not in the template's own tokens.
 NO_GENERATION_PROMPT = "the template writes something else before an answer than its generation prompt"
+NO_ANSWERS = "the template writes no answers; they follow its prompt as they are"
 THOUGHTS_DROPPED = "the template leaves the answer's thoughts out; they are scored after the thought it opens"
 TOKENS_MERGE = "the first token of the answer would join the last of the prompt; they are tokenised apart"
 
@@ -40,6 +41,7 @@ class TemplateFacts:
     """What a chat template does around an answer, as probes show it; without a template, what stands for it."""
 
     chat_template: bool
+    writes_answers: bool  # False also for a template that writes prompts alone
     begins_with_bos: bool
     generation_prompt: str  # what opens an assistant's turn; "" if the template needs nothing
     before_answer: str  # between that and the answer's own text, as in an empty thought
@@ -132,8 +134,8 @@ class Prompts:
             return Asked(prompt, self.prompt_ids(prompt))
         if not any(str(answer.get(key) or "").strip() for key in ("content", "tool_calls", REASONING_KEYS[0])):
             return Asked(prompt, self.prompt_ids(prompt), "", [])
-        if self.tokenizer.chat_template is None:
-            return self._after(prompt, _plain([answer]), None)
+        if not self.facts.writes_answers:
+            return self._after(prompt, _plain([answer]), NO_ANSWERS if self.facts.chat_template else None)
         whole = self._rendered([*messages, answer], tools, generation_prompt=False)
         if whole.startswith(prompt):
             text, differs = whole[len(prompt) :], None
@@ -237,7 +239,7 @@ def _plain(messages: Sequence[Message]) -> str:
     for message in messages:
         for key in ("tool_calls", *REASONING_KEYS):
             if message.get(key):
-                raise ValueError(f"{key} need a chat template to write them, and the tokenizer has none")
+                raise ValueError(f"{key} need a chat template that writes them, and the tokenizer has none")
     return "\n\n".join(str(m.get("content") or "") for m in messages)
 
 
@@ -291,18 +293,15 @@ def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
     """Ask the template about a question and an answer, and look at what it writes around the answer."""
     tokenizer = prompts.tokenizer
     user, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": _MARK}
-    render, generation_prompt, before, after, trims = prompts._rendered, "", "", "", False
+    render, generation_prompt, before, mark, after, trims = prompts._rendered, "", "", "", "", False
     if tokenizer.chat_template is not None:
         try:
             prompt = render([user], (), True)
-            before, _, after = render([user, answer], (), False).rpartition(_MARK)
+            before, mark, after = render([user, answer], (), False).rpartition(_MARK)
+            after = after if mark else ""
             spaced = render([user, answer | {"content": f" {_MARK} "}], (), False)
         except ValueError as error:
             raise KDError(f"{model}: a question and an answer cannot be written: {error}") from None
-        if not before and not after:
-            raise KDError(
-                f"{model}: its chat template does not write what an assistant says, so no answer can be scored"
-            )
         trims = f" {_MARK} " not in spaced
         asked, left = (
             tokenizer(render([user], (), opened).rpartition("?")[2], add_special_tokens=False)["input_ids"]
@@ -318,6 +317,7 @@ def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
     ids = prompts.prompt_ids(prompt if tokenizer.chat_template is not None else "?")
     return TemplateFacts(
         chat_template=tokenizer.chat_template is not None,
+        writes_answers=bool(mark),
         begins_with_bos=bos is not None and ids[:1] == [bos],
         generation_prompt=generation_prompt,
         before_answer=before[len(prompt) :] if before and before.startswith(prompt) else "",

@@ -336,7 +336,7 @@ def resume_point(
             + "\n  ".join(differing)
             + "\nUse the same settings to continue it, another folder, or --overwrite."
         )
-    return checkpoints.to_continue(folder, int(os.environ.get("WORLD_SIZE", "1")))
+    return checkpoints.to_continue(folder, parallel.processes())
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:

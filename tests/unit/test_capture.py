@@ -253,7 +253,7 @@ def test_overwrite_deletes_the_old_cache_only_once_the_engine_runs(tiny_cache, t
 
 def test_strange_rows_are_rejected_and_the_others_taken(tiny_model, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    parts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    parts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     half = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "HALF"}]
     text = "".join(json.dumps({"messages": m}) + "\n" for m in (good, parts, half)).replace("HALF", "\\ud83d")
@@ -261,7 +261,9 @@ def test_strange_rows_are_rejected_and_the_others_taken(tiny_model, tmp_path):
     found = capture.run(capture_plan(tiny_model, rows, tmp_path / "out", mode="score"))
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert found["rows"] == 1 and len(reasons) == 2
-    assert any("expected text" in r for r in reasons) and any("not valid Unicode" in r for r in reasons)
+    assert any("a part that is no text (image)" in r for r in reasons) and any(
+        "not valid Unicode" in r for r in reasons
+    )
 
 
 def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_path):

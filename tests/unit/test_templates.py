@@ -217,8 +217,14 @@ def test_a_refusal_of_the_template_is_said_in_its_own_words(smollm):
 
 
 def test_without_a_template_tool_calls_are_refused(smollm):
-    with pytest.raises(ValueError, match="tool_calls need a chat template"):
+    with pytest.raises(ValueError, match="tool_calls need a chat template that writes them"):
         asks(smollm, None).ask(CONVERSATION, assistant("", tool_calls=[CALL]))
+
+
+def test_answers_to_a_template_that_writes_prompts_alone_follow_it_as_they_are(smollm):
+    asked = asks(smollm, "Q: {{ messages[0].content }} A: ").ask(CONVERSATION[:1], assistant("The Amazon."))
+    assert (asked.prompt, asked.completion) == ("Q: Name a river. A: ", "The Amazon.")
+    assert asked.completion_ids[-1] == 2 and asked.differs in (prompts_module.NO_ANSWERS, prompts_module.TOKENS_MERGE)
 
 
 def test_an_empty_answer_has_no_ids_whatever_a_template_puts_around_it(smollm):
