@@ -423,7 +423,7 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         "bad": len(report.problems),
     }
     if as_json:
-        names = ("missing", "problems", "unvouched", "unprotected", "set_aside")
+        names = ("missing", "problems", "unvouched", "unprotected", "set_aside", "notes")
         _print_facts(facts | {name: getattr(report, name) for name in names}, as_json)
     else:
         for name, words in report.problems.items():
@@ -438,6 +438,8 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         _note(
             f"not protected: {len(report.unprotected)} files are from before files had checksums of their own {first}"
         )
+    for note in report.notes:
+        _note(note)
     if report.set_aside:
         _note(f"{len(report.set_aside)} files were moved to {cache}/set-aside")
     if report.sound:

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from kdcache import digests, format, lock, manifest, seal, sparsify, storage
 from kdcache.errors import KDError, first_line
 from kdcache.manifest import WAY_OUT
+from kdcache.old_policy import OldPolicy, is_old
 from kdcache.printable import printable
 from kdcache.storage import Location
 
@@ -183,6 +184,7 @@ class Report:
     missing: list[str] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
     set_aside: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # on what is no fault of any file
 
     @property
     def sound(self) -> bool:
@@ -212,6 +214,7 @@ def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, 
         if f"data/{name}" not in planned:
             report.add(f"data/{name}", "the plan knows no such file")
     ids = _SampleIds()
+    old = OldPolicy() if is_old(plan) else None
     rejected: list[dict[str, Any]] = []
     records: dict[str, digests.Record] = {}
     for done, name in enumerate(planned):
@@ -221,7 +224,7 @@ def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, 
             continue
         report.shards += 1
         report.unvouched += name not in recorded
-        look = _Shard(there[name.removeprefix("data/")], name, plan, recorded.get(name), needs_seal)
+        look = _Shard(there[name.removeprefix("data/")], name, plan, recorded.get(name), needs_seal, old)
         problems = list(look.problems())
         if problems and look.manifest_is_wrong and not manifest.is_protected(found or {}):
             report.add("manifest.json", f"its sha256 of {name} is another one, and the shard is sound")
@@ -237,6 +240,7 @@ def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, 
         report.rows, report.completion_tokens = report.rows + look.rows, report.completion_tokens + look.tokens
         rejected += look.rejected
     progress(len(planned), len(planned))
+    report.notes = old.sentences() if old is not None else []
     for name, sample_id, count in ids.duplicates(cache):
         report.add(name, f"sample_id {sample_id!r} stands {count} times in the cache")
     if isinstance(cache, Path):
@@ -386,8 +390,15 @@ class _Shard:
     """One shard, looked at whole."""
 
     def __init__(
-        self, path: Location, name: str, plan: dict[str, Any], recorded: dict[str, Any] | None, needs_seal: bool
+        self,
+        path: Location,
+        name: str,
+        plan: dict[str, Any],
+        recorded: dict[str, Any] | None,
+        needs_seal: bool,
+        old: OldPolicy | None,  # is shown its rows, where the cache is of the old policy
     ):
+        self.old = old
         self.path, self.name, self.plan, self.recorded, self.needs_seal = path, name, plan, recorded, needs_seal
         self.rows = self.tokens = 0
         self.rejected: list[dict[str, Any]] = []
@@ -450,8 +461,10 @@ class _Shard:
                     self.rows += len(table)
                     self.tokens += sum(table["completion_tokens"].to_pylist())
                     ids.update(map(str, table["sample_id"].to_pylist()))
-                    for problem in _row_problems(table, plan, metadata, format.split_of_shard(self.name)):
-                        yield f"row group {group}: {problem}"
+                    found = list(_row_problems(table, plan, metadata, format.split_of_shard(self.name)))
+                    yield from (f"row group {group}: {problem}" for problem in found)
+                    if self.old is not None and not found:
+                        self.old.add(table, plan["fields"].get("reasoning") is not None)
                 self.rejected = metadata.get("rejected", [])
                 for sample_id, count in ids.items():
                     if count > 1:
