@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 from conftest import ROOT
+from fsspec.registry import _registry
 
 import cli
 from kdcache import extras
@@ -35,6 +36,7 @@ def kd_without(package, arguments, monkeypatch, capsys):
     for module in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(_registry, "s3", raising=False)  # where fsspec keeps what it once imported
     monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
     with pytest.raises(SystemExit) as left:
         cli.main()
