@@ -228,6 +228,14 @@ def verify(
         return Verdict(None, str(error))
 
 
+Judge = tuple[str | None, str | None]  # a verifier, and the reference that it may compare with
+
+
+def best(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first of those with the highest reward; one that could not be judged only where no other was."""
+    return max(verdicts, key=lambda verdict: -1.0 if verdict.reward is None else verdict.reward)
+
+
 def verify_many(
     items: Sequence[tuple[dict[str, Any] | str | None, str, str | None]],
     sandbox: Sandbox | None,

@@ -1,13 +1,15 @@
 -- prompts: one row a prompt, with how the teacher's own answers to it did: what kd grpo chooses from.
 --
--- columns  split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference, verifier; samples: the teacher's own
---          answers; judged: those with a reward; success: mean reward of them, null if none; traces: ids of right answers, given
---          ones too
+-- columns  split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference, verifier; judges: every verifier and
+--          reference of its rows; samples: the teacher's own answers; judged: those with a reward; success: mean reward of
+--          them, null if none; traces: ids of right answers, given ones too
 -- example  SELECT count(*) AS prompts, avg(success) FROM prompts WHERE success > 0 AND success < 1
 CREATE OR REPLACE VIEW prompts AS
 WITH asked AS (
     SELECT
         coalesce(min(sample_id) FILTER (verifier IS NOT NULL), min(sample_id)) AS sample_id,
+        list(DISTINCT {verifier: verifier, reference: reference} ORDER BY {verifier: verifier, reference: reference})
+            FILTER (verifier IS NOT NULL) AS judges,
         count(*) FILTER (origin = 'sampled') AS samples,
         count(reward) FILTER (origin = 'sampled') AS judged,
         avg(reward) FILTER (origin = 'sampled') AS success
@@ -18,6 +20,6 @@ WITH asked AS (
 )
 SELECT
     split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference, verifier,
-    asked.samples, judged, success, coalesce(traces, []) AS traces
+    coalesce(judges, []) AS judges, asked.samples, judged, success, coalesce(traces, []) AS traces
 FROM samples JOIN asked USING (sample_id) LEFT JOIN solved USING (split, source, prompt_id);
 COMMENT ON VIEW prompts IS 'one row a prompt, with how the teacher''s own answers did';

@@ -68,7 +68,7 @@ class Prompt:
     prompt_id: str
     group_id: str
     ids: list[int]
-    judges: tuple[tuple[str | None, str | None], ...]  # (verifier, reference), one or more: the best verdict counts
+    judges: tuple[verifiers.Judge, ...]  # one or more: the best verdict counts
     teacher: list[str] = field(repr=False)  # the teacher's own answers
     text: str = field(default="", repr=False)
 
@@ -412,7 +412,7 @@ def _judge(
 
     def rows() -> Iterator[dict[str, Any]]:
         for ask, prompt, text, turn in zip(asks, of, texts, turns):
-            verdict = _best([next(verdicts) for _ in prompt.judges])
+            verdict = verifiers.best([next(verdicts) for _ in prompt.judges])
             row: dict[str, Any] = {
                 "prompt_id": prompt.prompt_id,
                 "group_id": prompt.group_id,
@@ -432,8 +432,3 @@ def _judge(
             yield row
 
     return pa.Table.from_pylist(list(rows()), ANSWERS)
-
-
-def _best(verdicts: Sequence[verifiers.Verdict]) -> verifiers.Verdict:
-    """The first of those with the highest reward; one that could not be judged only where no other was."""
-    return max(verdicts, key=lambda verdict: -1.0 if verdict.reward is None else verdict.reward)

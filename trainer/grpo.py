@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -70,8 +70,7 @@ class GrpoConfig(StudentConfig):
 class Prompt:
     text: str
     ids: list[int]
-    verifier: str | None
-    reference: str | None
+    judges: tuple[verifiers.Judge, ...]  # what its rows say of judging; the best verdict counts
     reasoned: bool  # reasoning was asked for in it
     traces: list[list[int]] = field(repr=False)  # ids of answers that are right, their end of turn left out
     cached: list[Sample] = field(default_factory=list, repr=False)  # every answer, where the teacher's word is a reward
@@ -119,7 +118,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
     steps_asked_for(config.arguments)
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
-    prompts = [prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where)]
+    prompts = _merged(prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where))
     if not prompts:
         judged = sum(len(_choose(cache.path, cache.plan, None)) for cache in caches)
         if not judged:
@@ -174,7 +173,7 @@ def _default_where(config: GrpoConfig) -> str | None:
 
 
 def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Prompt]:
-    columns = "prompt, prompt_ids, verifier, reference, traces"
+    columns = "prompt, prompt_ids, judges, traces"
     rest = "AND verifier IS NOT NULL ORDER BY prompt_id, source"
     found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()
     reasoned = plan["fields"].get("reasoning") is not None
@@ -183,13 +182,23 @@ def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Pr
         Prompt(
             row["prompt"],
             row["prompt_ids"],
-            row["verifier"],
-            row["reference"],
+            tuple((judge["verifier"], judge["reference"]) for judge in row["judges"]),
             reasoned,
             [trace[:-1] if trace[-1] in stops else trace for trace in row["traces"]],
         )
         for row in found
     ]
+
+
+def _merged(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """Each prompt once, with the judges and traces of all data sets and caches that have it."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        known = found.get(prompt.text, prompt)
+        judges = tuple(dict.fromkeys([*known.judges, *prompt.judges]))
+        traces = known.traces + [trace for trace in prompt.traces if trace not in known.traces]
+        found[prompt.text] = dataclasses.replace(known, judges=judges, traces=traces)
+    return list(found.values())
 
 
 def _add_cached(prompts: Sequence[Prompt], caches: Sequence[Cache]) -> None:
@@ -257,7 +266,7 @@ def train(run: GrpoRun, report: Report) -> dict[str, Any]:
     import datasets
 
     config = run.config
-    sandbox = verifiers.sandbox_for((prompt.verifier for prompt in run.prompts), config.unsafe_exec)
+    sandbox = verifiers.sandbox_for((v for prompt in run.prompts for v, _ in prompt.judges), config.unsafe_exec)
     arguments = _arguments(config, len(run.prompts))
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     answer_as_cached(student, tokenizer, run.plan)

@@ -95,7 +95,7 @@ class FromCache(Base):
         texts = [completion_text(self.processing_class, ids, self.stops) for ids in completion_ids]
         self._judged = rewards.judge(
             [whole_turn(prompt, text) for prompt, text in zip(prompts, texts)],
-            [(prompt.verifier, prompt.reference, prompt.reasoned) for prompt in asked],
+            [(prompt.judges, prompt.reasoned) for prompt in asked],
             [self._finished(ids) for ids in completion_ids],
             self.sandbox,
         )

@@ -36,16 +36,22 @@ class Judged:
 
 def judge(
     completions: Sequence[str],
-    asked: Sequence[tuple[str | None, str | None, bool]],
+    asked: Sequence[tuple[Sequence[verifiers.Judge], bool]],
     finished: Sequence[bool],
     sandbox: Sandbox | None,
 ) -> list[Judged]:
-    """The rewards of answers. ``asked``: verifier, reference and whether reasoning was asked for; ``finished``: not cut off."""
-    items = [(verifier, text, reference) for text, (verifier, reference, _) in zip(completions, asked)]
-    verdicts = verifiers.verify_many(items, sandbox)
+    """The rewards of answers. ``asked``: a prompt's judges, of whose verdicts the best counts, and whether reasoning was
+    asked for; ``finished``: not cut off.
+    """
+    items = [(v, text, reference) for text, (judges, _) in zip(completions, asked) for v, reference in judges]
+    verdicts = iter(verifiers.verify_many(items, sandbox))
     return [
-        compose(verdict, has_form(text, verifier, reasoned), done)
-        for text, (verifier, _, reasoned), verdict, done in zip(completions, asked, verdicts, finished)
+        compose(
+            verifiers.best([next(verdicts) for _ in judges]),
+            any(has_form(text, verifier, reasoned) for verifier, _ in judges),
+            done,
+        )
+        for text, (judges, reasoned), done in zip(completions, asked, finished)
     ]
 
 

@@ -9,9 +9,10 @@ from conftest import ROOT, capture_plan, history
 
 from kdcache import capture, folders, lock, query, verifiers
 from kdcache.errors import KDError
+from kdcache.prompts import whole_turn
 from kdcache.reader import Sample
 from kdcache.sandbox import Sandbox
-from trainer import checkpoints, rewards
+from trainer import checkpoints, grpo, rewards
 
 ADD = json.dumps({"kind": "asserts", "language": "python", "tests": ["assert add(1, 2) == 3"]})
 NUMBER = json.dumps({"kind": "numeric", "answer": "7"})
@@ -39,10 +40,38 @@ def test_answers_are_judged_by_running_them_and_each_part_is_told():
         "",
         "it is 7",
     ]
-    asked = [(ADD, None, True)] * 5 + [(NUMBER, None, False)]
+    asked = [([(ADD, None)], True)] * 5 + [([(NUMBER, None)], False)]
     found = rewards.judge(texts, asked, [True] * 6, Sandbox())
     assert [(j.correctness, j.format) for j in found] == [(1, 1), (0, 1), (1, 0), (0, 0), (0, 0), (1, 1)]
     assert [j.reward for j in found] == pytest.approx([1.1, 0.1, 1.0, 0, 0, 1.1])
+
+
+@pytest.mark.parametrize(
+    "completion, correctness, form",
+    [("sum</think><answer>7</answer>", 1, 1), ("I try 7", 0, 0), ("sum</think>7", 1, 0)],
+)
+def test_an_answer_that_begins_in_the_thought_its_prompt_opens_is_judged_with_it(completion, correctness, form):
+    turn = whole_turn("<|Assistant|><think>\n", completion)
+    [judged] = rewards.judge([turn], [([(NUMBER, None)], True)], [True], None)
+    assert (judged.correctness, judged.format) == (correctness, form)
+
+
+def test_the_best_of_a_prompts_references_counts():
+    exact = '{"kind": "exact"}'
+    judges = [(exact, "the Nile"), (exact, "the Amazon"), ("not JSON", None)]
+    found = rewards.judge(["the Amazon", "the Rhine"], [(judges, False)] * 2, [True] * 2, None)
+    assert [judged.correctness for judged in found] == [1, 0]
+
+
+def test_a_prompt_of_several_rows_is_learned_from_once_with_all_its_judges(tiny_model, tmp_path):
+    rows = [{"id": str(i), "prompt": "Name a river.", "reference": r} for i, r in enumerate(["Nile", "Rhine", "Nile"])]
+    text = "".join(json.dumps(row | {"completion": "x", "verifier": {"kind": "exact"}}) + "\n" for row in rows)
+    (tmp_path / "rows.jsonl").write_text(text)
+    everything = {"split_ratios": (1.0, 0.0, 0.0), "near_duplicates": "keep", "mode": "score"}
+    capture.run(capture_plan(tiny_model, tmp_path / "rows.jsonl", tmp_path / "cache", **everything))
+    config = grpo.GrpoConfig((tmp_path / "cache",), tiny_model, tmp_path / "run")
+    [prompt] = grpo.prepare(config).prompts
+    assert [reference for _, reference in prompt.judges] == ["Nile", "Rhine"]
 
 
 def test_the_teachers_word_counts_as_far_as_an_answer_in_the_cache_begins_alike():
@@ -86,7 +115,7 @@ def caught(some, window=10):
 
 def test_a_policy_that_emits_the_empty_template_forever_is_caught_within_the_window():
     template = "<think></think><answer></answer>"
-    [judged] = rewards.judge([template], [(NUMBER, None, True)], [True], None)
+    [judged] = rewards.judge([template], [([(NUMBER, None)], True)], [True], None)
     assert judged.reward == 0
     number, why = caught(steps(40, correctness=judged.correctness, format=judged.format, length_tokens=17, varied=0.0))
     assert number == 10 and "no answer was right over 10 steps" in why and "--no-guards" in why
