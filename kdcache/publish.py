@@ -16,8 +16,8 @@ from kdcache.errors import KDError, first_line
 
 OF_A_CACHE = (
     *("README.md", "plan.json", "manifest.json", "rejected.jsonl"),
-    *("vocab.parquet", "rewards.parquet", "data/*.parquet"),
-)
+    *("vocab.parquet", "rewards.parquet"),
+)  # and the shards of its plan
 OF_A_STUDENT = (
     *("README.md", "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
     *("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -45,18 +45,18 @@ def prepare(folder: Path, repo_id: str, private: bool = True) -> Push:
                 f"{folder} is not complete ({summary['shards']} shards); run the same kd cache-teacher command to the end"
             )
         repo_type, patterns = "dataset", list(OF_A_CACHE)
+        shards = {shard["name"] for shard in manifest.read_plan(folder)["shards"]}
     elif (folder / "config.json").is_file():
-        repo_type, patterns = "model", list(OF_A_STUDENT)
+        repo_type, patterns, shards = "model", list(OF_A_STUDENT), set()
         if not any(folder.glob("*.safetensors")):
             raise KDError(f"{folder} has no weights (*.safetensors): is the run finished?")
     else:
         raise KDError(f"{folder} is neither a cache (plan.json) nor a student (config.json)")
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    depth = {name: name.count("/") for name in names}
     files = {
         name: (folder / name).stat().st_size
         for name in names
-        if any(fnmatch.fnmatchcase(name, pattern) and depth[name] == pattern.count("/") for pattern in patterns)
+        if name in shards or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
     }
     for name in ("data", *files):
         storage.real_file(folder / name, folder)

@@ -114,12 +114,13 @@ def test_a_cache_goes_to_the_hub_whole_and_nothing_else_does(kd, tiny_cache, hub
     cache = tmp_path / "cache"
     shutil.copytree(tiny_cache, cache)
     (cache / "set-aside").mkdir()
-    for stray in ("set-aside/train-00000.parquet", "notes.txt", ".lock", "data/.x.tmp"):
+    for stray in ("set-aside/train-00000.parquet", "notes.txt", ".lock", "data/.x.tmp", "data/train-00099.parquet"):
         (cache / stray).write_bytes(b"mine")
     dry = json.loads(kd("push", cache, "me/said", "--dry-run", "--json", env=at_hub).stdout)
     assert not hub.created and dry["repository"] == "me/said (dataset, private)"
     done = json.loads(kd("push", cache, "me/said", "--json", env=at_hub).stdout)
     assert sorted(hub.files) == sorted(dry["names"]) == sorted(done["names"])
+    assert "data/train-00099.parquet" not in hub.files
     assert {"README.md", "plan.json", "manifest.json", "vocab.parquet"} < set(hub.files)
     assert hub.created[0]["name"] == "said" and hub.created[0]["type"] == "dataset"
     assert "private" in json.dumps(hub.created[0])
