@@ -396,7 +396,7 @@ class _Shard:
         plan: dict[str, Any],
         recorded: dict[str, Any] | None,
         needs_seal: bool,
-        old: OldPolicy | None,  # is shown its rows, where the cache is of the old policy
+        old: OldPolicy | None = None,  # is shown its rows, where the cache is of the old policy
     ):
         self.old = old
         self.path, self.name, self.plan, self.recorded, self.needs_seal = path, name, plan, recorded, needs_seal

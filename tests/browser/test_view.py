@@ -213,6 +213,7 @@ def test_the_student_stands_beside_the_teacher(visit, address):
         "0"
     }  # its own teacher
     tokens.nth(1).click()
+    expect(page.locator(".candidate.tail")).to_be_attached()
     expect(page.locator(".candidate .bar.student")).to_have_count(page.locator(".candidate .bar.teacher").count())
     pairs = page.locator(".candidate").evaluate_all(
         "all => all.map(c => [...c.querySelectorAll('.bar')].map(b => Number(b.style.getPropertyValue('--share'))))"

@@ -47,8 +47,8 @@ def old(copy):
         shard |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         shard["sha256"] = seal.digest(copy / shard["name"]).sha256
     for name, content in (("plan.json", plan), ("manifest.json", found)):
-        del content["checksum"]
-        (copy / name).write_text(json.dumps(content))
+        known = {key: value for key, value in content.items() if key in manifest._BEFORE_CHECKSUMS[name]}
+        (copy / name).write_text(json.dumps(known))
     return copy
 
 
