@@ -269,7 +269,7 @@ class Plan:
             "capture_k": self.sparsifier.capture_k,
             "precision": config.precision,
             "completion_policy": COMPLETION_POLICY_VERSION,
-            "template_facts": asdict(self.prompts.facts),
+            "template_facts": asdict(self.prompts.facts) | {"stop_ids": list(self.prompts.facts.stop_ids)},
             "prompt_template": f"{config.prompt_format} {TEMPLATE_VERSION}",
             "reasoning": TEMPLATE_VERSION if config.reasoning else None,
             "examples": hashes.of_json_list(map(vars, self.examples)),

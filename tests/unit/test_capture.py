@@ -285,3 +285,10 @@ def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_p
 def test_options_that_would_falsify_the_cache_are_refused(tiny_model, rows_file, tmp_path, name):
     with pytest.raises(UsageError, match="cannot be passed"):
         capture_plan(tiny_model, rows_file, tmp_path / "out", engine_extra={name: "x"})
+
+
+def test_only_what_differs_is_named_where_another_capture_is_in_the_folder(tiny_cache, tiny_model, rows_file):
+    with pytest.raises(KDError) as refused:
+        capture_plan(tiny_model, rows_file, tiny_cache, seed=1).check_folder()
+    named = str(refused.value).partition("(old -> new):\n")[2].partition("\nA cache")[0]
+    assert [line.strip() for line in named.splitlines()] == ["seed: 0 -> 1"]
