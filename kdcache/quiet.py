@@ -62,6 +62,16 @@ LOGGED: tuple[tuple[str, str, str], ...] = (
         "Reset SSM cache type to float32",
         "about layers that only some models have, in the wider type",
     ),
+    (
+        "vllm.platforms.interface",
+        "Unknown vLLM environment variable detected: VLLM_DIST_IDENT",
+        "vLLM sets it for itself, and meets it again when it is started a second time in one process",
+    ),
+    (
+        "vllm.triton_utils.dispatcher",
+        "Kernel vllm.",
+        "it registers its kernels again when it is started a second time in one process",
+    ),
     ("vllm.v1.engine.input_processor", "Passing raw prompts to InputProcessor is deprecated", _TO_US),
     ("vllm.v1.worker.cpu_worker", "CPU backend doesn't allow to use `torch.set_num_threads`", _CHOSEN),
 )
