@@ -169,13 +169,19 @@ class Course:
 
     def finished(self, out: Path) -> str | None:
         """The same command to its end: None, or in what the result differs, or how it failed."""
-        if not (out / "kdcache.json").is_file() or not json.loads((out / "kdcache.json").read_text())["finished"]:
+        if not is_finished(out):
             code = wait(fork(lambda: self.command(out), self.log))
             if code:
                 return f"exit code {code}: {self.log.read_text()[-2000:]}"
         found = result(out)
-        left = [path.name for path in out.iterdir() if path.name.startswith(".")]
+        # A lock's file may be left by a kill after all was done: the lock itself ended with its process.
+        left = [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != ".lock"]
         return differing(self.expected, found) or (f"leftovers: {left}" if left else None)
+
+
+def is_finished(out: Path) -> bool:
+    record = out / "kdcache.json"
+    return record.is_file() and json.loads(record.read_text())["finished"]
 
 
 def result(out: Path) -> dict[str, Any]:
@@ -207,6 +213,8 @@ def campaign(course: Course, kills: int, chance: random.Random) -> dict[str, Any
         out = course.scratch / f"{course.name}-{found['runs']}"
         found["runs"] += 1
         for _ in range(min(KILLS_PER_RUN, kills - found["kills"])):
+            if is_finished(out):  # killed when all was written
+                break
             code = course.killed(out, chance)
             if code != -signal.SIGKILL:
                 if code:
