@@ -791,13 +791,9 @@ def train(context: click.Context, **options: Any) -> None:
 
         _print_facts(resolved.facts() | memory.estimate(resolved), options["as_json"])
         return
-    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    first_rank = _is_first_rank()
     if first_rank:
-        facts = resolved.facts().items()
-        _note_device()
-        _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
-        for note in resolved.notes:
-            _note(note)
+        _introduce(resolved)
     from trainer import distill
 
     show = _StepLine(resolved.checkpoint)
@@ -875,7 +871,7 @@ def grpo(context: click.Context, **options: Any) -> None:
     quiet.libraries()
     from trainer import grpo as reinforcement
 
-    first_rank = os.environ.get("RANK", "0") == "0"  # under torchrun one process speaks
+    first_rank = _is_first_rank()
     _warn_of_unsafe(options["unsafe_exec"] and first_rank)
     extra = _grpo_extra(context)
     config = reinforcement.GrpoConfig(
@@ -886,11 +882,7 @@ def grpo(context: click.Context, **options: Any) -> None:
         _print_facts(resolved.facts(), options["as_json"])
         return
     if first_rank:
-        _note_device()
-        facts = resolved.facts().items()
-        _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
-        for note in resolved.notes:
-            _note(note)
+        _introduce(resolved)
     show = _StepLine(resolved.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
@@ -1354,6 +1346,20 @@ def _say(text: str) -> None:
     click.echo(printable(text, keep="\n\t"))
 
 
+def _is_first_rank() -> bool:
+    """Whether this process speaks: under torchrun one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _introduce(resolved: Any) -> None:
+    """What a training run (``trainer.run.Run`` or ``trainer.grpo.GrpoRun``) says before its first step."""
+    _note_device()
+    facts = resolved.facts().items()
+    _note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
+    for note in resolved.notes:
+        _note(note)
+
+
 def _note_device() -> None:
     """The first line of whatever computes: on which device, and why not on a GPU that is there."""
     from kdcache import machine
@@ -1656,7 +1662,7 @@ def _let_first_rank_speak() -> None:
 
     One that a single rank meets, such as a file that its machine lacks, is printed by that rank.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first_rank():
         time.sleep(30)
 
 

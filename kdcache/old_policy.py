@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdcache.prompts import COMPLETION_POLICY_VERSION, THINK
+from kdcache.prompts import COMPLETION_POLICY_VERSION, THINK, opens_thought
 
 #: Below this median the teacher hardly expects an end where one stands. SmolLM2 gives the right mark -1.3 nats after six
 #: given answers of the builtin examples (median), and <|endoftext|> in its place -11.8.
@@ -38,7 +38,7 @@ class OldPolicy:
         columns = ("origin", "prompt", "completion", "token_logprobs")
         for row in table.select(columns).to_pylist():
             completion = row["completion"] or ""
-            self.twice_opened += row["prompt"].rstrip().endswith(THINK) and completion.lstrip().startswith(THINK)
+            self.twice_opened += opens_thought(row["prompt"]) and completion.lstrip().startswith(THINK)
             if row["origin"] == "given":
                 self.end_logprobs.append(row["token_logprobs"][-1])
             else:

@@ -220,9 +220,14 @@ def completion_text(tokenizer: Any, ids: Sequence[int], ends: set[int]) -> str:
     return tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt's end leaves a thought open, so that an answer begins inside it."""
+    return prompt.rstrip().endswith(THINK)
+
+
 def whole_turn(prompt: str, completion: str) -> str:
     """An assistant's turn as text: the thought that the prompt's end has opened, if it has, and the completion."""
-    return f"{THINK}\n{completion}" if prompt.rstrip().endswith(THINK) else completion
+    return f"{THINK}\n{completion}" if opens_thought(prompt) else completion
 
 
 def _shared(*sequences: Sequence[Any]) -> int:
@@ -304,8 +309,8 @@ def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
             raise KDError(f"{model}: a question and an answer cannot be written: {error}") from None
         trims = f" {_MARK} " not in spaced
         asked, left = (
-            tokenizer(render([user], (), opened).rpartition("?")[2], add_special_tokens=False)["input_ids"]
-            for opened in (True, False)
+            tokenizer(text.rpartition("?")[2], add_special_tokens=False)["input_ids"]
+            for text in (prompt, render([user], (), False))
         )
         generation_prompt = tokenizer.decode(asked[_shared(asked, left) :])
     first_after = tokenizer(after, add_special_tokens=False)["input_ids"]
@@ -321,7 +326,7 @@ def _probe(prompts: Prompts, stops: Sequence[int], model: str) -> TemplateFacts:
         begins_with_bos=bos is not None and ids[:1] == [bos],
         generation_prompt=generation_prompt,
         before_answer=before[len(prompt) :] if before and before.startswith(prompt) else "",
-        opens_thought=generation_prompt.rstrip().endswith(THINK),
+        opens_thought=opens_thought(generation_prompt),
         trims=trims,
         after_answer=after,
         end_of_turn=end,
