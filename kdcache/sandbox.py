@@ -160,7 +160,8 @@ exit 1"""
         """Run a Python script once per job, side by side, each in a sandbox of its own: until the first has ended.
 
         The last job's output is joined to the first one's input by a pipe, and the other way round. Arguments: the job's name,
-        the descriptors it reads from and writes to, and the paths of its files. KDError as for ``run``.
+        the descriptors it reads from and writes to, and the paths of its files. KDError as for ``run``; but where the first
+        job has ended before another had started, that one's outcome is empty.
         """
         key = _key(script, jobs, limits)
         outcomes: list[Outcome] | None = self._kept(self._outcomes, key)
@@ -427,7 +428,8 @@ class _Box:
             begun = self.begun.recv(1)
         except OSError:
             begun = b""
-        if not begun:
+        was_cut_short = self.code is None and not self.exceeded and not errors  # of run_joined: the first job was over
+        if not begun and not was_cut_short:
             raise KDError(f"the sandbox did not start: {errors.strip() or self.exceeded or 'it says nothing'}")
         code = self.code if self.code is None or self.code >= 0 else 128 - self.code
         exceeded = self.exceeded

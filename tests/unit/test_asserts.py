@@ -3,6 +3,7 @@
 import pytest
 
 from kdcache import asserts
+from kdcache import sandbox as sandbox_module
 from kdcache.sandbox import Sandbox
 from kdcache.verifiers import Verdict, verify
 
@@ -263,6 +264,18 @@ def test_a_right_answer_passes(sandbox, name):
 def test_tests_that_cannot_be_judged_say_why(sandbox, verifier, program, reason):
     verdict = verify(verifier, program, None, sandbox)
     assert verdict.reward is None and reason in verdict.reason
+
+
+def test_tests_that_end_before_the_answer_has_started_are_judged(monkeypatch):
+    real = sandbox_module._start
+
+    def slow_for_the_answer(stack, wrapper, command, *rest):
+        wait = ["/bin/sh", "-c", 'sleep 60; exec "$@"', "sh"] if "program" in command else []
+        return real(stack, [*wait, *wrapper], command, *rest)
+
+    monkeypatch.setattr(sandbox_module, "_start", slow_for_the_answer)
+    verdict = verify(of("assert f(1) =="), "def f(x): pass", None, Sandbox())
+    assert verdict.reward is None and "SyntaxError" in verdict.reason
 
 
 def test_a_module_that_is_missing_is_named(sandbox):
