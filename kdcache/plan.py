@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,21 @@ SPEED_OPTIONS = frozenset(
         "enable_chunked_prefill",
         "distributed_executor_backend",
     ]
+)
+
+
+#: What is hashed into a fingerprint of an example, a row that cannot be used, the sampling options, and the facts of a chat
+#: template. These names are part of every cache that exists: a field that is renamed keeps its old name here, and a new
+#: field is hashed only where it is not at its default.
+FINGERPRINTED_EXAMPLE = (
+    *("source", "row_id", "messages", "completion", "answer", "tools", "group_id", "reference", "task", "language"),
+    *("verifier", "prompt", "content"),
+)
+FINGERPRINTED_BAD_ROW = ("source", "row_id", "reason")
+FINGERPRINTED_SAMPLING = ("temperature", "top_p", "max_tokens")
+FINGERPRINTED_TEMPLATE = (
+    *("chat_template", "writes_answers", "begins_with_bos", "generation_prompt", "before_answer", "opens_thought"),
+    *("trims", "after_answer", "end_of_turn", "end_is_named", "stop_ids"),
 )
 
 
@@ -264,15 +279,16 @@ class Plan:
             "mode": config.mode,
             "seed": config.seed,
             "samples": config.samples if sampled else None,
-            "sampling": asdict(config.sampling) if sampled else None,
+            "sampling": _named(config.sampling, FINGERPRINTED_SAMPLING) if sampled else None,
             "sparsify": str(self.sparsifier),
             "capture_k": self.sparsifier.capture_k,
             "precision": config.precision,
             "completion_policy": COMPLETION_POLICY_VERSION,
-            "template_facts": asdict(self.prompts.facts) | {"stop_ids": list(self.prompts.facts.stop_ids)},
+            "template_facts": _named(self.prompts.facts, FINGERPRINTED_TEMPLATE)
+            | {"stop_ids": list(self.prompts.facts.stop_ids)},
             "prompt_template": f"{config.prompt_format} {TEMPLATE_VERSION}",
             "reasoning": TEMPLATE_VERSION if config.reasoning else None,
-            "examples": hashes.of_json_list(map(vars, self.examples)),
+            "examples": hashes.of_json_list(map(_fingerprinted, self.examples)),
             "split_ratios": list(config.split_ratios),
             "near_duplicates": splits.parameters(config.near_duplicates),
             "rows_per_shard": config.rows_per_shard,
@@ -467,6 +483,15 @@ class Plan:
         if prompt is not None:
             for index in range(config.samples):
                 yield sample(prompt, f"s{index}", origin="sampled", sample_index=index)
+
+
+def _named(value: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in names}
+
+
+def _fingerprinted(row: Example | BadRow) -> dict[str, Any]:
+    """What a fingerprint depends on in an example, or in a row that cannot be used."""
+    return _named(row, FINGERPRINTED_BAD_ROW if isinstance(row, BadRow) else FINGERPRINTED_EXAMPLE)
 
 
 def _teacher_name(teacher: str) -> str:
