@@ -13,6 +13,7 @@ from conftest import ROOT, capture_plan
 
 import cli
 from kdcache import capture, folders, lock
+from kdcache.commands.options import extra_options
 from kdcache.errors import KDError, UsageError
 
 
@@ -372,7 +373,9 @@ PATHS = {
 
 
 def parameters(group=cli.kd):
-    for name, found in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
         if isinstance(found, click.Group):
             yield from parameters(found)
         else:
@@ -387,14 +390,15 @@ def test_every_path_is_read_with_the_home_folder_in_place_of_its_tilde(parameter
 
 
 def test_a_tilde_leads_home_in_a_yaml_file_in_library_options_and_behind_a_label(tmp_path, monkeypatch):
+    from trainer.commands.train import train
     from trainer.evaluate import label_of
 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text("output_dir: ~/run\nfrom_cache: [~/a, ~/b]\nstudent: ~/s\nlogging_dir: ~/logs\n")
-    with cli.train.make_context("train", ["--config=~/run.yaml", "--hub-cache=~/hub"]) as context:
+    with train.make_context("train", ["--config=~/run.yaml", "--hub-cache=~/hub"]) as context:
         assert context.params["output_dir"] == tmp_path / "run" and context.params["student"] == f"{tmp_path}/s"
         assert context.params["from_cache"] == (tmp_path / "a", tmp_path / "b")
-        assert cli._extra_options(context) == {"hub_cache": f"{tmp_path}/hub"}
+        assert extra_options(context) == {"hub_cache": f"{tmp_path}/hub"}
         assert context.meta["kd.config"] == {"logging_dir": f"{tmp_path}/logs"}
     assert label_of("before=~/s") == ("before", f"{tmp_path}/s")
 

@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-import cli
 from kdcache import capture, format, judging, publish, query, seal, writer
+from kdcache.commands.console import print_table
 from kdcache.errors import KDError
 from kdcache.reader import Cache
 from trainer import batches, evaluate, grpo
@@ -649,7 +649,7 @@ def test_a_table_is_printed_while_its_rows_come(capsys):
                 printed.append(len(capsys.readouterr().out.splitlines()))
             yield (number,)
 
-    cli._print_table(["n"], rows())
+    print_table(["n"], rows())
     assert printed[0] > 1000
 
 

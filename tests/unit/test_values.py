@@ -83,7 +83,11 @@ def samples_of(plan):
 
 
 def options_of(name):
-    return [p for p in command.commands[name].params if isinstance(p, click.Option) and not p.is_flag]
+    return [
+        p
+        for p in command.get_command(click.Context(command), name).params
+        if isinstance(p, click.Option) and not p.is_flag
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""`kd view` shows a cache in the browser."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdcache import quiet
+from kdcache.commands.console import note
+from kdcache.commands.options import CONTEXT, LOCATION, NAME_OR_PATH, trust_option
+
+
+@click.command("view", context_settings=CONTEXT)
+@click.argument("cache", type=LOCATION)
+@click.option("--sample", help="Open this sample_id first.")
+@click.option(
+    "--student",
+    type=NAME_OR_PATH,
+    help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
+)
+@click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
+@trust_option
+def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
+    """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
+
+    Search, and sort by uncertainty, surprise, length or reward. With --student, shade by the student's KL to the teacher
+    instead, and see both side by side. The page comes from this process, on 127.0.0.1; nothing leaves the machine, and
+    the teacher is not loaded. Ctrl-C ends it.
+
+    \b
+    kd view data/demo/cache
+    kd view data/demo/cache --student data/demo/kd --sample builtin:en-001:g
+    """
+    quiet.libraries()
+    from trainer.view import View
+
+    with contextlib.closing(View(cache)) as viewed:
+        beside = None
+        if student is not None:
+            from trainer.forced import Student
+            from trainer.student import check_tokenizer
+
+            check_tokenizer(student, viewed.cache)
+            beside = Student(student, viewed.cache)
+        if sample is not None:
+            viewed.shown(sample)
+        _serve(viewed, beside, port, sample, not no_browser)
+
+
+def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open_browser: bool) -> None:
+    from trainer.serve import Server
+
+    with Server(viewed, student, port, sample) as server:
+        click.echo(server.url)
+        note("Ctrl-C ends it")
+        sys.stdout.flush()
+        with contextlib.ExitStack() as leaving:
+            if open_browser and (
+                sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+            ):
+                import webbrowser  # without a display it would start a text browser in this very terminal
+
+                webbrowser.open(leaving.enter_context(_address_file(server.url)))
+            with contextlib.suppress(KeyboardInterrupt):
+                server.serve_forever()
+
+
+@contextlib.contextmanager
+def _address_file(url: str) -> Iterator[str]:
+    """A file that leads to ``url``, for this user's eyes alone: a browser's arguments are everybody's to read."""
+    with tempfile.TemporaryDirectory(prefix="kd-view-") as folder:  # mode 0700
+        path = Path(folder) / "view.html"
+        path.write_text(f'<meta http-equiv="refresh" content="0; url={url}">', encoding="utf-8")
+        yield path.as_uri()

@@ -1,0 +1,39 @@
+"""`kd init-student` makes a student: a checkpoint as it is, or some of the teacher's own layers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdcache import quiet
+from kdcache.commands.console import print_facts
+from kdcache.commands.options import CONTEXT, NAME_OR_PATH, PATH, json_option, trust_option
+
+
+@click.command("init-student", context_settings=CONTEXT)
+@click.option(
+    "--from",
+    "base",
+    type=NAME_OR_PATH,
+    default="embedded",
+    show_default=True,
+    help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.",
+)
+@click.option(
+    "--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all]."
+)
+@click.option("--out", type=PATH, required=True, help="Folder of the student.")
+@click.option("--overwrite", is_flag=True, help="Replace a student that this command made.")
+@trust_option
+@json_option
+def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Make a student: a checkpoint as it is, or some of the teacher's own layers.
+
+    \b
+    kd init-student --from embedded --keep-layers 20 --out data/student
+    """
+    quiet.libraries()
+    from trainer import student
+
+    print_facts(student.init_student(base, out, keep_layers, overwrite), as_json)

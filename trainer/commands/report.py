@@ -1,0 +1,48 @@
+"""`kd report` writes one page on what was trained, what it kept of the teacher and what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from kdcache import quiet
+from kdcache.commands.console import note, print_facts
+from kdcache.commands.options import CONTEXT, LOCATION, PATH, json_option
+
+
+@click.command("report", context_settings=CONTEXT)
+@click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=PATH)
+@click.option("--cache", type=LOCATION, help="The cache they come from [default: the one among the folders].")
+@click.option(
+    "--out",
+    type=PATH,
+    default=Path("data/report"),
+    show_default=True,
+    help="Folder of report.html, report.json and plots/*.csv.",
+)
+@json_option
+def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bool) -> None:
+    """One page on what was trained, what it kept of the teacher and what it cost. It opens anywhere, without a network.
+
+    FOLDER is a run, an evaluation or a quantized student, or a folder that holds some, as kd run and kd demo leave it.
+
+    \b
+    kd report data/demo --out data/demo/report
+    kd report data/kd data/sft data/grpo data/evaluation --cache data/qwen
+    """
+    quiet.libraries()
+    from trainer import report as reporting
+
+    found = reporting.find(folders, cache)
+    page = reporting.write(found, out, note)
+    print_facts(
+        {
+            "report": str(page),
+            "runs": len(found.runs),
+            "evaluations": len(found.evaluations),
+            "quantized": len(found.quantized),
+            "cache": str(found.cache) if found.cache else None,
+        },
+        as_json,
+    )
