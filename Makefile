@@ -36,7 +36,7 @@ $(VENV)/ready: requirements/cpu.lock pyproject.toml
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
-	$(BIN)/python -m kdcache.embedded
+	$(BIN)/python -m kdcache.models.embedded
 	touch $@
 
 $(VENV)/ready-to-test: $(VENV)/ready requirements/test.lock

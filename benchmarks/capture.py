@@ -24,8 +24,9 @@ from typing import Any
 
 from shared import hardware, ratio
 
-from kdcache import capture, teachers
-from kdcache.plan import CaptureConfig, Plan
+from kdcache import teachers
+from kdcache.capture import run as capture
+from kdcache.capture.plan import CaptureConfig, Plan
 from kdcache.teachers import Sampling
 from kdcache.teachers.collector import ArrayCollector
 

@@ -17,14 +17,17 @@ from kdcache.machine import cpu
 
 def measure(dtype: str) -> None:
     """Print the tokens/s of three rounds over the same rows, the first (compilation) left out."""
-    from kdcache import embedded, examples, models
-    from kdcache.prompts import Prompts
+    from kdcache import models
+    from kdcache.examples import load as examples
+    from kdcache.examples import types
+    from kdcache.models import embedded
+    from kdcache.prompts.tokenize import Prompts
     from kdcache.teachers import EngineOptions, Request, load
 
     model = str(embedded.prepare())
     prompts = Prompts(model, models.tokenizer(model))
     requests = []
-    for i, example in enumerate(examples.load("builtin", examples.Columns(), 24)):
+    for i, example in enumerate(examples.load("builtin", types.Columns(), 24)):
         asked = prompts.ask(example.messages, example.given)
         requests.append(Request(("x", str(i)), asked.prompt_ids, asked.completion_ids))
     tokens = sum(len(r.prompt_ids) + len(r.completion_ids or ()) for r in requests)

@@ -22,14 +22,17 @@ import numpy as np
 import torch
 from shared import hardware, say
 
-from kdcache import capture, embedded, query, writer
+from kdcache.cache import query
+from kdcache.capture import run as capture
+from kdcache.capture.plan import CaptureConfig, Plan
 from kdcache.machine import cpu, versions
-from kdcache.plan import CaptureConfig, Plan
-from trainer.batches import open_caches, select
-from trainer.forced import at_positions, sampled_from
-from trainer.fused import head_of
-from trainer.losses import log_mass_beyond
-from trainer.student import load_student
+from kdcache.models import embedded
+from kdcache.storage import atomic
+from trainer.data.stream import open_caches, select
+from trainer.evaluate.forced import at_positions, sampled_from
+from trainer.loss.fused import head_of
+from trainer.loss.reference import log_mass_beyond
+from trainer.student.load import load_student
 
 NOISE = (0.03, 0.1)  # of each weight matrix's standard deviation
 CHEAPEST_LAYERS = (17, 18, 14, 12, 13, 26, 25, 15, 16, 5)  # of SmolLM2's thirty, the cheapest to leave out first
@@ -124,7 +127,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options, Path(folder) / "cache")
     name = f"evaluated-kl-{options.examples}-{hardware()}-{found['date']}.json"
-    writer.write_json(options.results / name, found)
+    atomic.write_json(options.results / name, found)
     print(json.dumps(found, indent=2))
 
 

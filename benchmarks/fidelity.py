@@ -6,9 +6,9 @@
     python benchmarks/fidelity.py --show benchmarks/results/fidelity-....json      # tables, claims and plot once more
 
 The teacher is SmolLM2-135M-Instruct in float32; the students are its own layers, without 2 of them (near) or 10 (far).
-What is kept of each distribution takes the way of a cache: chosen by kdcache.sparsify, written as a shard, measured in
-its footer, and read by kdcache.reader, which is what a trainer gets. For every target the gradient of its loss
-(trainer.losses) is compared with that of KL(teacher || student) over the whole vocabulary, which is q - p on the logits:
+What is kept of each distribution takes the way of a cache: chosen by kdcache.cache.sparsify, written as a shard, measured in
+its footer, and read by kdcache.cache.reader, which is what a trainer gets. For every target the gradient of its loss
+(trainer.loss.reference) is compared with that of KL(teacher || student) over the whole vocabulary, which is q - p on the logits:
 the relative error ||G - G*|| / ||G*|| on the weights of the head, summed over a batch (noise falls as batches grow, bias
 does not), and on the hidden states, where nothing averages. Batches are disjoint parts of one shuffled order of
 positions. That these are the gradients of the true losses is asserted first, against autograd in float64.
@@ -44,12 +44,19 @@ import torch
 from shared import hardware, save_figure, say, write_plan
 from torch import Tensor
 
-from kdcache import embedded, examples, format, manifest, reader, sparsify, writer
+from kdcache.cache import manifest, reader, sparsify, writer
+from kdcache.cache.format import CANDIDATE_LEAVES, FORMAT_VERSION, fingerprint
+from kdcache.cache.layout import shard_name
+from kdcache.cache.reader import normalise
+from kdcache.examples import load as examples
+from kdcache.examples import types
+from kdcache.hashing import stable_hash
 from kdcache.machine import cpu, versions
-from kdcache.prompts import Prompts
-from kdcache.reader import normalise
-from trainer import losses
-from trainer.student import init_student, load_student
+from kdcache.models import embedded
+from kdcache.prompts.tokenize import Prompts
+from kdcache.storage import atomic
+from trainer.loss import reference as losses
+from trainer.student.load import init_student, load_student
 
 DROPPED = {"far": [17, 18, 14, 12, 13, 26, 25, 15, 16, 5], "near": [17, 18]}  # the teacher's cheapest layers first
 TOPK, DRAWS, TAUS = (8, 16, 32, 64, 128), (12, 25, 50, 150), (0.1, 0.05, 0.025, 0.02, 0.01, 0.005)
@@ -135,12 +142,12 @@ class Answer:
 
 def answers(options: argparse.Namespace, prompts: Prompts) -> list[Answer]:
     """Shuffled examples with a given answer, until there are enough completion tokens."""
-    columns = examples.Columns(options.prompt_column, options.completion_column)
+    columns = types.Columns(options.prompt_column, options.completion_column)
     rows = examples.load(options.examples, columns)
     found, tokens = [], 0
     for index in np.random.default_rng(options.seed).permutation(len(rows)):
         row = rows[index]
-        if isinstance(row, examples.BadRow) or not row.completion:
+        if isinstance(row, types.BadRow) or not row.completion:
             continue
         asked = prompts.ask(row.messages, row.given)
         prompt, completion = asked.prompt_ids, asked.completion_ids
@@ -179,7 +186,7 @@ def choose(
     """What each layout keeps of one answer's distributions."""
     logprobs, order = (states @ head.T).log_softmax(dim=-1).sort(dim=-1, descending=True)
     logprobs, ids = logprobs.numpy(), order.to(torch.int32).numpy()  # [T, V] best first
-    drawn = draw(logprobs, format.stable_hash(seed, row.sample_id))
+    drawn = draw(logprobs, stable_hash(seed, row.sample_id))
     found = []
     for layout in layouts:
         if layout.policy == "label":
@@ -240,17 +247,17 @@ def written_and_read(
         ranks = zeros.astype(np.int32)
         shard_rows.append(writer.Row(fields, row.prompt_ids, row.completion_ids, zeros, ranks, zeros, candidates))
     with tempfile.TemporaryDirectory() as scratch:
-        name = format.shard_name("train", 0)
+        name = shard_name("train", 0)
         path = Path(scratch) / name
         path.parent.mkdir()
         made_up = dict.fromkeys(("teacher", "engine", "dtype", "mode", "sparsify", "precision"), "fidelity")
-        plan = {"format_version": format.FORMAT_VERSION, "fields": made_up, "fingerprint": format.fingerprint(made_up)}
+        plan = {"format_version": FORMAT_VERSION, "fields": made_up, "fingerprint": fingerprint(made_up)}
         writer.write_shard(path, shard_rows, precision, {"fingerprint": plan["fingerprint"]})
         write_plan(
             Path(scratch), plan | {"vocab_size": 0, "end_of_turn": 0, "tokenizer": {}, "shards": [{"name": name}]}
         )
         chunks = manifest.column_chunks(pq.read_metadata(path))
-        size = sum(c.total_compressed_size for c in chunks if c.path_in_schema in format.CANDIDATE_LEAVES)
+        size = sum(c.total_compressed_size for c in chunks if c.path_in_schema in CANDIDATE_LEAVES)
         cache = reader.Cache(Path(scratch))
         samples = []
         for group, count in enumerate(cache.row_groups(path.name)):
@@ -746,7 +753,7 @@ def main() -> None:
             found = run(options)
         found["claims"] = claims(found)
         options.results.mkdir(exist_ok=True)
-        writer.write_json(options.results / f"fidelity-{options.name}-{hardware()}-{found['date']}.json", found)
+        atomic.write_json(options.results / f"fidelity-{options.name}-{hardware()}-{found['date']}.json", found)
     print_tables(found)
     print("\nclaims:", *claims(found), sep="\n")
     if options.plot:

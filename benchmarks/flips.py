@@ -25,11 +25,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from kdcache import format, integrity, manifest, query
+from kdcache.cache import integrity, manifest, query
+from kdcache.cache.format import SPLITS
+from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
-from kdcache.reader import Cache
-from trainer import evaluate, grpo
-from trainer.batches import in_order, select
+from trainer.data.stream import in_order, select
+from trainer.evaluate import run as evaluate
+from trainer.grpo import train as grpo
 
 LEAST = 20
 
@@ -98,7 +100,7 @@ def train(cache: Path) -> str:
     """A hash over all batches of all splits, bit for bit."""
     digest = hashlib.sha256()
     opened = Cache(cache)
-    for split in format.SPLITS:
+    for split in SPLITS:
         for batch in in_order(select([opened], split), opened.plan["vocab_size"], 8):
             for name, value in sorted(batch.items()):
                 digest.update(name.encode() + value.numpy().tobytes())

@@ -44,8 +44,10 @@ from safetensors.numpy import load_file
 import cli
 from benchmarks.shared import hardware, say
 from kdcache import machine
-from trainer import checkpoints, distill, run
-from trainer.student import load_student
+from trainer.distill import plan as run
+from trainer.distill import trainer as distill
+from trainer.run import checkpoints
+from trainer.student.load import load_student
 
 TIMES = ("seconds", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 SETTINGS = ("--max-steps", "4", "--eval-steps", "1", "--per-device-train-batch-size", "4", "--learning-rate", "1e-2")

@@ -3,7 +3,7 @@
     kd cache-teacher --limit 200 --sparsify threshold:0.02 --out data/c
     python benchmarks/loader.py data/c                   # about a minute
 
-trainer.batches.Stream (shuffled, page checksums on) against `datasets.load_dataset(..., streaming=True)` of the same
+trainer.data.stream.Stream (shuffled, page checksums on) against `datasets.load_dataset(..., streaming=True)` of the same
 shards (in file order, no checksums), whose rows are turned into the very same batches by numpy and the same `pack`; the
 first batches are compared. A row comes as Python lists, as numpy arrays (`with_format("numpy")`), or not at all: by
 Arrow tables, which this package's own reader then decodes.
@@ -34,12 +34,13 @@ import torch
 from shared import hardware, interval
 from size import completion_tokens, repeat
 
-from kdcache import manifest, reader, writer
+from kdcache.cache import manifest, reader
 from kdcache.machine import cpu, versions
-from trainer.batches import IGNORE, Batch, Stream, pack, select
+from kdcache.storage import atomic
+from trainer.data.stream import IGNORE, Batch, Stream, pack, select
 
 HERE = Path(__file__).parent
-STREAM, LISTS, NUMPY, ARROW = "trainer.batches.Stream", "datasets, lists", "datasets, numpy", "datasets, arrow"
+STREAM, LISTS, NUMPY, ARROW = "trainer.data.stream.Stream", "datasets, lists", "datasets, numpy", "datasets, arrow"
 GOALS = {"threshold:0.02": 200_000, "topk:64": 100_000}  # completion tokens/s
 GOAL_OVER_DATASETS = 5
 
@@ -110,7 +111,9 @@ def check_same(expected: Batch, found: Batch, name: str) -> None:
         # Sums of log-probabilities are taken in another order.
         same = torch.allclose(value, found[key], rtol=1e-5, atol=1e-6) if value.shape == found[key].shape else False
         if not same:
-            raise SystemExit(f"{name}: {key} of the first batch is not what trainer.batches makes of the same samples")
+            raise SystemExit(
+                f"{name}: {key} of the first batch is not what trainer.data.stream makes of the same samples"
+            )
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ def main() -> None:
     }
     options.results.mkdir(parents=True, exist_ok=True)
     name = f"loader-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{options.hardware}-{found['date']}.json"
-    writer.write_json(options.results / name, found)
+    atomic.write_json(options.results / name, found)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from shared import hardware, peak_bytes, ratio
 from torch import Tensor
 from torch.nn import functional
 
-from trainer import fused, losses
+from trainer.loss import fused
+from trainer.loss import reference as losses
 
 K, ALPHA = 64, 0.5
 ARMS = ("fused_kd", "fused_ce", "reference", "dense")

@@ -20,9 +20,13 @@ from pathlib import Path
 import numpy as np
 from shared import peak_bytes, write_plan
 
-from kdcache import format, hashes, manifest, writer
+from kdcache.cache import manifest, writer
+from kdcache.cache.format import fingerprint
+from kdcache.cache.layout import shard_name
+from kdcache.cache.sparsify import parse
 from kdcache.machine import cpu
-from kdcache.sparsify import parse
+from kdcache.models import identity
+from kdcache.storage import atomic
 
 VOCABULARY, K, TOKENS, ROWS = 512, 64, 100, 512
 
@@ -38,7 +42,7 @@ def make_student(folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     LlamaForCausalLM(LlamaConfig(num_attention_heads=1, **sizes)).save_pretrained(folder)
-    return hashes.tokenizer_identity(tokenizer)
+    return identity.tokenizer_identity(tokenizer)
 
 
 def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
@@ -47,7 +51,7 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
     sparsifier = parse(f"topk:{K}")
     fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
     fields["sparsify"] = str(sparsifier)
-    fingerprint = format.fingerprint(fields)
+    cache_fingerprint = fingerprint(fields)
     rows = []
     for i in range(ROWS):
         logits = random.normal(0, 3, (TOKENS, VOCABULARY))
@@ -60,21 +64,21 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
         given = random.integers(2, VOCABULARY, 20).tolist(), completion.tolist(), own, np.ones(TOKENS, np.int32)
         rows.append(writer.Row(columns, *given, -own, sparsifier(ids, logprobs)))
     (folder / "data").mkdir(parents=True)
-    first = folder / format.shard_name("train", 0)
-    meta = {"format_version": 1, "fingerprint": fingerprint, "rejected": []}
+    first = folder / shard_name("train", 0)
+    meta = {"format_version": 1, "fingerprint": cache_fingerprint, "rejected": []}
     writer.write_shard(first, rows, "q8", meta)
     shards = max(1, round(size_bytes / first.stat().st_size))
     for number in range(1, shards):
-        shutil.copy(first, folder / format.shard_name("train", number))
+        shutil.copy(first, folder / shard_name("train", number))
     plan = {
         "format_version": 1,
-        "fingerprint": fingerprint,
+        "fingerprint": cache_fingerprint,
         "fields": fields,
         "vocab_size": VOCABULARY,
         "end_of_turn": 1,
     }
     plan["tokenizer"] = tokenizer
-    plan["shards"] = [{"name": format.shard_name("train", n), "examples": ROWS} for n in range(shards)]
+    plan["shards"] = [{"name": shard_name("train", n), "examples": ROWS} for n in range(shards)]
     write_plan(folder, plan)
     import pyarrow as pa
 
@@ -137,7 +141,7 @@ def main() -> None:
     difference = found["cache_1"]["peak_resident_bytes"] - found["cache_0"]["peak_resident_bytes"]
     print(f"difference {difference / 1e6:+,.1f} MB")
     options.results.mkdir(exist_ok=True)
-    writer.write_json(options.results / "memory.json", found | {"difference_bytes": difference})
+    atomic.write_json(options.results / "memory.json", found | {"difference_bytes": difference})
 
 
 if __name__ == "__main__":

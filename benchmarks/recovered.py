@@ -49,10 +49,14 @@ from fidelity import Answer, Layout, Sparse, as_target, counted, draw, through_a
 from shared import hardware, say
 from torch import Tensor
 
-from kdcache import examples, format, sparsify, writer
+from kdcache.cache import sparsify
+from kdcache.examples import load as examples
+from kdcache.examples import types
+from kdcache.hashing import stable_hash
 from kdcache.machine import cpu, versions
-from trainer.fused import Head, distillation_loss, head_of
-from trainer.student import init_student, load_student
+from kdcache.storage import atomic
+from trainer.loss.fused import Head, distillation_loss, head_of
+from trainer.student.load import init_student, load_student
 
 T, HELD_OUT_SEQUENCES, HELD_OUT_DOCUMENTS = 256, 24, 0.1
 CAPTURED, DRAWN, BINS = 256, 50, 15
@@ -89,7 +93,7 @@ Run = dict[str, Any]
 def documents(text: str) -> list[str]:
     """``builtin``, a .jsonl with a question and an answer a row, or plain text with headings as WikiText has them."""
     if text == "builtin":
-        rows = [row for row in examples.load("builtin", examples.Columns()) if isinstance(row, examples.Example)]
+        rows = [row for row in examples.load("builtin", types.Columns()) if isinstance(row, types.Example)]
         return [f"{row.messages[-1]['content']}\n\n{row.completion}" for row in rows]
     whole = Path(text).read_text(encoding="utf-8")
     if not text.endswith(".jsonl"):
@@ -148,7 +152,7 @@ def teach(teacher: Any, sequences: Tensor, seeds: list[int], variants: list[str]
         best, ids = (array.numpy() for array in logprobs.topk(CAPTURED))
         for (layout, seed), found in kept.items():
             if layout.policy.startswith("draws"):
-                ranks = draw(logprobs.numpy(), format.stable_hash(seed, row.sample_id))[:, :DRAWN]
+                ranks = draw(logprobs.numpy(), stable_hash(seed, row.sample_id))[:, :DRAWN]
                 found.append(
                     counted(ranks, np.broadcast_to(np.arange(len(lesson.head), dtype=np.int32), logprobs.shape))
                 )
@@ -265,7 +269,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sequences = cut(texts[apart:], tokenizer, max(tokens.values()) // T)
     settings = {
         "text": options.text if options.text == "builtin" else Path(options.text).stem,
-        "text_hash": format.stable_hash(sequences.tolist(), held_out.tolist()),
+        "text_hash": stable_hash(sequences.tolist(), held_out.tolist()),
         "tokens": tokens,
         "different_tokens": len(sequences) * T,
         "held_out_tokens": len(held_out) * T,
@@ -305,7 +309,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         facts = {"student": name, "seed": seed, "variant": variant, "bytes_per_token": size}
         found["runs"].append(facts | scores | {"train_seconds": trained - started})
         options.results.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_json(options.results, found)
+        atomic.write_json(options.results, found)
         spent = time.monotonic() - begun
         say(
             f"{number}/{len(pending)} {name} {seed} {variant}: CE {scores['ce']:.4f}, KL {scores['kl']:.4f}, "

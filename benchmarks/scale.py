@@ -32,9 +32,13 @@ import pyarrow.parquet as pq
 from memory import VOCABULARY, make_student
 from shared import hardware, save_figure, say
 
-from kdcache import format, judging, manifest, sparsify, writer
+from kdcache.cache import manifest, sparsify, writer
+from kdcache.cache.format import SCHEMA, SPLITS, fingerprint, parquet_options
+from kdcache.cache.layout import shard_name, split_of_shard
+from kdcache.cache.sparsify import parse
+from kdcache.judge import rewards_file as judging
 from kdcache.machine import cpu, peak_resident_bytes, versions
-from kdcache.sparsify import parse
+from kdcache.storage import atomic
 
 HERE = Path(__file__).parent
 K, TOKENS, PROMPT_TOKENS = 2, 100, 20
@@ -66,11 +70,11 @@ def split_of(shard: int) -> str:
 
 
 def names_of(shards: int) -> list[str]:
-    counts = dict.fromkeys(format.SPLITS, 0)
+    counts = dict.fromkeys(SPLITS, 0)
     found = []
     for shard in range(shards):
         split = split_of(shard)
-        found.append(format.shard_name(split, counts[split]))
+        found.append(shard_name(split, counts[split]))
         counts[split] += 1
     return found
 
@@ -114,21 +118,26 @@ def make_cache(folder: Path, shards: int, rows: int, tokenizer: Any) -> dict[str
     """A cache of ``shards`` shards of ``rows`` samples; returns its sizes."""
     fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
     fields["sparsify"] = str(parse(f"topk:{K}"))
-    fingerprint = format.fingerprint(fields)
-    metadata = {"format_version": 1, "fingerprint": fingerprint, "precision": "q8", "sparsify": fields["sparsify"]}
+    cache_fingerprint = fingerprint(fields)
+    metadata = {
+        "format_version": 1,
+        "fingerprint": cache_fingerprint,
+        "precision": "q8",
+        "sparsify": fields["sparsify"],
+    }
     metadata |= {"engine": "none", "seconds": 1.0, "rejected": []}
-    schema = format.SCHEMA.with_metadata({b"kdcache": json.dumps(metadata).encode()})
+    schema = SCHEMA.with_metadata({b"kdcache": json.dumps(metadata).encode()})
     base = base_table(min(rows, 500))
     table = pa.concat_tables([base] * (rows // len(base))).combine_chunks()
     (folder / "data").mkdir(parents=True)
     names = names_of(shards)
     for number, name in enumerate(names):
-        part = with_ids(table, number * rows, format.split_of_shard(name)).cast(schema)
-        with pq.ParquetWriter(folder / name, schema, **format.parquet_options("q8")) as sink:
+        part = with_ids(table, number * rows, split_of_shard(name)).cast(schema)
+        with pq.ParquetWriter(folder / name, schema, **parquet_options("q8")) as sink:
             sink.write_table(part, row_group_size=writer.ROW_GROUP_ROWS)
-    plan = {"format_version": 1, "fingerprint": fingerprint, "fields": fields, "vocab_size": VOCABULARY}
+    plan = {"format_version": 1, "fingerprint": cache_fingerprint, "fields": fields, "vocab_size": VOCABULARY}
     plan |= {"end_of_turn": 1, "tokenizer": tokenizer, "teacher_revision": None}
-    writer.write_json(folder / "plan.json", plan | {"shards": [{"name": name, "examples": rows} for name in names]})
+    atomic.write_json(folder / "plan.json", plan | {"shards": [{"name": name, "examples": rows} for name in names]})
     words = pa.array([f"w{i}" for i in range(VOCABULARY)])
     ids = pa.array(range(VOCABULARY), pa.int32())
     writer.write_table(
@@ -158,12 +167,12 @@ def make_examples(path: Path, samples: int) -> None:
 
 def measure(what: str, folder: Path) -> dict[str, Any]:
     """Seconds and peak memory of one thing done with FOLDER/cache."""
-    from kdcache import integrity, query, reader
+    from kdcache.cache import integrity, query, reader
 
     if what == "plan":
         import transformers  # noqa: F401
 
-        from kdcache.plan import CaptureConfig, Plan
+        from kdcache.capture.plan import CaptureConfig, Plan
     elif what == "loader":
         import trainer.batches
     cache = folder / "cache"
@@ -426,7 +435,7 @@ def main() -> None:
     if options.show:
         found = json.loads(options.show.read_text())
     else:
-        from kdcache import query
+        from kdcache.cache import query
 
         views = options.views or list(query.VIEWS)
         found = {"date": str(date.today()), "machine": cpu(), "load_at_start": os.getloadavg()[0]}
@@ -457,7 +466,7 @@ def main() -> None:
                 found["writing_tokens_per_second"] = found.get("writing_tokens_per_second") or writing()
                 if not options.show_only:
                     options.results.mkdir(exist_ok=True)
-                    writer.write_json(options.results / name, found)
+                    atomic.write_json(options.results / name, found)
     show(found)
     if options.plot:
         plot(found, options.plot)

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache import seal, storage, writer
+from kdcache import storage
 from kdcache.machine import cpu
+from kdcache.storage import atomic, seal
 
 
 def write_plan(folder: Path, plan: dict[str, Any]) -> None:
@@ -30,8 +31,8 @@ def write_plan(folder: Path, plan: dict[str, Any]) -> None:
         for shard in plan["shards"]
     ]
     manifest = {"format_version": 1, "fingerprint": plan["fingerprint"], "shards": shards}
-    writer.write_json(folder / "plan.json", seal.with_checksum(plan))
-    writer.write_json(folder / "manifest.json", seal.with_checksum(manifest))
+    atomic.write_json(folder / "plan.json", seal.with_checksum(plan))
+    atomic.write_json(folder / "manifest.json", seal.with_checksum(manifest))
 
 
 def hardware() -> str:

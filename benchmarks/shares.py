@@ -13,7 +13,7 @@ import itertools
 
 import numpy as np
 
-from trainer.batches import Stream, Units, divide
+from trainer.data.stream import Stream, Units, divide
 
 SAMPLES, ROWS, A_RANK, A_NODE = 100_000, 128, 16, 8
 

@@ -4,7 +4,7 @@
     python benchmarks/size.py data/c                     # about a minute
     python benchmarks/size.py data/c --exact data/f      # f: the same, made with --precision f32
 
-Read are the columns a trainer asks for, by kdcache.reader (row groups to Samples, page checksums on), against the same
+Read are the columns a trainer asks for, by kdcache.cache.reader (row groups to Samples, page checksums on), against the same
 samples as plain Parquet (nested lists, zstd, pyarrow's own choice of encodings, no checksums) and through
 `datasets.load_dataset`. Plain Parquet would hold exact log-probabilities: --exact takes its samples from a cache of the
 same rows that has them; without it the rounded ones are written, which compress better than real ones would.
@@ -32,8 +32,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from shared import hardware, write_plan
 
-from kdcache import format, manifest, reader, writer
+from kdcache.cache import manifest, reader, writer
+from kdcache.cache.format import SCHEMA
+from kdcache.cache.layout import shard_name
 from kdcache.machine import cpu, versions
+from kdcache.storage import atomic
 
 HERE = Path(__file__).parent
 
@@ -43,7 +46,7 @@ HERE = Path(__file__).parent
 
 def bytes_by_column(files: list[Path]) -> dict[str, int]:
     """Compressed bytes of each column, from the footers; what is left of the files is called ``footers``."""
-    found: dict[str, int] = dict.fromkeys(format.SCHEMA.names, 0)
+    found: dict[str, int] = dict.fromkeys(SCHEMA.names, 0)
     for path in files:
         for chunk in manifest.column_chunks(pq.read_metadata(path)):
             name = chunk.path_in_schema.partition(".")[0]
@@ -120,7 +123,7 @@ def repeat(cache: Path, folder: Path, tokens_wanted: int, tokens: int) -> tuple[
     names = []
     for _ in range(max(1, round(tokens_wanted / tokens))):
         for source in sources:
-            names.append(format.shard_name("train", len(names)))
+            names.append(shard_name("train", len(names)))
             shutil.copy(source, folder / names[-1])
     write_plan(folder, plan | {"shards": [{"name": name} for name in names]})
     return reader.Cache(folder), [folder / name for name in names]
@@ -186,7 +189,7 @@ def main() -> None:
         preparing = time.perf_counter() - begun
         few = dataset.select(range(min(len(dataset), 200)))  # too slow for more
         variants: dict[str, Callable[[], int]] = {
-            "kdcache.reader, to Samples": lambda: read_cache(cache),
+            "kdcache.cache.reader, to Samples": lambda: read_cache(cache),
             "plain Parquet, to flat numpy": lambda: read_plain(plain),
             "load_dataset, arrow to flat numpy": lambda: read_dataset_arrow(dataset),
             "load_dataset, numpy rows": lambda: read_dataset_numpy(few),
@@ -232,7 +235,7 @@ def main() -> None:
     }
     options.results.mkdir(exist_ok=True)
     name = f"size-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{precision}-{hardware()}-{found['date']}.json"
-    writer.write_json(options.results / name, found)
+    atomic.write_json(options.results / name, found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python benchmarks/step.py data/c --student data/student      # about half an hour on two quiet cores
 
 A step is forward, backward and AdamW on one packed batch of the cache, on the CPU. The arms get the very same samples:
-`sft` (alpha 0) and `kd` (alpha 0.5) by trainer.distill; and, with the teacher in memory and its forward pass in the
+`sft` (alpha 0) and `kd` (alpha 0.5) by trainer.distill.trainer; and, with the teacher in memory and its forward pass in the
 step, the forward KL alone:
 `trl_gkd`, by TRL's GKDTrainer, off-policy (lmbda 0, beta 0), on rows padded by its own collator, no checkpointing;
 `online_dense`, the same loss of TRL's on all logits of the packed batch, without padding;
@@ -39,12 +39,13 @@ from torch import Tensor
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from kdcache import manifest, writer
+from kdcache.cache import manifest
+from kdcache.cache.reader import Cache
 from kdcache.machine import cpu, versions
-from kdcache.reader import Cache
-from trainer.batches import IGNORE, Batch, Stream, select
-from trainer.distill import attach_loss
-from trainer.student import load_student
+from kdcache.storage import atomic
+from trainer.data.stream import IGNORE, Batch, Stream, select
+from trainer.distill.trainer import attach_loss
+from trainer.student.load import load_student
 
 HERE = Path(__file__).parent
 ALPHA = 0.5
@@ -291,7 +292,7 @@ def main() -> None:
     show(found)
     name = f"step-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{options.dtype}-{options.hardware}-{found['date']}.json"
     options.results.mkdir(parents=True, exist_ok=True)
-    writer.write_json(options.results / name, found)
+    atomic.write_json(options.results / name, found)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,12 @@ import numpy as np
 import pyarrow as pa
 from shared import hardware, write_plan
 
-from kdcache import format, writer
+from kdcache.cache import writer
+from kdcache.cache.format import fingerprint
+from kdcache.cache.layout import shard_name
+from kdcache.cache.sparsify import parse
 from kdcache.machine import cpu, versions
-from kdcache.sparsify import parse
+from kdcache.storage import atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY, K, ROWS = 49_152, 16, 1024
@@ -71,7 +74,7 @@ def make_cache(folder: Path, samples: int) -> None:
     words, pool = made_up_words(random), made_up_candidates(random, 128)
     fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
     fields |= {"sparsify": f"topk:{K}", "weights": "", "sampling": None, "samples": None}  # type: ignore[dict-item]
-    meta = {"format_version": 1, "fingerprint": format.fingerprint(fields), "rejected": []}
+    meta = {"format_version": 1, "fingerprint": fingerprint(fields), "rejected": []}
     (folder / "data").mkdir(parents=True)
     counts = [min(ROWS, samples - first) for first in range(0, samples, ROWS)]
     shards = []
@@ -93,7 +96,7 @@ def make_cache(folder: Path, samples: int) -> None:
             own = -random.gamma(2.0, random.uniform(0.2, 1), length).astype(np.float32)
             ranks = random.integers(1, 9, length).astype(np.int32)
             rows.append(writer.Row(columns, prompt.tolist(), completion.tolist(), own, ranks, entropies, candidates))
-        shards.append({"name": format.shard_name(split, number), "examples": count})
+        shards.append({"name": shard_name(split, number), "examples": count})
         writer.write_shard(folder / shards[-1]["name"], rows, "q8", meta)
     plan = {"format_version": 1, "fingerprint": meta["fingerprint"], "fields": fields, "teacher_revision": None}
     plan |= {"vocab_size": VOCABULARY, "end_of_turn": 2, "tokenizer": {}, "shards": shards}
@@ -193,7 +196,7 @@ def main() -> None:
     facts = {"date": str(date.today()), "machine": cpu(), "versions": versions("duckdb", "pyarrow", "numpy")}
     facts |= {"load_average": round(os.getloadavg()[0], 1), "samples": options.samples, "cache_bytes": size}
     options.results.mkdir(exist_ok=True)
-    writer.write_json(options.results / f"view-{hardware()}-{date.today()}.json", facts | found)
+    atomic.write_json(options.results / f"view-{hardware()}-{date.today()}.json", facts | found)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from kdcache import capture, embedded
-from kdcache.plan import CaptureConfig, Plan
-from kdcache.sandbox import Sandbox
+from kdcache.capture import run as capture
+from kdcache.capture.plan import CaptureConfig, Plan
+from kdcache.judge.sandbox import Sandbox
+from kdcache.models import embedded
 from kdcache.teachers import Sampling
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

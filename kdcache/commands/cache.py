@@ -26,7 +26,7 @@ def cache_info(cache: Path, as_json: bool) -> None:
     \b
     kd cache info data/cache
     """
-    from kdcache import manifest
+    from kdcache.cache import manifest
 
     print_facts(manifest.summary(cache), as_json)
 
@@ -42,7 +42,8 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
     kd cache verify data/cache
     kd cache verify data/cache --repair      # then run the same kd cache-teacher command again
     """
-    from kdcache import format, integrity
+    from kdcache.cache import integrity
+    from kdcache.cache.layout import REWARDS_FILE
 
     line = ProgressLine("shards")
     report = integrity.verify(cache, lambda done, total: line.show(done, total, "", None))
@@ -78,10 +79,10 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         note(f"{len(report.set_aside)} files were moved to {cache}/set-aside")
     if report.sound:
         return
-    to_capture = report.missing or [name for name in report.set_aside if name != format.REWARDS_FILE]
+    to_capture = report.missing or [name for name in report.set_aside if name != REWARDS_FILE]
     if to_capture:
         note("run the same kd cache-teacher command again: it redoes what is missing, and nothing else")
-    if format.REWARDS_FILE in report.set_aside:
+    if REWARDS_FILE in report.set_aside:
         note("run kd verify-answers again: it makes the rewards anew")
     if report.problems and not repair:
         note("--repair sets the bad files aside, so that they can be made again")

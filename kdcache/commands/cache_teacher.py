@@ -187,8 +187,11 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --mode both --samples 4 --out data/qwen
     """
     quiet.libraries()
-    from kdcache import capture, cluster, examples, machine
-    from kdcache.plan import CaptureConfig, Plan
+    from kdcache import machine
+    from kdcache.capture import ray as cluster
+    from kdcache.capture import run as capture
+    from kdcache.capture.plan import CaptureConfig, Plan
+    from kdcache.examples import types
     from kdcache.teachers import Sampling, runs_on_gpu
 
     warn_of_unsafe(options["unsafe_exec"])
@@ -201,7 +204,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         )
     extra = engine_extra(context, options["engine"])
     config = CaptureConfig(
-        columns=examples.Columns(options.pop("prompt_column"), options.pop("completion_column"), options.pop("system")),
+        columns=types.Columns(options.pop("prompt_column"), options.pop("completion_column"), options.pop("system")),
         sampling=Sampling(options.pop("temperature"), options.pop("top_p"), options.pop("max_tokens")),
         split_ratios=ratios(options.pop("split_ratios")),
         plan_slice=plan_slice(options.pop("plan_slice")),

@@ -37,7 +37,7 @@ def is_first_rank() -> bool:
 
 
 def introduce(resolved: Any) -> None:
-    """What a training run (``trainer.run.Run`` or ``trainer.grpo.GrpoRun``) says before its first step."""
+    """What a training run (``trainer.distill.plan.Run`` or ``trainer.grpo.train.GrpoRun``) says before its first step."""
     note_device()
     facts = resolved.facts().items()
     note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))

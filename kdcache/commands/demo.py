@@ -27,6 +27,6 @@ def demo(out: Path) -> None:
     \b
     kd demo --out data/demo
     """
-    from kdcache import recipe
+    from kdcache.commands import recipes as recipe
 
     recipe.run("demo", out, note)

@@ -26,7 +26,7 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
     kd push data/qwen my-name/qwen-cache --dry-run
     kd push data/kd my-name/qwen-0.5b-distilled
     """
-    from kdcache import publish
+    from kdcache.cache import publish
 
     asked = publish.prepare(folder, repo_id, private=not public)
     facts = {

@@ -30,7 +30,7 @@ def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: b
     kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
     """
     quiet.libraries()
-    from kdcache import recipe as recipes
+    from kdcache.commands import recipes
 
     out = out or Path("data") / Path(recipe).stem
     if not dry_run:

@@ -41,7 +41,7 @@ def sql(
     kd sql data/cache "SELECT * FROM uncertain_tokens LIMIT 10" --json
     kd sql data/cache
     """
-    from kdcache import query as queries
+    from kdcache.cache import query as queries
 
     def show(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 64) -> None:
         print_rows(names, rows, as_csv, as_json, width)

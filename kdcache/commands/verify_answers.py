@@ -25,7 +25,7 @@ def verify_answers(cache: Path, where: str | None, renew: bool, unsafe_exec: boo
     kd verify-answers data/codeforces
     kd sql data/codeforces "SELECT avg(reward) FROM samples WHERE origin = 'sampled'"
     """
-    from kdcache import judging
+    from kdcache.judge import rewards_file as judging
 
     warn_of_unsafe(unsafe_exec)
     line = ProgressLine("answers")

@@ -42,13 +42,13 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
     kd view data/demo/cache --student data/demo/kd --sample builtin:en-001:g
     """
     quiet.libraries()
-    from trainer.view import View
+    from kdcache.view.view import View
 
     with contextlib.closing(View(cache)) as viewed:
         beside = None
         if student is not None:
-            from trainer.forced import Student
-            from trainer.student import check_tokenizer
+            from trainer.evaluate.forced import Student
+            from trainer.student.load import check_tokenizer
 
             check_tokenizer(student, viewed.cache)
             beside = Student(student, viewed.cache)
@@ -58,7 +58,7 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
 
 
 def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open_browser: bool) -> None:
-    from trainer.serve import Server
+    from kdcache.view.server import Server
 
     with Server(viewed, student, port, sample) as server:
         click.echo(server.url)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import KDError, UsageError
-from kdcache.examples import BadRow, Example, files, templates
+from kdcache.examples import files, templates
+from kdcache.examples.types import BadRow, Example
 
 
 class Rejected(ValueError):

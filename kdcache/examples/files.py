@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.examples.messages import without_nulls
+from kdcache.prompts.messages import without_nulls
 
 Row = dict[str, Any]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.errors import UsageError
-from kdcache.examples import BadRow, Columns, Example, files
-from kdcache.examples import messages as chat
-from kdcache.examples.messages import Message
+from kdcache.examples import files
+from kdcache.examples.types import BadRow, Columns, Example
+from kdcache.prompts import messages as chat
+from kdcache.prompts.messages import Message
 
 
 @dataclass(frozen=True)

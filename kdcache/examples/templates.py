@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kdcache.examples import Example
+    from kdcache.examples.types import Example
 
 TEMPLATE_VERSION = 1
 PROMPT_FORMATS = ("chat", "alpaca")

@@ -11,10 +11,11 @@ import pytest
 from conftest import capture_plan, run_kd
 from playwright.sync_api import expect
 
-from kdcache import capture
-from trainer import distill, run
-from trainer.evaluate import EvaluateConfig, evaluate
-from trainer.student import init_student
+from kdcache.capture import run as capture
+from trainer.distill import plan as run
+from trainer.distill import trainer as distill
+from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.student.load import init_student
 
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&amp; a \u202egnihtemos\u202c \u200fc"

@@ -18,8 +18,10 @@ import pytest
 from conftest import ROOT
 from playwright.sync_api import expect
 
-from kdcache import format, query, seal, writer
-from kdcache.sparsify import parse
+from kdcache.cache import query, writer
+from kdcache.cache.layout import shard_name
+from kdcache.cache.sparsify import parse
+from kdcache.storage import atomic, seal
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 SCRIPT = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&amp;"
@@ -73,9 +75,9 @@ def make_hostile(folder: Path, like: Path, tokenizer: str) -> None:
     encode: Callable[..., Any] = AutoTokenizer.from_pretrained(tokenizer).encode
     random, sparsifier = np.random.default_rng(0), parse("topk:8")
     plan = json.loads((like / "plan.json").read_text())
-    plan["shards"] = [{"name": format.shard_name("train", 0), "examples": len(HOSTILE)}]
+    plan["shards"] = [{"name": shard_name("train", 0), "examples": len(HOSTILE)}]
     (folder / "data").mkdir(parents=True)
-    writer.write_json(folder / "plan.json", seal.with_checksum(plan))
+    atomic.write_json(folder / "plan.json", seal.with_checksum(plan))
     (folder / "vocab.parquet").write_bytes((like / "vocab.parquet").read_bytes())
     rows = []
     for name, (prompt, completion) in HOSTILE.items():

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from kdcache import capture, integrity, query
-from kdcache import plan as plans
-from kdcache.plan import CaptureConfig, Plan
+from kdcache.cache import integrity, query
+from kdcache.capture import plan as plans
+from kdcache.capture import run as capture
+from kdcache.capture.plan import CaptureConfig, Plan
 
 pytestmark = pytest.mark.integration
 

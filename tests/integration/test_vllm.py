@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from kdcache import examples, models
-from kdcache.prompts import Prompts
+from kdcache import models
+from kdcache.examples import load as examples
+from kdcache.examples import types
+from kdcache.prompts.tokenize import Prompts
 from kdcache.teachers import EngineOptions, Refusal, Request, Sampling, load
 
 pytestmark = pytest.mark.integration
@@ -25,7 +27,7 @@ def requests(smollm):
     """Given answers of each task, and sampled ones: short, so that some end and some are cut."""
     prompts = Prompts(smollm, models.tokenizer(smollm))
     found = []
-    for i, example in enumerate(examples.load("builtin", examples.Columns(), 8)):
+    for i, example in enumerate(examples.load("builtin", types.Columns(), 8)):
         asked = prompts.ask(example.messages, example.given)
         found.append(Request(("x", f"given {i}"), asked.prompt_ids, asked.completion_ids))
         found.append(Request(("x", f"sampled {i}"), asked.prompt_ids, None, seed=i))
@@ -194,7 +196,7 @@ OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np
 from kdcache import embedded, examples, models
-from kdcache.prompts import Prompts
+from kdcache.prompts.tokenize import Prompts
 from kdcache.teachers import EngineOptions, Request, load
 
 model = str(embedded.prepare())

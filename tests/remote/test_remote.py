@@ -13,8 +13,11 @@ import threading
 import pytest
 from conftest import ROOT, capture_plan, history
 
-from kdcache import capture, diskcache, integrity, manifest, query, reader, storage
+from kdcache import storage
+from kdcache.cache import integrity, manifest, query, reader
+from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
+from kdcache.storage import diskcache
 from remote.conftest import KEY, SECRET, free_port, objects, put
 
 ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
@@ -344,7 +347,7 @@ def test_each_of_two_nodes_fetches_its_share_and_together_they_make_the_same_ste
 ):
     import numpy as np
 
-    from trainer.batches import Stream, select
+    from trainer.data.stream import Stream, select
 
     where = storage.location(put(buckets, wide_cache, "shared"))
     size = sum(path.stat().st_size for path in (wide_cache / "data").glob("train*"))
@@ -371,7 +374,7 @@ def test_each_of_two_nodes_fetches_its_share_and_together_they_make_the_same_ste
 
 
 def test_an_epoch_that_was_read_once_is_not_fetched_again(s3, buckets, wide_cache):
-    from trainer.batches import Stream, in_order, select
+    from trainer.data.stream import Stream, in_order, select
 
     where = storage.location(put(buckets, wide_cache, "again"))
     units = select([reader.Cache(where)], "train")

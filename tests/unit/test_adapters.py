@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trainer import adapters
-from trainer.run import TrainConfig
-from trainer.student import load_student
+from trainer.distill.plan import TrainConfig
+from trainer.student import lora as adapters
+from trainer.student.load import load_student
 
 IDS = torch.arange(5, 37)[None]
 

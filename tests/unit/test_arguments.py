@@ -7,7 +7,9 @@ import pytest
 from transformers import TrainingArguments
 
 from kdcache.errors import KDError, UsageError
-from trainer import arguments, grpo, run
+from trainer.distill import plan as run
+from trainer.grpo import train as grpo
+from trainer.run import arguments
 
 NOT_FINITE = (math.nan, math.inf, -math.inf, [math.nan], {"x": math.nan})
 ABSURD = (

@@ -2,10 +2,10 @@
 
 import pytest
 
-from kdcache import asserts
-from kdcache import sandbox as sandbox_module
-from kdcache.sandbox import Sandbox
-from kdcache.verifiers import Verdict, verify
+from kdcache.judge import asserts
+from kdcache.judge import sandbox as sandbox_module
+from kdcache.judge.sandbox import Sandbox
+from kdcache.judge.verifiers import Verdict, verify
 
 DOUBLE = {"kind": "asserts", "language": "python", "tests": ["assert double(2) == 4", "assert double('a') == 'aa'"]}
 SORTED = {"kind": "asserts", "language": "python", "tests": ["data = [3, 1, 2]\nassert order(data) == sorted(data)"]}

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdcache.cache.reader import Cache, Sample
 from kdcache.errors import KDError
-from kdcache.reader import Cache, Sample
-from trainer.batches import IGNORE, Stream, divide, in_order, open_caches, pack, read_ahead, select
-from trainer.distill import attach_loss
+from trainer.data.stream import IGNORE, Stream, divide, in_order, open_caches, pack, read_ahead, select
+from trainer.distill.trainer import attach_loss
 
 HEAD = 49152
 
@@ -102,7 +102,7 @@ def test_a_step_of_several_windows_is_fetched_while_the_one_before_is_in_use(uni
     done = []
     monkeypatch.setattr(type(units), "remote", True)
     monkeypatch.setattr(type(units), "prefetch", lambda self, groups: done.append("prefetch"))
-    monkeypatch.setattr("trainer.batches.WINDOW_ROW_GROUPS", 1)
+    monkeypatch.setattr("trainer.data.stream.WINDOW_ROW_GROUPS", 1)
     load = type(units).load
     monkeypatch.setattr(type(units), "load", lambda self, picked: done.append("load") or load(self, picked))
     steps = -(-len(units) // 20)

@@ -14,8 +14,10 @@ import torch
 from conftest import ROOT, capture_plan
 from transformers import AutoModelForCausalLM
 
-from kdcache import capture, manifest, query, seal, writer
+from kdcache.cache import manifest, query
+from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
+from kdcache.storage import atomic, seal
 
 COLUMNS = "sample_id, prompt_ids, completion_ids, candidate_ids, candidate_logprobs, tail_logprobs, token_logprobs, token_ranks"
 
@@ -275,7 +277,7 @@ def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_p
     capture.run(capture_plan(str(model), rows, tmp_path / "out", mode="score"))
     plan = json.loads((tmp_path / "out/plan.json").read_text())
     yesterday = "2001-02-03"
-    writer.write_json(tmp_path / "out/plan.json", seal.with_checksum(plan | {"date": yesterday}))
+    atomic.write_json(tmp_path / "out/plan.json", seal.with_checksum(plan | {"date": yesterday}))
     again = capture_plan(str(model), rows, tmp_path / "out", mode="score")
     (sample,) = again.samples_of(again.shards[0], again.examples[0])
     assert sample.fields["prompt"] == "Today is 2001-02-03. a: "

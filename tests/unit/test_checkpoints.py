@@ -15,7 +15,11 @@ from conftest import ROOT
 from safetensors.numpy import load_file
 
 from kdcache.errors import KDError, UsageError
-from trainer import checkpoints, distill, grpo, report, run
+from trainer.distill import plan as run
+from trainer.distill import trainer as distill
+from trainer.grpo import train as grpo
+from trainer.report import gather as report
+from trainer.run import checkpoints
 
 ARGUMENTS = {
     **{"max_steps": 4, "eval_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2},

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, cluster, integrity, lock, manifest, query, seal, writer
+from kdcache.cache import integrity, manifest, query
+from kdcache.capture import ray as cluster
+from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
+from kdcache.storage import atomic, lock, seal
 
 ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
 
@@ -93,7 +96,7 @@ def test_a_plan_that_was_cut_otherwise_is_refused(tiny_cache, tiny_model, rows_f
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = json.loads((copy / "plan.json").read_text())
     plan["shards"][0]["examples"] += 1
-    writer.write_json(copy / "plan.json", seal.with_checksum(plan))
+    atomic.write_json(copy / "plan.json", seal.with_checksum(plan))
     with pytest.raises(KDError, match="into other shards"):
         capture.run(capture_plan(tiny_model, rows_file, copy))
 

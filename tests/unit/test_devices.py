@@ -166,7 +166,7 @@ def test_under_bf16_and_fsdp2_the_teachers_word_reaches_the_loss_unrounded(start
 )
 def test_fsdp_is_an_error_where_it_cannot_be(monkeypatch, environment, options, says):
     from kdcache.errors import UsageError
-    from trainer import parallel
+    from trainer.run import parallel
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from kdcache import __main__ as entry
-from kdcache import recipe
+from kdcache.commands import recipes as recipe
 
 FOREIGN = "print('a stranger ran')\nraise SystemExit(0)\n"
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from conftest import capture_plan
 
-from kdcache import capture
+from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.teachers import Sampling
-from trainer import batches, compare, metrics
-from trainer import evaluate as evaluation
-from trainer.evaluate import EvaluateConfig, evaluate
-from trainer.generate import Ask
-from trainer.student import parse_layers
+from trainer.data import stream as batches
+from trainer.evaluate import compare, metrics
+from trainer.evaluate import run as evaluation
+from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.student.generate import Ask
+from trainer.student.load import parse_layers
 
 
 def rows_of(done) -> dict[tuple[str, str], dict]:
@@ -33,7 +34,7 @@ def rows_of(done) -> dict[tuple[str, str], dict]:
 @pytest.fixture(scope="module")
 def half(tiny_model, tmp_path_factory) -> str:
     """The first of the teacher's two layers."""
-    from trainer.student import init_student
+    from trainer.student.load import init_student
 
     out = tmp_path_factory.mktemp("students") / "half"
     init_student(tiny_model, out, "1")
@@ -232,7 +233,7 @@ def test_retention_is_the_ratio_to_the_teacher_at_the_same_temperature(tmp_path)
             for i, (r, judged) in enumerate(zip(rouge, rewards))
             for s, reward in enumerate(judged)
         ]
-        from trainer.evaluate import ANSWERS, FORCED
+        from trainer.evaluate.run import ANSWERS, FORCED
 
         pq.write_table(pa.Table.from_pylist(answers, ANSWERS), folder / "answers.parquet")
         pq.write_table(FORCED.empty_table(), folder / "forced.parquet")
@@ -359,7 +360,7 @@ def test_one_cache_named_twice_is_refused(tiny_cache, tmp_path):
 def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_time():
     import time
 
-    from kdcache.sandbox import Sandbox
+    from kdcache.judge.sandbox import Sandbox
 
     adds = {
         "kind": "stdio",

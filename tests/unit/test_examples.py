@@ -9,9 +9,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import capture_plan
 
-from kdcache import capture, examples, format, splits
+from kdcache.cache.format import SPLITS, differing_fields
+from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
-from kdcache.examples import BadRow, Columns, Example, pytorrent, templates
+from kdcache.examples import load as examples
+from kdcache.examples import near_duplicates as splits
+from kdcache.examples import templates
+from kdcache.examples.data_sets import pytorrent
+from kdcache.examples.types import BadRow, Columns, Example
 
 ENGLISH_ALPACA = (
     b"Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
@@ -333,9 +338,9 @@ def bugnet_folder(tmp_path):
 def test_no_problem_is_on_two_sides_whatever_the_data_sets_own_splits(tiny_model, bugnet_folder, tmp_path):
     settings = {"data_path": str(bugnet_folder), "mode": "score", "near_duplicates": "keep"}
     plan = capture_plan(tiny_model, "bugnet-python", tmp_path / "out", **settings)
-    assert not crossing(plan) and {shard.split for shard in plan.shards} == set(format.SPLITS)
+    assert not crossing(plan) and {shard.split for shard in plan.shards} == set(SPLITS)
     assert sum(len(shard.examples) for shard in plan.shards) == 240
-    plan._split = lambda example: format.SPLITS[int(example.row_id) % 3]  # as by row: then the check must fail
+    plan._split = lambda example: SPLITS[int(example.row_id) % 3]  # as by row: then the check must fail
     plan.shards = plan._cut()
     assert crossing(plan)
 
@@ -346,7 +351,7 @@ def slices(**texts):
             Example("x", f"{split}{i}", ({"role": "user", "content": text},))
             for i, text in enumerate(texts.get(split, []))
         ]
-        for split in format.SPLITS
+        for split in SPLITS
     }
 
 
@@ -426,9 +431,9 @@ def test_form_and_duplicates_are_part_of_the_fingerprint(tiny_model, tmp_path):
 
     usual = fields()
     assert usual == fields()
-    differing = [line.split(":")[0] for line in format.differing_fields(usual, fields(prompt_format="alpaca"))]
+    differing = [line.split(":")[0] for line in differing_fields(usual, fields(prompt_format="alpaca"))]
     assert differing == ["examples", "prompt_template"]
-    differing = [line.split(":")[0] for line in format.differing_fields(usual, fields(near_duplicates="keep"))]
+    differing = [line.split(":")[0] for line in differing_fields(usual, fields(near_duplicates="keep"))]
     assert differing == ["near_duplicates"]
 
 

@@ -11,7 +11,8 @@ from fsspec.registry import _registry
 
 import cli
 from kdcache import extras
-from trainer import plots, report
+from trainer.report import gather as report
+from trainer.report import plots
 
 
 @pytest.fixture(scope="module")

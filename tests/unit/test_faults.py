@@ -15,8 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, format, integrity, lock, manifest, query, reader
+from kdcache.cache import integrity, manifest, query, reader
+from kdcache.cache.format import parquet_options
+from kdcache.capture import run as capture
 from kdcache.errors import KDError
+from kdcache.storage import lock
 from kdcache.teachers import Answer, Refusal
 
 ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
@@ -48,7 +51,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_stands_twice(kills
     capture_in_a_process(tiny_model, rows, tmp_path / "whole")
     # The imports are paid for once; each child is forked from a process that has computed nothing.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "kdcache.capture", "conftest", "datasets"])
+    context.set_forkserver_preload(["torch", "transformers", "kdcache.capture.run", "conftest", "datasets"])
     chance, in_the_middle, kept = random.Random(kills), 0, {}
     for _ in range(kills):
         process = context.Process(target=capture_in_a_process, args=(tiny_model, rows, out))
@@ -175,7 +178,7 @@ def rewritten(shard, **changes):
         place = table.schema.get_field_index(name)
         values = pa.array(change(table[name].to_pylist()), table.schema.field(name).type)
         table = table.set_column(place, table.schema.field(name), values)
-    pq.write_table(table, shard, **format.parquet_options("q8"))
+    pq.write_table(table, shard, **parquet_options("q8"))
 
 
 def in_first(change):

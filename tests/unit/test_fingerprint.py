@@ -6,9 +6,10 @@ from dataclasses import fields
 import pytest
 from conftest import capture_plan
 
-from kdcache import format, plan
-from kdcache.examples import BadRow, Columns, Example
-from kdcache.prompts import TemplateFacts
+from kdcache.cache.format import fingerprint
+from kdcache.capture import plan
+from kdcache.examples.types import BadRow, Columns, Example
+from kdcache.prompts.tokenize import TemplateFacts
 from kdcache.teachers import Sampling
 
 WEATHER = {
@@ -68,7 +69,7 @@ def test_a_configuration_has_the_fingerprint_that_it_always_had(tiny_model, tmp_
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     made = capture_plan(tiny_model, rows, tmp_path / "cache", **CONFIGURATIONS[name])
     of_this_machine = {"weights": "weights", "tokenizer": "tokenizer"}  # their files change with the library's version
-    assert format.fingerprint(made.fields | of_this_machine) == FINGERPRINTS[name]
+    assert fingerprint(made.fields | of_this_machine) == FINGERPRINTS[name]
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import pytest
 from conftest import ROOT, capture_plan
 
 import cli
-from kdcache import capture, folders, lock
+from kdcache.capture import run as capture
 from kdcache.commands.options import extra_options
 from kdcache.errors import KDError, UsageError
+from kdcache.storage import folders, lock
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_a_file_of_the_same_name_is_not_replaced(name, file, command, tmp_path):
 
 
 def test_the_disk_cache_evicts_its_own_pieces_alone(tmp_path, monkeypatch):
-    from kdcache import diskcache
+    from kdcache.storage import diskcache
 
     monkeypatch.setenv("KDCACHE_DISK_CACHE", str(tmp_path))
     for name in ("thesis.tex", "a" * 32, f".{'b' * 32}.{'c' * 8}"):
@@ -295,7 +296,7 @@ def test_a_second_writer_is_told_who_is_at_it_and_changes_nothing(name, command,
 
 
 def test_of_several_ranks_the_first_alone_takes_the_lock(tmp_path, monkeypatch):
-    from trainer.run import alone
+    from trainer.distill.plan import alone
 
     class Run:
         class config:
@@ -312,7 +313,8 @@ def test_of_several_ranks_the_first_alone_takes_the_lock(tmp_path, monkeypatch):
 
 
 def test_what_another_process_finished_meanwhile_is_not_continued(tiny_cache, tiny_model, finished, tmp_path):
-    from trainer import distill, run
+    from trainer.distill import plan as run
+    from trainer.distill import trainer as distill
 
     resolved = run.prepare(run.TrainConfig((tiny_cache,), tiny_model, tmp_path / "run", arguments={"max_steps": 1}))
     shutil.copytree(finished, tmp_path / "run")
@@ -348,7 +350,7 @@ def test_a_file_where_a_folder_is_expected_is_said_to_be_one(name, more, inside,
     if more and name not in OVERWRITING:
         pytest.skip("it has no --overwrite")
     if name == "compare":
-        from trainer import compare
+        from trainer.evaluate import compare
 
         with pytest.raises(UsageError, match="file is a file; expected a folder"):
             compare.write([], tmp_path / "file" / inside)
@@ -359,7 +361,7 @@ def test_a_file_where_a_folder_is_expected_is_said_to_be_one(name, more, inside,
 
 
 def test_a_recipe_is_told_that_its_folder_is_a_file(tmp_path):
-    from kdcache import recipe
+    from kdcache.commands import recipes as recipe
 
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="file is a file; expected a folder"):
@@ -391,7 +393,7 @@ def test_every_path_is_read_with_the_home_folder_in_place_of_its_tilde(parameter
 
 def test_a_tilde_leads_home_in_a_yaml_file_in_library_options_and_behind_a_label(tmp_path, monkeypatch):
     from trainer.commands.train import train
-    from trainer.evaluate import label_of
+    from trainer.evaluate.run import label_of
 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "run.yaml").write_text("output_dir: ~/run\nfrom_cache: [~/a, ~/b]\nstudent: ~/s\nlogging_dir: ~/logs\n")

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from kdcache.errors import KDError
-from trainer import fused, losses
+from trainer.loss import fused
+from trainer.loss import reference as losses
 
 INF = float("inf")
 DIVERGENCES = [*losses.DIVERGENCES, "skewed_kl:0.4"]

@@ -7,12 +7,17 @@ import numpy as np
 import pytest
 from conftest import ROOT, capture_plan, history
 
-from kdcache import capture, folders, lock, query, verifiers
+from kdcache.cache import query
+from kdcache.cache.reader import Sample
+from kdcache.capture import run as capture
 from kdcache.errors import KDError
-from kdcache.prompts import whole_turn
-from kdcache.reader import Sample
-from kdcache.sandbox import Sandbox
-from trainer import checkpoints, grpo, rewards
+from kdcache.judge import verifiers
+from kdcache.judge.sandbox import Sandbox
+from kdcache.prompts.tokenize import whole_turn
+from kdcache.storage import folders, lock
+from trainer.grpo import rewards
+from trainer.grpo import train as grpo
+from trainer.run import checkpoints
 
 ADD = json.dumps({"kind": "asserts", "language": "python", "tests": ["assert add(1, 2) == 3"]})
 NUMBER = json.dumps({"kind": "numeric", "answer": "7"})
@@ -220,7 +225,7 @@ def test_an_adapter_learns_from_the_teachers_word_too_and_leaves_a_whole_student
 
 
 def test_a_cached_answer_is_as_likely_as_its_cached_probabilities_say(sums, tiny_model, tmp_path):
-    from trainer import grpo
+    from trainer.grpo import train as grpo
 
     config = grpo.GrpoConfig((sums,), tiny_model, tmp_path / "r", where="true", teacher_weight=0.1)
     prompts = grpo.prepare(config).prompts
@@ -240,7 +245,8 @@ def _candidates(sample, position):
 
 
 def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums, tiny_model, tmp_path, monkeypatch):
-    from trainer import grpo, policy
+    from trainer.grpo import train as grpo
+    from trainer.grpo import trainer as policy
 
     config = grpo.GrpoConfig(
         (sums,),
@@ -274,7 +280,7 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
 
 
 def test_wrong_use_is_a_clear_sentence(kd, sums, tiny_model, tiny_cache, tmp_path):
-    from trainer import grpo
+    from trainer.grpo import train as grpo
 
     def refusal(cache=sums, **changes):
         with pytest.raises(KDError) as refused:

@@ -11,11 +11,15 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, digests, format, integrity, judging, manifest, query, reader, seal, writer
+from kdcache.cache import integrity, manifest, query, reader, writer
+from kdcache.cache.format import SCHEMA, SPLITS, parquet_options
+from kdcache.capture import run as capture
 from kdcache.errors import KDError
+from kdcache.judge import rewards_file as judging
 from kdcache.printable import printable
-from trainer import evaluate
-from trainer.batches import select
+from kdcache.storage import digests, seal
+from trainer.data.stream import select
+from trainer.evaluate import run as evaluate
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import flips
@@ -60,7 +64,7 @@ def forge(shard, change):
     """The shard with its table changed and its metadata kept, sealed as if it had been written so."""
     table = pq.read_table(shard)
     with open(shard, "w+b") as file:
-        with pq.ParquetWriter(file, table.schema, **format.parquet_options("q8")) as sink:
+        with pq.ParquetWriter(file, table.schema, **parquet_options("q8")) as sink:
             sink.write_table(change(table))
         seal.seal(file)
 
@@ -331,7 +335,7 @@ def test_an_old_shard_without_a_manifest_is_read_once_its_pages_are_checked(old)
     (old / "manifest.json").unlink()
     shard = shards_of(old)[0]
     with pq.ParquetFile(shard) as file:
-        chunk = file.metadata.row_group(0).column(format.SCHEMA.names.index("completion"))
+        chunk = file.metadata.row_group(0).column(SCHEMA.names.index("completion"))
     data = bytearray(shard.read_bytes())
     data[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     shard.write_bytes(data)
@@ -400,7 +404,7 @@ def test_a_home_that_cannot_be_written_to_costs_time_alone(copy, tmp_path, monke
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split", format.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_selecting_without_sql_finds_what_sql_finds(split, tiny_cache):
     files, table = reader.Cache(tiny_cache).lengths(split)
     of_sql = query.select_samples(tiny_cache, None, split)

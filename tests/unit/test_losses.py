@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.errors import UsageError
-from trainer import losses
+from trainer.loss import reference as losses
 
 
 def sparse_teacher(generator: torch.Generator, positions: int, vocabulary: int, k: int, scale: float = 3.0):

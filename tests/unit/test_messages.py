@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kdcache.examples import BadRow, Columns, Example, load
+from kdcache.examples.load import load
+from kdcache.examples.types import BadRow, Columns, Example
 
 QUESTION = {"role": "user", "content": "Is it raining in Lima?"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Lima"}'}}

@@ -14,8 +14,9 @@ from kdcache import models
 from kdcache.errors import KDError
 from kdcache.teachers import EngineOptions
 from kdcache.teachers.vllm import _arguments
-from trainer import quantize, student
-from trainer.chat import Conversation
+from trainer.quantize import quantize
+from trainer.student import load as student
+from trainer.student.chat import Conversation
 
 #: What a folder's own code does here: it leaves a file, then is the model that it derives from.
 CODE = """

@@ -12,7 +12,7 @@ import pytest
 from conftest import capture_plan
 
 import cli
-from kdcache import capture
+from kdcache.capture import run as capture
 from kdcache.commands.console import ProgressLine
 from kdcache.printable import json_text, printable
 

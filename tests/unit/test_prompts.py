@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from kdcache.prompts import Prompts, vocab_table
+from kdcache.prompts.tokenize import Prompts, vocab_table
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,14 @@ import pytest
 import torch
 from conftest import ROOT
 
-from kdcache import folders
 from kdcache.errors import KDError
-from trainer import chat, compare, footprint, generate, quantize, run
-from trainer.evaluate import EvaluateConfig, evaluate
-from trainer.student import quantized_by
+from kdcache.storage import folders
+from trainer.distill import plan as run
+from trainer.evaluate import compare
+from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.quantize import footprint, quantize
+from trainer.student import chat, generate
+from trainer.student.load import quantized_by
 
 
 @pytest.fixture(scope="module")

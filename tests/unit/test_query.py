@@ -22,13 +22,20 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, capture_plan
 
-from kdcache import capture, format, judging, publish, query, seal, writer
+from kdcache.cache import publish, query
+from kdcache.cache.format import SPLITS
+from kdcache.cache.reader import Cache
+from kdcache.capture import run as capture
 from kdcache.commands.console import print_table
 from kdcache.errors import KDError
-from kdcache.reader import Cache
-from trainer import batches, evaluate, grpo
+from kdcache.judge import rewards_file as judging
+from kdcache.paths import resource_folder
+from kdcache.storage import atomic, seal
+from trainer.data import stream as batches
+from trainer.evaluate import run as evaluate
+from trainer.grpo import train as grpo
 
-FILES = sorted(format.resource_folder("sql").glob("*.sql"))
+FILES = sorted(resource_folder("sql").glob("*.sql"))
 MACROS = {"captured_mass": "captured_mass(4)", "sample": "sample('rows:r3:g')"}
 
 
@@ -110,7 +117,9 @@ def test_every_column_of_every_view_is_in_its_header(cache):
 
 
 def test_the_page_about_sql_is_made_of_the_files():
-    made = subprocess.run([sys.executable, "-m", "kdcache.query"], capture_output=True, text=True, cwd=ROOT, check=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "kdcache.cache.query"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     assert (ROOT / "docs/sql.md").read_text() == made.stdout == query.document()
     assert all(f"## {query.signature(name)}\n" in made.stdout for name in query.VIEWS)
 
@@ -276,7 +285,7 @@ def test_duplicates_are_what_counts_twice_or_leaks(copy):
     ]
     plan = json.loads((copy / "plan.json").read_text())
     plan["shards"].append({"name": "data/train-00099.parquet", "examples": 3})
-    writer.write_json(copy / "plan.json", seal.with_checksum(plan))
+    atomic.write_json(copy / "plan.json", seal.with_checksum(plan))
     (copy / "manifest.json").unlink()
     schema = table.schema.with_metadata({b"kdcache": json.dumps({"fingerprint": plan["fingerprint"]}).encode()})
     with open(train.with_name("train-00099.parquet"), "w+b") as file:
@@ -392,7 +401,7 @@ def test_only_the_views_asked_for_are_made(tiny_cache):
 def chooses_and_reads(cache):
     """How many samples SQL counts, training chooses, and the reader has."""
     [(counted,)] = query.run(cache, "SELECT count(*) FROM samples JOIN shards USING (file) WHERE tokens > 0")[1]
-    units = [batches.select([Cache(cache)], split) for split in format.SPLITS]
+    units = [batches.select([Cache(cache)], split) for split in SPLITS]
     return counted, sum(map(len, units)), sum(len(unit.load(np.arange(len(unit)))) for unit in units)
 
 

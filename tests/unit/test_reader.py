@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import capture_plan
 
-from kdcache import capture, manifest, reader
+from kdcache.cache import manifest, reader
+from kdcache.capture import run as capture
 from kdcache.errors import KDError
 
 

@@ -6,9 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import capture_plan
 
-from kdcache import capture, judging, query, recipe
+from kdcache.cache import query
+from kdcache.capture import run as capture
+from kdcache.capture.plan import Sample
+from kdcache.commands import recipes as recipe
 from kdcache.errors import KDError, UsageError
-from kdcache.plan import Sample
+from kdcache.judge import rewards_file as judging
 
 PROGRAM = "Add two numbers."
 

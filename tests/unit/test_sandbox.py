@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from kdcache import sandbox as sandbox_module
 from kdcache.errors import KDError
-from kdcache.sandbox import Limits, Sandbox, side_by_side
+from kdcache.judge import sandbox as sandbox_module
+from kdcache.judge.sandbox import Limits, Sandbox, side_by_side
 
 SMALL = Limits(wall_seconds=3.0, cpu_seconds=1, memory_mb=128, processes=8, output_bytes=65_536, file_bytes=8 << 20)
 CPP = "#include <bits/stdc++.h>\nusing namespace std;\nint main() { %s }\n"
@@ -308,7 +308,7 @@ print("left")
 def test_programs_end_with_the_process_that_runs_them():
     seconds = f"86401.{os.getpid()}"
     inner = f"import os; os.execvp('sleep', ['sleep', '{seconds}'])"
-    code = f"from kdcache.sandbox import Sandbox; Sandbox().run('python', {inner!r})"
+    code = f"from kdcache.judge.sandbox import Sandbox; Sandbox().run('python', {inner!r})"
     with subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         while process.poll() is None and not any(
             f"sleep\0{seconds}" in path.read_text(errors="replace") for path in _command_lines()
@@ -326,7 +326,7 @@ def _command_lines():
 
 def test_ctrl_c_ends_programs_whatever_time_they_have(tmp_path):
     code = (
-        "from kdcache.sandbox import Limits, Sandbox, side_by_side\n"
+        "from kdcache.judge.sandbox import Limits, Sandbox, side_by_side\n"
         "import signal\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job lacks

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache import format, sparsify
+from kdcache.cache import sparsify
+from kdcache.cache.format import round_logprobs
 from kdcache.errors import UsageError
 
 
@@ -47,7 +48,7 @@ def test_threshold_keeps_the_large_ones_samples_the_others_and_conserves_the_mas
     seed, positions, vocabulary, k, scale = shape
     ids, logprobs, _ = teacher_rows(seed, positions, vocabulary, min(k, vocabulary), scale)
     found = sparsify.parse(f"threshold:{tau}")(ids, logprobs, seed, sample_id)
-    snapped = format.round_logprobs(np.log(np.array([tau], dtype=np.float32)))[0]
+    snapped = round_logprobs(np.log(np.array([tau], dtype=np.float32)))[0]
     assert len(found.counts) == positions and found.counts.sum() == len(found.ids) == len(found.logprobs)
     ends = np.cumsum(found.counts)
     for t, end in enumerate(ends):
@@ -76,7 +77,7 @@ def test_threshold_is_unbiased_over_seeds_within_three_sigma(seed, tau, scale):
         found = sparsifier(ids, logprobs, i, "a sample")
         total[np.repeat(np.arange(positions), found.counts), found.ids] += np.exp(found.logprobs.astype(np.float64))
     p = np.exp(logprobs.astype(np.float64))
-    step = np.exp(format.round_logprobs(np.log(np.array([tau], dtype=np.float32))).astype(np.float64))
+    step = np.exp(round_logprobs(np.log(np.array([tau], dtype=np.float32))).astype(np.float64))
     drawn = p < np.minimum(step, 0.98 * p[:, :1])  # the others are kept as they are
     error = np.take_along_axis(total, ids, axis=1) / draws - p
     assert np.abs(error[p >= step]).max(initial=0) < 1e-6
@@ -98,9 +99,9 @@ def test_threshold_draws_follow_from_seed_sample_and_position_alone():
 def test_threshold_snaps_tau_to_the_codebook_so_that_rounding_leaves_the_sampled_weights_alone():
     ids, logprobs, _ = teacher_rows(4, 50, 500, 256, 1.0)
     found = sparsify.parse("threshold:0.01")(ids, logprobs)
-    snapped = format.round_logprobs(np.log(np.array([0.01], dtype=np.float32)))[0]
+    snapped = round_logprobs(np.log(np.array([0.01], dtype=np.float32)))[0]
     weights = found.logprobs[found.logprobs <= snapped]
-    assert len(weights) > 100 and np.array_equal(format.round_logprobs(weights), weights)
+    assert len(weights) > 100 and np.array_equal(round_logprobs(weights), weights)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 151_936, 262_144, 300_000])

@@ -9,9 +9,10 @@ import torch
 from conftest import capture_plan
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdcache import capture
-from trainer import distill, run
-from trainer.chat import Conversation
+from kdcache.capture import run as capture
+from trainer.distill import plan as run
+from trainer.distill import trainer as distill
+from trainer.student.chat import Conversation
 
 QUESTION, ANSWER = "Is it dry in Lima?", "Yes, it is."
 END, BASE_END = 2, 0  # <|im_end|> of the teacher's template, <|endoftext|> of the base student

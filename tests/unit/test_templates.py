@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from kdcache import prompts as prompts_module
-from kdcache.prompts import Prompts, whole_turn
+from kdcache.prompts import tokenize as prompts_module
+from kdcache.prompts.tokenize import Prompts, whole_turn
 
 #: Written for these tests, in the shapes that model families use.
 CHATML = (

@@ -103,7 +103,7 @@ def test_divergences_are_trained_and_kl_is_measured(train, tmp_path):
 def test_a_divergence_that_a_threshold_cache_would_bend_is_refused(kd, tiny_model, rows_file, tmp_path):
     from conftest import capture_plan
 
-    from kdcache import capture
+    from kdcache.capture import run as capture
 
     capture.run(capture_plan(tiny_model, rows_file, tmp_path / "drawn", sparsify="threshold:0.1"))
     command = ("train", "--from-cache", tmp_path / "drawn", "--student", tiny_model, "--output-dir", tmp_path / "x")
@@ -221,7 +221,9 @@ for module in pkgutil.walk_packages(trainer.__path__, "trainer."):
 def test_every_module_of_trainer_imports_without_vllm_and_without_the_teachers():
     done = subprocess.run([sys.executable, "-c", BLOCKED], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert {"trainer.distill", "trainer.losses", "trainer.batches", "trainer.evaluate"} <= set(done.stdout.split())
+    assert {"trainer.distill.trainer", "trainer.loss.reference", "trainer.data.stream", "trainer.evaluate.run"} <= set(
+        done.stdout.split()
+    )
 
 
 def test_nothing_in_kdcache_imports_the_trainer():
@@ -239,7 +241,7 @@ def test_report_to_none_and_the_student_inside_the_run_are_handled(train, kd, ti
 
 
 def test_a_recipe_runs_its_steps_and_goes_on_where_it_stopped(tiny_cache, tiny_model, tmp_path):
-    from kdcache import recipe
+    from kdcache.commands import recipes as recipe
     from kdcache.errors import KDError
 
     path = tmp_path / "small.yaml"

@@ -12,9 +12,9 @@ from conftest import capture_plan
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli import kd as command
-from kdcache import capture
+from kdcache.cache.reader import Cache
+from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
-from kdcache.reader import Cache
 
 ABSURD = ("nan", "inf", "-1", "0", "1e99", "", str(10**30), "9" * 5000)
 
@@ -306,8 +306,9 @@ def test_bos_is_in_the_fingerprint_where_it_was_chosen(small_model, tmp_path):
 
 
 def test_a_student_of_a_cache_with_bos_is_asked_with_it(small_model, tmp_path):
-    from trainer import distill, run
-    from trainer.chat import Conversation
+    from trainer.distill import plan as run
+    from trainer.distill import trainer as distill
+    from trainer.student.chat import Conversation
 
     plan = small_plan(small_model, tmp_path, bos="add")
     capture.run(plan)

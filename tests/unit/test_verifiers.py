@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from kdcache import verifiers
 from kdcache.errors import KDError
-from kdcache.sandbox import Sandbox
-from kdcache.verifiers import Verdict, extract, parse, verify, verify_many
-from trainer.metrics import WordTokenizer
+from kdcache.judge import verifiers
+from kdcache.judge.sandbox import Sandbox
+from kdcache.judge.verifiers import Verdict, extract, parse, verify, verify_many
+from trainer.evaluate.metrics import WordTokenizer
 
 SUM = {
     "kind": "stdio",

@@ -15,11 +15,13 @@ import pyarrow as pa
 import pytest
 from conftest import capture_plan
 
-from kdcache import capture, format, query, writer
+from kdcache.cache import query, writer
+from kdcache.cache.layout import REWARDS_FILE
+from kdcache.capture import run as capture
 from kdcache.errors import KDError
-from trainer import view
-from trainer.serve import Server
-from trainer.view import View
+from kdcache.view import view
+from kdcache.view.server import Server
+from kdcache.view.view import View
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def threshold_cache(tiny_model, rows_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def half(tiny_model, tmp_path_factory) -> str:
     """The first of the teacher's two layers."""
-    from trainer.student import init_student
+    from trainer.student.load import init_student
 
     out = tmp_path_factory.mktemp("students") / "half"
     init_student(tiny_model, out, "1")
@@ -102,7 +104,7 @@ def test_a_reward_found_afterwards_counts(tiny_cache, tmp_path):
     table = pa.table(
         {"sample_id": ["rows:r5:s0", "rows:r3:g"], "reward": pa.array([1.0, 0.0], pa.float32()), "reason": ["", ""]}
     )
-    writer.write_table(copy / format.REWARDS_FILE, table)
+    writer.write_table(copy / REWARDS_FILE, table)
     with contextlib.closing(View(copy)) as viewed:
         assert viewed.about()["rewarded"]
         first, second = viewed.page(sort="failed")["rows"][:2]
@@ -174,7 +176,7 @@ def test_a_view_keeps_few_samples(viewed):
 
 @pytest.mark.parametrize("name", ["tiny_cache", "threshold_cache"])
 def test_a_students_kl_is_the_one_of_kd_evaluate(request, name, kd, half, tmp_path):
-    from trainer.forced import Student
+    from trainer.evaluate.forced import Student
 
     cache = request.getfixturevalue(name)
     done = kd("evaluate", half, "--from-cache", cache, "--generate", 0, "--out", tmp_path / "e", "--json")
@@ -193,7 +195,7 @@ def test_a_students_kl_is_the_one_of_kd_evaluate(request, name, kd, half, tmp_pa
 
 
 def test_the_teachers_own_weights_say_what_the_teacher_said(viewed, tiny_model):
-    from trainer.forced import Student
+    from trainer.evaluate.forced import Student
 
     shown = viewed.shown("rows:r7:g")
     told = Student(tiny_model, viewed.cache)(shown.sample, shown.entropies)
@@ -295,7 +297,7 @@ def test_the_last_page_is_empty_beyond_the_end(server):
 
 
 def test_a_taken_port_is_refused_if_asked_for_and_else_another(viewed, monkeypatch):
-    from trainer import serve
+    from kdcache.view import server as serve
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

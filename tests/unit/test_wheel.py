@@ -10,7 +10,7 @@ from email import message_from_bytes
 import pytest
 from conftest import ROOT
 
-from kdcache import recipe
+from kdcache.commands import recipes as recipe
 
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 REPOSITORY = "https://example.org/kdcache"

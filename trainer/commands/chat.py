@@ -31,7 +31,7 @@ def chat(student: str, system: str | None, temperature: float, max_new_tokens: i
     echo "What is 3 + 4?" | kd chat data/kd
     """
     quiet.libraries()
-    from trainer import chat as chatting
+    from trainer.student import chat as chatting
 
     conversation = chatting.Conversation(student, system, temperature, max_new_tokens, bos)
     note_device()

@@ -35,7 +35,7 @@ def compare(
     kd compare data/evaluation
     kd compare data/evaluation --against sft --metric rougeL --metric kl
     """
-    from trainer import compare as comparison
+    from trainer.evaluate import compare as comparison
 
     found = comparison.rows(evaluations, against)
     unknown = [name for name in metrics if name not in {row["metric"] for row in found}]

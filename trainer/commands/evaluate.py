@@ -86,8 +86,8 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     kd compare data/evaluation
     """
     quiet.libraries()
-    from trainer import compare as comparison
-    from trainer import evaluate as evaluation
+    from trainer.evaluate import compare as comparison
+    from trainer.evaluate import run as evaluation
 
     warn_of_unsafe(options["unsafe_exec"])
     line = ProgressLine("done")

@@ -77,7 +77,7 @@ def grpo(context: click.Context, **options: Any) -> None:
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --guide prefix --where "success > 0"
     """
     quiet.libraries()
-    from trainer import grpo as reinforcement
+    from trainer.grpo import train as reinforcement
 
     first_rank = is_first_rank()
     warn_of_unsafe(options["unsafe_exec"] and first_rank)
@@ -116,6 +116,6 @@ def grpo(context: click.Context, **options: Any) -> None:
 
 
 def grpo_extra(context: click.Context) -> dict[str, Any]:
-    from trainer import grpo
+    from trainer.grpo import train as grpo
 
     return library_extra(context, grpo.argument_names(), "trl.GRPOConfig")

@@ -34,6 +34,6 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     kd init-student --from embedded --keep-layers 20 --out data/student
     """
     quiet.libraries()
-    from trainer import student
+    from trainer.student import load as student
 
     print_facts(student.init_student(base, out, keep_layers, overwrite), as_json)

@@ -56,7 +56,7 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     kd quantize data/kd --out data/kd-w4a16 --format w4a16 --from-cache data/cache
     """
     quiet.libraries()
-    from trainer import quantize as quantizing
+    from trainer.quantize import quantize as quantizing
 
     plan = quantizing.prepare(quantizing.QuantizeConfig(**options))
     if dry_run:

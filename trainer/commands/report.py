@@ -32,7 +32,7 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
     kd report data/kd data/sft data/grpo data/evaluation --cache data/qwen
     """
     quiet.libraries()
-    from trainer import report as reporting
+    from trainer.report import gather as reporting
 
     found = reporting.find(folders, cache)
     page = reporting.write(found, out, note)

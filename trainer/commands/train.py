@@ -91,7 +91,7 @@ def train(context: click.Context, **options: Any) -> None:
     kd train --from-cache data/cache --student data/student --output-dir data/kd --learning-rate 2e-4
     """
     quiet.libraries()
-    from trainer import run
+    from trainer.distill import plan as run
 
     extra = train_extra(context)
     config = run.TrainConfig(
@@ -99,14 +99,14 @@ def train(context: click.Context, **options: Any) -> None:
     )
     resolved = run.prepare(config)
     if options["dry_run"]:
-        from trainer import memory
+        from trainer.distill import estimate as memory
 
         print_facts(resolved.facts() | memory.estimate(resolved), options["as_json"])
         return
     first_rank = is_first_rank()
     if first_rank:
         introduce(resolved)
-    from trainer import distill
+    from trainer.distill import trainer as distill
 
     show = StepLine(resolved.checkpoint)
 
@@ -127,6 +127,6 @@ def train(context: click.Context, **options: Any) -> None:
 
 
 def train_extra(context: click.Context) -> dict[str, Any]:
-    from trainer import run
+    from trainer.distill import plan as run
 
     return library_extra(context, run.training_argument_names(), "TrainingArguments", run.RENAMED)

@@ -1,0 +1,1 @@
+"""Phase one: run the teacher over the examples and write what it says into a cache."""

@@ -1,0 +1,1 @@
+"""Judge answers: run tests in a sandbox, compare numbers and texts."""

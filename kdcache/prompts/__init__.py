@@ -1,0 +1,1 @@
+"""From chat messages to token ids, through the chat template of a model."""

@@ -1,0 +1,1 @@
+"""Students in 4 or 8 bits."""

@@ -1,0 +1,1 @@
+"""Students: loaded, made, adapted, and asked."""
