@@ -7,7 +7,7 @@ import re
 
 from kdcache.errors import KDError
 
-#: Packages by the extra that brings them, as they are imported. tests/unit/test_extras.py compares it with pyproject.toml.
+#: Packages by the extra that brings them, as they are imported. tests/kdcache/test_extras.py compares it with pyproject.toml.
 EXTRAS = {
     "teacher": ("vllm", "transformers", "datasets", "gguf"),
     "teacher-cpu": ("vllm", "transformers", "datasets", "gguf"),

@@ -1,7 +1,7 @@
 """The one place where models, tokenizers and configurations are loaded: Python code in them runs only if the user says so.
 
 A folder with an ``auto_map`` in config.json or tokenizer_config.json brings code of its own. transformers asks on stdin
-whether to run it, where a script's input may well hold a "y"; here it never asks. tests/unit/test_models.py checks that
+whether to run it, where a script's input may well hold a "y"; here it never asks. tests/kdcache/models/test_models.py checks that
 nothing is loaded elsewhere.
 """
 

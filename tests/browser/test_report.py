@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import capture_plan, run_kd
 from playwright.sync_api import expect
 
+from helpers import capture_plan, run_kd
 from kdcache.capture import run as capture
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from playwright.sync_api import expect
 
+from helpers import ROOT
 from kdcache.cache import query, writer
 from kdcache.cache.layout import shard_name
 from kdcache.cache.sparsify import parse

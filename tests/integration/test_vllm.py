@@ -10,8 +10,8 @@ import time
 import duckdb
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from helpers import ROOT
 from kdcache import models
 from kdcache.examples import load as examples
 from kdcache.examples import types

@@ -11,8 +11,8 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, capture_plan, history
 
+from helpers import ROOT, capture_plan, history
 from kdcache import storage
 from kdcache.cache import integrity, manifest, query, reader
 from kdcache.capture import run as capture

@@ -1,0 +1,70 @@
+"""What tests share: a small capture, the real `kd` in a process of its own, and what a run has logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kdcache.capture.plan import CaptureConfig, Plan
+from kdcache.teachers import Sampling
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+#: `kd` that is killed after the optimizer step KILL_AFTER, where that is in the environment.
+INTERRUPTED = """
+import os
+import cli
+if "KILL_AFTER" in os.environ:
+    from trainer.distill import trainer as distill
+
+    class Steps(distill._Steps):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            if state.global_step == int(os.environ["KILL_AFTER"]):
+                os.kill(os.getpid(), 9)
+
+    distill._Steps = Steps
+cli.main()
+"""
+
+
+def history(folder: Path, *names: str) -> list[tuple[Any, ...]]:
+    """What a training run logged: the named values of every line that has them all."""
+    state = json.loads((Path(folder) / "trainer_state.json").read_text())
+    return [tuple(entry[n] for n in names) for entry in state["log_history"] if all(n in entry for n in names)]
+
+
+def capture_plan(teacher: str, examples: Path, out: Path, **changes: Any) -> Plan:
+    settings: dict[str, Any] = {
+        "teacher": teacher,
+        "examples": str(examples),
+        "out": out,
+        "engine": "transformers",
+        "dtype": "float32",
+        "mode": "both",
+        "sampling": Sampling(temperature=0.8, max_tokens=12),
+        "sparsify": "topk:8",
+        "rows_per_shard": 16,
+        "split_ratios": (0.6, 0.2, 0.2),
+    }
+    return Plan(CaptureConfig(**(settings | changes)))
+
+
+Kd = Callable[..., subprocess.CompletedProcess]
+
+
+def run_kd(folder: Path, *arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
+    """Runs the real `kd` in a process of its own, in ``folder``."""
+    command = [sys.executable, "-m", "kdcache", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"} | options.pop("env", {})
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900, **options)
+    if code is not None:
+        assert done.returncode == code, f"kd {' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done

@@ -1,0 +1,412 @@
+"""Which folders are written into, replaced and deleted: one rule, the same for every command."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+import cli
+from helpers import ROOT, capture_plan
+from kdcache.capture import run as capture
+from kdcache.commands.options import extra_options
+from kdcache.errors import KDError, UsageError
+from kdcache.storage import folders, lock
+
+
+@pytest.fixture
+def command(tiny_cache, tiny_model, rows_file, tmp_path):
+    """The arguments of each command that writes a folder; ``out`` is where."""
+    cached = ("--from-cache", tiny_cache)
+    whole = {
+        "cache-teacher": ("--teacher", tiny_model, "--examples", rows_file, "--engine", "transformers", "--limit", 4),
+        "init-student": ("--from", tiny_model, "--keep-layers", 1),
+        "train": (*cached, "--student", tiny_model, "--max-steps", 1, "--report-to", "none"),
+        "grpo": (*cached, "--student", tiny_model, "--max-steps", 1),
+        "quantize": (tiny_model, "--no-measure"),
+        "evaluate": (tiny_model, *cached, "--generate", 0),
+        "report": (tiny_cache,),
+        "compare": (tmp_path / "evaluation",),
+    }
+
+    def arguments(name, out, *more):
+        flag = "--output-dir" if name in ("train", "grpo") else "--out"
+        return [name, *map(str, (*whole[name], flag, out, *more))]
+
+    return arguments
+
+
+def kd(arguments):
+    """Run a command in this process; its errors are raised."""
+    cli.kd(arguments, prog_name="kd", standalone_mode=False)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+OVERWRITING = {
+    "cache-teacher": folders.CACHE,
+    "init-student": folders.STUDENT,
+    "train": folders.RUN,
+    "grpo": folders.RUN,
+    "quantize": folders.QUANTIZED,
+}
+WRITING = (*OVERWRITING, "evaluate", "report")
+
+
+def made(folder, kind):
+    """A folder as the marker of its kind says it is."""
+    folder.mkdir()
+    (folder / kind.marker).write_text(json.dumps({kind.key.strip('"'): True}))
+    return folder
+
+
+# --- what is deleted --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OVERWRITING)
+@pytest.mark.parametrize(
+    "files", [("thesis.tex",), (".ssh/id_rsa",), ("kdcache.json", "plan.json", "quantization.json")]
+)
+def test_a_folder_of_somebody_else_is_not_overwritten(name, files, command, tmp_path):
+    for file in files:
+        (tmp_path / "mine" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mine" / file).write_text("{}")
+    before = contents(tmp_path / "mine")
+    with pytest.raises(KDError, match=r"holds no|is no cache"):
+        kd(command(name, tmp_path / "mine", "--overwrite"))
+    assert contents(tmp_path / "mine") == before
+
+
+@pytest.mark.parametrize("name, kind", OVERWRITING.items())
+@pytest.mark.parametrize("file", ["notes.txt", "data/rows.parquet", "checkpoint-2/thesis.tex", ".git/HEAD"])
+def test_a_file_that_kdcache_did_not_write_is_named_and_keeps_its_folder(name, kind, file, command, tmp_path):
+    out = made(tmp_path / "out", kind)
+    (out / file).parent.mkdir(exist_ok=True)
+    (out / file).write_text("years of work")
+    before = contents(out)
+    with pytest.raises(KDError, match=f"would delete .*{file}, which kdcache did not write"):
+        kd(command(name, out, "--overwrite"))
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("name, kind", OVERWRITING.items())
+def test_the_home_folder_the_current_one_and_links_are_not_overwritten(name, kind, command, tmp_path, monkeypatch):
+    out = made(tmp_path / "out", kind)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(KDError, match="is a link to"):
+        kd(command(name, tmp_path / "link", "--overwrite"))
+    monkeypatch.setenv("HOME", str(out))
+    with pytest.raises(KDError, match="your home folder"):
+        kd(command(name, out, "--overwrite"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (out / "data").mkdir()
+    monkeypatch.chdir(out / "data")
+    with pytest.raises(KDError, match="the current folder"):
+        kd(command(name, out, "--overwrite"))
+
+
+def test_a_link_in_a_folder_is_somebody_elses(tmp_path, tiny_cache):
+    out = made(tmp_path / "out", folders.CACHE)
+    (out / "data").symlink_to(tiny_cache / "data")
+    assert folders.foreign(out, folders.CACHE) == out / "data"
+
+
+@pytest.mark.parametrize("name", ["init-student", "train", "grpo", "quantize"])
+def test_a_student_that_is_read_is_not_overwritten(name, command, tiny_model, tmp_path):
+    out = made(tmp_path / "out", OVERWRITING[name])
+    shutil.copytree(tiny_model, out / "student")
+    before = contents(out)
+    arguments = [a.replace(tiny_model, str(out / "student")) for a in command(name, out, "--overwrite")]
+    with pytest.raises(UsageError, match=r"which is read|folders apart"):
+        kd(arguments)
+    assert contents(out) == before
+
+
+def test_examples_that_are_read_are_not_overwritten(tiny_model, tiny_cache, tmp_path):
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    shard = next((copy / "data").glob("train-*"))
+    with pytest.raises(UsageError, match="which is read"):
+        capture.run(capture_plan(tiny_model, shard, copy, overwrite=True))
+
+
+@pytest.mark.parametrize("name, file", [("report", "report.html"), ("evaluate", "evaluation.json")])
+def test_a_file_of_the_same_name_is_not_replaced(name, file, command, tmp_path):
+    (tmp_path / file).write_text("<h1>mine</h1>")
+    with pytest.raises(KDError, match=f"{file} would be replaced"):
+        kd(command(name, tmp_path))
+    assert (tmp_path / file).read_text() == "<h1>mine</h1>"
+
+
+def test_the_disk_cache_evicts_its_own_pieces_alone(tmp_path, monkeypatch):
+    from kdcache.storage import diskcache
+
+    monkeypatch.setenv("KDCACHE_DISK_CACHE", str(tmp_path))
+    for name in ("thesis.tex", "a" * 32, f".{'b' * 32}.{'c' * 8}"):
+        (tmp_path / name).write_text("text")
+    diskcache.trim(0)
+    assert list(contents(tmp_path)) == ["thesis.tex"]
+
+
+def test_init_student_replaces_a_student_that_it_made_and_none_that_is_not_marked(command, tmp_path):
+    kd(command("init-student", tmp_path / "s"))
+    kd(command("init-student", tmp_path / "s", "--overwrite", "--keep-layers", 2))
+    assert json.loads((tmp_path / "s/config.json").read_text())["num_hidden_layers"] == 2
+    assert not list((tmp_path / "s").glob(".*"))
+    (tmp_path / "s/init-student.json").unlink()  # as an older version left it
+    with pytest.raises(KDError, match="Delete it yourself"):
+        kd(command("init-student", tmp_path / "s", "--overwrite"))
+
+
+# --- when it is deleted -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_cache, tiny_model, tmp_path_factory):
+    """A finished run. Not to be changed."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    kd(
+        [
+            "train",
+            "--from-cache",
+            str(tiny_cache),
+            "--student",
+            tiny_model,
+            "--output-dir",
+            str(out),
+            "--max-steps",
+            "1",
+        ]
+    )
+    return out
+
+
+def test_everything_that_a_command_leaves_is_known_to_be_its_own(finished, tiny_cache):
+    assert folders.foreign(finished, folders.RUN) is None and not list(finished.glob(".*"))
+    assert folders.foreign(tiny_cache, folders.CACHE) is None and not list(tiny_cache.glob("**/.*"))
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (("--early-stopping-patience", 2, "--where", "split = 'train'"), "needs a validation split"),
+        (("--report-to", "bogus"), "."),  # found out as the trainer is made
+        (("--lr-scheduler-type", "polynomial", "--lr-scheduler-kwargs", "{'power': 'x'}"), "."),  # at the first step
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_the_old_one_as_it_was(more, says, command, finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(Exception, match=says):
+        kd(command("train", out, "--overwrite", *more))
+    assert contents(out) == contents(finished)
+
+
+def test_a_student_that_cannot_be_made_leaves_the_old_one_as_it_was(command, tmp_path):
+    kd(command("init-student", tmp_path / "s"))
+    before = contents(tmp_path / "s")
+    with pytest.raises(UsageError, match="--keep-layers 9"):
+        kd(command("init-student", tmp_path / "s", "--overwrite", "--keep-layers", 9))
+    assert contents(tmp_path / "s") == before
+
+
+def test_ctrl_c_before_the_first_step_puts_the_old_run_back(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(KDError, match="holds what it held before") as error, folders.held(out, folders.RUN):
+        folders.set_aside(out)
+        (out / "kdcache.json").write_text("{}")
+        raise KeyboardInterrupt
+    assert error.value.exit_code == 130 and contents(out) == contents(finished)
+
+
+STATES = {  # where a process was killed -> whether the old contents or the new ones are there afterwards
+    "while the old ones were moved": ({"kdcache.json": "old"}, {"moving/run.yaml": "old"}, "old"),
+    "before the first step": ({"kdcache.json": "new"}, {"old/kdcache.json": "old", "old/run.yaml": "old"}, "old"),
+    "while the new ones were moved up": (
+        {"run.yaml": "new"},
+        {"ready/kdcache.json": "new", "old/kdcache.json": "old", "old/run.yaml": "old"},
+        "new",
+    ),
+    "while the old ones were deleted": ({"kdcache.json": "new", "run.yaml": "new"}, {"gone/run.yaml": "old"}, "new"),
+    "while the new ones were written": ({"kdcache.json": "old", "run.yaml": "old"}, {"new/run.yaml": "new"}, "old"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_a_killed_process_left_is_put_right_by_the_next(state, tmp_path):
+    top, hidden, left = STATES[state]
+    for name, text in {**top, **{f".kdcache/{name}": text for name, text in hidden.items()}}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with folders.held(tmp_path, folders.RUN):
+        pass
+    assert contents(tmp_path) == {"kdcache.json": left.encode(), "run.yaml": left.encode()}
+
+
+def test_results_of_the_new_run_are_never_deleted_for_the_old_ones(tmp_path):
+    for name in (".kdcache/old/kdcache.json", "kdcache.json", "checkpoint-5/model.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with pytest.raises(RuntimeError), folders.held(tmp_path, folders.RUN):
+        raise RuntimeError
+    assert sorted(contents(tmp_path)) == ["checkpoint-5/model.safetensors", "kdcache.json"]
+
+
+# --- a start that failed ----------------------------------------------------------------------------------------------
+
+
+def test_a_capture_that_failed_before_its_first_shard_can_be_corrected(tiny_model, rows_file, tmp_path):
+    capture.claim_folder(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2, seed=1))
+    assert capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2))["complete"]
+    with pytest.raises(KDError, match="made differently"):
+        capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2, seed=1))
+
+
+@pytest.mark.parametrize("name, more", [("train", ("--report-to", "bogus")), ("init-student", ("--keep-layers", 9))])
+def test_a_start_that_fails_leaves_no_folder(name, more, command, tmp_path):
+    with pytest.raises(Exception, match=r"."):
+        kd(command(name, tmp_path / "data/new/out", *more))
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_run_without_a_checkpoint_gives_way_to_other_settings(finished, command, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    record = json.loads((finished / "kdcache.json").read_text())
+    (out / "kdcache.json").write_text(json.dumps(record | {"finished": False}))
+    kd(command("train", out, "--alpha", 0.9))
+    assert json.loads((out / "kdcache.json").read_text())["config"]["alpha"] == 0.9
+
+
+# --- two at once ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in WRITING if name != "grpo"])
+def test_a_second_writer_is_told_who_is_at_it_and_changes_nothing(name, command, tmp_path):
+    with lock.held(tmp_path / "out"):
+        before = contents(tmp_path / "out")
+        with pytest.raises(KDError, match=rf"out is being written by process {os.getpid()} on") as error:
+            kd(command(name, tmp_path / "out"))
+        assert error.value.exit_code == 1 and contents(tmp_path / "out") == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_several_ranks_the_first_alone_takes_the_lock(tmp_path, monkeypatch):
+    from trainer.distill.plan import alone
+
+    class Run:
+        class config:
+            output_dir = tmp_path / "out"
+
+        checkpoint = None
+
+        def resume(self):
+            return None
+
+    monkeypatch.setenv("RANK", "1")
+    alone(lambda run, report: {"locked": (run.config.output_dir / ".lock").exists()})(Run(), print)
+    assert not Run.config.output_dir.exists()
+
+
+def test_what_another_process_finished_meanwhile_is_not_continued(tiny_cache, tiny_model, finished, tmp_path):
+    from trainer.distill import plan as run
+    from trainer.distill import trainer as distill
+
+    resolved = run.prepare(run.TrainConfig((tiny_cache,), tiny_model, tmp_path / "run", arguments={"max_steps": 1}))
+    shutil.copytree(finished, tmp_path / "run")
+    with pytest.raises(KDError, match="finished run"):
+        distill.train(resolved, lambda *_: None)
+    assert contents(tmp_path / "run") == contents(finished)
+
+
+@pytest.mark.slow
+def test_of_two_trainings_at_once_one_is_turned_away_and_the_other_is_whole(command, tmp_path):
+    arguments = command("train", tmp_path / "run", "--max-steps", 30)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cli", *arguments], cwd=tmp_path, env=environment, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate()[1].decode() for process in started]
+    assert sorted(process.returncode for process in started) == [0, 1]
+    assert "is being written by process" in "".join(errors)
+    assert json.loads((tmp_path / "run/kdcache.json").read_text())["finished"]
+
+
+# --- where it is ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*WRITING, "compare"])
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+@pytest.mark.parametrize("inside", ["", "below/it"])
+def test_a_file_where_a_folder_is_expected_is_said_to_be_one(name, more, inside, command, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    if more and name not in OVERWRITING:
+        pytest.skip("it has no --overwrite")
+    if name == "compare":
+        from trainer.evaluate import compare
+
+        with pytest.raises(UsageError, match="file is a file; expected a folder"):
+            compare.write([], tmp_path / "file" / inside)
+        return
+    with pytest.raises(UsageError, match="file is a file; expected a folder"):
+        kd(command(name, tmp_path / "file" / inside, *more))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_recipe_is_told_that_its_folder_is_a_file(tmp_path):
+    from kdcache.commands import recipes as recipe
+
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="file is a file; expected a folder"):
+        recipe.run("demo", tmp_path / "file", print)
+
+
+PATHS = {
+    *("out", "output_dir", "cache", "from_cache", "student", "models", "folder", "folders", "evaluations", "file"),
+    *("data_path", "teacher", "examples", "base", "recipe"),
+}
+
+
+def parameters(group=cli.kd):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        found = group.get_command(context, name)
+        if isinstance(found, click.Group):
+            yield from parameters(found)
+        else:
+            yield from ((f"{name} {p.name}", p) for p in found.params if p.name in PATHS)
+
+
+@pytest.mark.parametrize("parameter", [pytest.param(p, id=name) for name, p in parameters()])
+def test_every_path_is_read_with_the_home_folder_in_place_of_its_tilde(parameter, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x").touch()
+    assert str(parameter.type.convert("~/x", parameter, None)) == str(tmp_path / "x")
+
+
+def test_a_tilde_leads_home_in_a_yaml_file_in_library_options_and_behind_a_label(tmp_path, monkeypatch):
+    from trainer.commands.train import train
+    from trainer.evaluate.run import label_of
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("output_dir: ~/run\nfrom_cache: [~/a, ~/b]\nstudent: ~/s\nlogging_dir: ~/logs\n")
+    with train.make_context("train", ["--config=~/run.yaml", "--hub-cache=~/hub"]) as context:
+        assert context.params["output_dir"] == tmp_path / "run" and context.params["student"] == f"{tmp_path}/s"
+        assert context.params["from_cache"] == (tmp_path / "a", tmp_path / "b")
+        assert extra_options(context) == {"hub_cache": f"{tmp_path}/hub"}
+        assert context.meta["kd.config"] == {"logging_dir": f"{tmp_path}/logs"}
+    assert label_of("before=~/s") == ("before", f"{tmp_path}/s")
+
+
+def test_a_student_is_made_in_the_real_home_folder(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    kd(command("init-student", "~/s"))
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and (tmp_path / "home/s/config.json").is_file()

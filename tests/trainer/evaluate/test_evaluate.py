@@ -1,0 +1,387 @@
+"""kd evaluate, kd compare, kd init-student and kd chat through the real command; the metrics behind them."""
+
+import csv
+import json
+import shutil
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from helpers import capture_plan
+from kdcache.capture import run as capture
+from kdcache.errors import KDError
+from kdcache.teachers import Sampling
+from trainer.data import stream as batches
+from trainer.evaluate import compare, metrics
+from trainer.evaluate import run as evaluation
+from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.student.generate import Ask
+from trainer.student.load import parse_layers
+
+
+def rows_of(done) -> dict[tuple[str, str], dict]:
+    """What kd evaluate or kd compare printed: (label, metric) -> row."""
+    return {(row["label"], row["metric"]): row for row in json.loads(done.stdout)}
+
+
+# --- through the command ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(tiny_model, tmp_path_factory) -> str:
+    """The first of the teacher's two layers."""
+    from trainer.student.load import init_student
+
+    out = tmp_path_factory.mktemp("students") / "half"
+    init_student(tiny_model, out, "1")
+    return str(out)
+
+
+def test_the_teachers_own_weights_have_no_kl_and_agree(kd, tiny_cache, tiny_model):
+    found = rows_of(
+        kd("evaluate", f"same={tiny_model}", "--from-cache", tiny_cache, "--engine", "transformers", "--json")
+    )
+    assert found["teacher (cache)", "agreement"]["value"] == 1 and found["teacher (cache)", "kl"]["value"] == 0
+    assert found["same", "kl"]["value"] < 2e-3 and found["same", "agreement"]["value"] > 0.97  # rounding; ties
+    for name in ("ce", "ece"):
+        assert found["same", name]["value"] == pytest.approx(found["teacher (cache)", name]["value"], abs=2e-2)
+    assert found["same", "rougeL"]["answers"] == found["teacher (cache)", "rougeL"]["answers"] > 0
+
+
+@pytest.fixture(scope="module")
+def near(tiny_model, tmp_path_factory) -> str:
+    """The teacher with a little noise on its weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for parameter in model.model.layers.parameters():
+        parameter.data += 0.05 * parameter.std() * torch.randn_like(parameter)
+    out = tmp_path_factory.mktemp("students") / "near"
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(out)
+    return str(out)
+
+
+def test_a_threshold_caches_kl_is_that_of_the_cells_captured_for_every_student(
+    tiny_model, near, half, rows_file, tmp_path
+):
+    found = {}
+    for spec, k in (("topk:64", None), ("threshold:0.02", 64)):
+        capture.run(capture_plan(tiny_model, rows_file, tmp_path / spec, sparsify=spec, capture_k=k, mode="score"))
+        models = (("same", tiny_model), ("near", near), ("half", half))
+        config = EvaluateConfig(models, (tmp_path / spec,), tmp_path / f"e-{spec}", split="train", generate=0)
+        rows = compare.rows([evaluate(config)])
+        found[spec] = {row["label"]: row["value"] for row in rows if row["metric"] == "kl"}
+    whole, sampled = found["topk:64"], found["threshold:0.02"]
+    assert sampled["same"] == pytest.approx(0, abs=0.01)
+    # The capture holds less of a random model's mass than of a real one's, so that the bound is less tight here.
+    for student in ("near", "half"):
+        assert 0.97 * whole[student] < sampled[student] < 1.2 * whole[student]
+
+
+def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, tiny_model, half, tmp_path):
+    command = ("evaluate", f"whole={tiny_model}", f"half={half}", f"half={tiny_model}", "--from-cache", tiny_cache)
+    options = ("--engine", "transformers", "--generate", 2, "--out", tmp_path / "e")
+    first = kd(*command, *options)
+    assert "held-out KL" in first.stderr and first.stdout.split()[:3] == ["model", "temperature", "kl"]
+    again = kd(*command, *options)
+    assert again.stdout == first.stdout and "held-out KL" not in again.stderr
+    assert rows_of(kd(*command, *options, "--json"))["half", "kl"]["runs"] == 2
+
+    found = rows_of(kd("compare", tmp_path / "e", "--against", "whole", "--json"))
+    mine = found["half", "kl"]
+    assert mine["interval"][0] <= mine["value"] <= mine["interval"][1]
+    assert mine["difference"] == pytest.approx(mine["value"] - found["whole", "kl"]["value"])
+    assert "retention" not in mine and found["whole", "rougeL"]["answers"] == 2
+    assert json.loads((tmp_path / "e" / "comparison.json").read_text()) == list(found.values())
+    lines = list(csv.DictReader((tmp_path / "e" / "comparison.csv").read_text().splitlines()))
+    assert len(lines) == len(found) and {"value", "low", "high", "difference_low"} <= set(lines[0])
+    table = kd("compare", tmp_path / "e", "--metric", "kl").stdout.splitlines()
+    assert table[0].split()[:3] == ["metric", "temperature", "model"] and len(table) == 2 + 3
+    assert "| metric | temperature |" in kd("compare", tmp_path / "e", "--markdown").stdout
+    assert "no such label" in kd("compare", tmp_path / "e", "--against", "nobody", code=2).stderr
+    assert "not measured" in kd("compare", tmp_path / "e", "--metric", "bleu", code=2).stderr
+    assert "no evaluation" in kd("compare", tmp_path, code=1).stderr
+
+    tables = [pq.read_table(path).to_pylist() for path in (tmp_path / "e").glob("*/forced.parquet")]
+    assert len(tables) == 4
+    for row in (row for table in tables for row in table):  # the buckets of the teacher's entropy hold every position
+        for name in ("tokens", "kl", "agreement"):
+            assert sum(row[f"{name}_by_entropy"]) == pytest.approx(row[name], abs=1e-9)
+
+
+def test_temperatures_and_seeds_are_answered_apart(kd, tiny_cache, tiny_model, tmp_path):
+    kd(
+        *("evaluate", tiny_model, "--from-cache", tiny_cache, "--engine", "transformers", "--generate", 2),
+        *("--temperature", 0, "--temperature", 1, "--seeds", 3, "--max-new-tokens", 6, "--out", tmp_path / "e"),
+    )
+    entry = json.loads((tmp_path / "e" / "evaluation.json").read_text())["entries"][1]
+    answers = pq.read_table(tmp_path / "e" / entry["folder"] / "answers.parquet").to_pylist()
+    counted = {t: sum(a["temperature"] == t for a in answers) for t in (0, 1)}
+    assert counted == {0: 2, 1: 6}
+    for prompt in {a["prompt_id"] for a in answers}:
+        assert len({a["answer"] for a in answers if a["prompt_id"] == prompt and a["temperature"] == 1}) > 1
+
+
+def test_retention_on_other_prompts_than_the_teachers_is_refused(kd, tiny_cache, tiny_model, tmp_path):
+    kd("evaluate", f"m={tiny_model}", "--from-cache", tiny_cache, "--engine", "transformers", "--out", tmp_path / "e")
+    assert compare.rows([tmp_path / "e"])
+    entry = json.loads((tmp_path / "e" / "evaluation.json").read_text())["entries"][1]
+    for name, what in (("answers", "prompts"), ("forced", "samples")):
+        file = tmp_path / "e" / entry["folder"] / f"{name}.parquet"
+        whole = pq.read_table(file)
+        pq.write_table(whole.slice(1), file)
+        with pytest.raises(KDError, match=f"m was not measured on the {what} that the teacher was: 1 are missing"):
+            compare.rows([tmp_path / "e"])
+        pq.write_table(whole, file)
+    assert compare.rows([tmp_path / "e"])
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_rouge_takes_accents_and_enye_for_letters_where_the_papers_does_not():
+    answer, target = "El niño mañana", "el niño MAÑANA"
+    assert metrics.WordTokenizer().tokenize("¿Dónde está el nin\u0303o?") == ["dónde", "está", "el", "niño"]
+    assert metrics.rouge_l(answer, target) == 1 and metrics.rouge_l("El nino manana", target) == pytest.approx(1 / 3)
+    # ASCII words: niño is "ni" and "o", año "a" and "o". They share a word that neither has.
+    assert metrics.rouge_l("año", "niño") == 0 and metrics.rouge_l_of_the_paper("año", "niño") == pytest.approx(0.5)
+
+
+def test_rouge_knows_the_script_that_ascii_words_lose_whole():
+    assert (
+        metrics.rouge_l("привет мир", "привет мир") == 1
+        and metrics.rouge_l_of_the_paper("привет мир", "привет мир") == 0
+    )
+
+
+def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():
+    assert metrics.pass_at_k(4, 0, 2) == 0 and metrics.pass_at_k(4, 4, 1) == 1
+    assert metrics.pass_at_k(4, 1, 1) == 0.25 and metrics.pass_at_k(4, 1, 2) == 0.5 and metrics.pass_at_k(4, 2, 3) == 1
+    with pytest.raises(ValueError):
+        metrics.pass_at_k(2, 1, 3)
+
+
+def test_exact_leaves_composition_and_white_space_aside():
+    assert metrics.exact("nin\u0303o\n come", "niño come ") == 1 and metrics.exact("niño", "nino") == 0
+
+
+def test_ece_is_the_gap_between_confidence_and_being_right():
+    confidence, right = np.array([0.9, 0.9, 0.9, 0.1]), np.array([1.0, 1.0, 0.0, 0.0])
+    bins = metrics.bin_of(confidence)
+    sums = {
+        "confident": np.bincount(bins, confidence, metrics.BINS),
+        "right": np.bincount(bins, right, metrics.BINS),
+        "tokens": np.float64(4),
+    }
+    assert metrics.values(sums)["ece"] == pytest.approx((abs(2.7 - 2) + 0.1) / 4)
+    assert metrics.bin_of(np.array([0.0, 1.0])).tolist() == [0, metrics.BINS - 1]
+
+
+def test_an_interval_narrows_with_more_problems_and_holds_the_mean():
+    random = np.random.default_rng(0)
+    widths = []
+    for groups in (20, 2000):
+        hits = random.integers(0, 2, (1, groups)).astype(float)
+        sums = {"rougeL": hits, "referenced": np.ones((1, groups))}
+        low, high = metrics.interval(metrics.bootstrap(sums)["rougeL"])
+        assert low <= hits.mean() <= high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 5 and metrics.interval(np.array([np.nan])) is None
+
+
+def test_a_handful_of_problems_has_no_interval():
+    sums = {"rougeL": np.random.default_rng(0).random((2, 4)), "referenced": np.ones((2, 4))}
+    assert metrics.interval(metrics.bootstrap(sums)["rougeL"]) is None
+    more = {name: np.concatenate([values, values], axis=1) for name, values in sums.items()}
+    assert metrics.interval(metrics.bootstrap(more)["rougeL"]) is not None
+
+
+def test_intervals_are_paired_so_that_equal_models_differ_by_nothing():
+    hits = np.random.default_rng(1).random((1, 50))
+    sums = {"rougeL": hits, "referenced": np.ones((1, 50))}
+    one, other = metrics.bootstrap(sums)["rougeL"], metrics.bootstrap(sums)["rougeL"]
+    assert metrics.interval(one - other) == (0, 0) and metrics.interval(one / other) == (1, 1)
+
+
+def test_runs_of_a_kind_widen_the_interval():
+    alike = np.full((2, 200), 0.5)
+    apart = np.stack([np.full(200, 0.2), np.full(200, 0.8)])
+    one, two = (metrics.bootstrap({"rougeL": s, "referenced": np.ones_like(s)})["rougeL"] for s in (alike, apart))
+    assert np.ptp(metrics.interval(one)) == pytest.approx(0) and np.ptp(metrics.interval(two)) > 0.3
+
+
+def test_retention_is_the_ratio_to_the_teacher_at_the_same_temperature(tmp_path):
+    def entry(label, rouge, temperature, rewards):
+        folder = tmp_path / label
+        folder.mkdir()
+        answers = [
+            {
+                "prompt_id": f"p{i}",
+                "group_id": f"g{i}",
+                "temperature": temperature,
+                "seed": s,
+                "answer": "",
+                "rougeL": r,
+            }
+            | {"rougeL_paper": r, "rougeL_teacher": None, "exact": 0.0, "reward": reward, "reason": ""}
+            for i, (r, judged) in enumerate(zip(rouge, rewards))
+            for s, reward in enumerate(judged)
+        ]
+        from trainer.evaluate.run import ANSWERS, FORCED
+
+        pq.write_table(pa.Table.from_pylist(answers, ANSWERS), folder / "answers.parquet")
+        pq.write_table(FORCED.empty_table(), folder / "forced.parquet")
+        return {"label": label, "model": label, "folder": label}
+
+    entries = [
+        entry(compare.TEACHER, [0.4, 0.8], 1.0, [[1, 1], [1, 0]]),
+        entry("student", [0.3, 0.3], 1.0, [[1, 0], [0, 0]]),
+        entry("greedy", [0.3, 0.3], 0.0, [[1], [0]]),
+    ]
+    (tmp_path / "evaluation.json").write_text(json.dumps({"settings": {}, "entries": entries}))
+    found = {(row["label"], row["metric"]): row for row in compare.rows([tmp_path])}
+    assert found["student", "rougeL"]["retention"] == pytest.approx(0.3 / 0.6)
+    assert found["student", "pass@1"]["value"] == 0.25 and found["student", "pass@2"]["value"] == 0.5
+    assert found["student", "pass@1"]["retention"] == pytest.approx(0.25 / 0.75)
+    assert "retention" not in found["greedy", "rougeL"]  # the teacher was not asked so
+
+
+# --- students ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_from_the_teachers_layers_computes_with_those_layers(kd, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    facts = json.loads(
+        kd("init-student", "--from", tiny_model, "--keep-layers", "1", "--out", tmp_path / "s", "--json").stdout
+    )
+    assert facts["kept"] == "0" and facts["layers"] == "1 of 2"
+    whole, cut = AutoModelForCausalLM.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+    whole.model.layers = whole.model.layers[:1]
+    ids = torch.tensor([[1, 5, 9]])
+    torch.testing.assert_close(cut(ids, use_cache=False).logits, whole(ids, use_cache=False).logits)
+    assert "not empty" in kd("init-student", "--from", tiny_model, "--out", tmp_path / "s", code=1).stderr
+
+
+def test_parse_layers():
+    assert parse_layers("3", 30) == [0, 14, 29] and parse_layers("30", 30) == list(range(30))
+    assert parse_layers("0-2,5,7-8", 9) == [0, 1, 2, 5, 7, 8]
+
+
+@pytest.mark.parametrize("spec", ["0", "31", "3-40", "a", "5-2"])
+def test_wrong_layers_are_a_usage_error(kd, smollm, tmp_path, spec):
+    if spec != "a":  # one through the command is enough
+        from kdcache.errors import UsageError
+
+        with pytest.raises(UsageError):
+            parse_layers(spec, 30)
+    else:
+        assert (
+            "--keep-layers a"
+            in kd("init-student", "--from", smollm, "--keep-layers", "a", "--out", tmp_path / "s", code=2).stderr
+        )
+
+
+def test_chat_answers_a_line(kd, tiny_model):
+    done = kd("chat", tiny_model, "--max-new-tokens", 5, input="Hello\n")
+    assert done.stdout.endswith("\n")
+
+
+# --- several references of one prompt -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def referenced(tiny_model, tmp_path_factory):
+    """Three prompts of 14 rows each, whose references are all wrong but for one, the model's own greedy answer."""
+    folder = tmp_path_factory.mktemp("referenced")
+    greedy = {"mode": "sample", "sampling": Sampling(temperature=0.0, max_tokens=8), "split_ratios": (1.0, 0.0, 0.0)}
+
+    def cached(name, rows):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        plan = capture_plan(tiny_model, folder / f"{name}.jsonl", folder / name, rows_per_shard=4, **greedy)
+        capture.run(plan)
+        return folder / name
+
+    prompts = [{"id": f"p{n}", "prompt": f"Say something about {n}."} for n in range(3)]
+    answers = {
+        row["sample_id"].split(":")[1]: row["completion"]
+        for path in (cached("asked", prompts) / "data").glob("*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    }
+    rows = [
+        row
+        | {
+            "id": f"{row['id']}-{n}",
+            "reference": answers[row["id"]] if n == 6 else f"another {n}",
+            "verifier": {"kind": "exact"},
+        }
+        for row in prompts
+        for n in range(14)
+    ]
+    return cached("referenced", rows)
+
+
+def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
+    referenced, tiny_model, tmp_path, monkeypatch
+):
+    connect = duckdb.connect
+    monkeypatch.setattr(duckdb, "connect", lambda: connect(config={"threads": 8}))
+    tables = []
+    for number in range(5):
+        config = evaluation.EvaluateConfig(
+            (("same", tiny_model),), (referenced,), tmp_path / str(number), split="train", engine="transformers"
+        )
+        tables.append(compare.rows([evaluation.evaluate(config)]))
+    assert tables == [tables[0]] * 5
+
+
+def test_the_best_of_several_references_counts(referenced, tiny_model):
+    prompts = evaluation._prompts(evaluation.EvaluateConfig((), (referenced,), referenced, split="train"))
+    asks = [Ask(prompt.prompt_id, prompt.ids, 0.0, 0) for prompt in prompts]
+    answers = evaluation._judge(prompts, asks, [prompt.teacher[0] for prompt in prompts], False, None)
+    assert {(row["rougeL"], row["exact"], row["reward"]) for row in answers.to_pylist()} == {(1, 1, 1)}
+
+
+def test_one_cache_named_twice_is_refused(tiny_cache, tmp_path):
+    again = shutil.copytree(tiny_cache, tmp_path / "again")
+    with pytest.raises(KDError, match="its samples would count twice"):
+        batches.open_caches([tiny_cache, again])
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_time():
+    import time
+
+    from kdcache.judge.sandbox import Sandbox
+
+    adds = {
+        "kind": "stdio",
+        "language": "python",
+        "tests": [{"input": "1 2", "output": "3"}, {"input": "5 5", "output": "10"}],
+    }
+    prompts = [
+        evaluation.Prompt(name, name, [], ((json.dumps(adds | {"time_limit_seconds": 0.3}), None),), ["x"])
+        for name in ("easy", "hard")
+    ]
+    good, wrong = "print(sum(map(int, input().split())))", "print(3)"
+    loops, forks, floods = "while True: pass", "import os\nwhile True: os.fork()", "while True: print('x' * 1000)"
+    eats, leaves = "x = []\nwhile True: x.append(bytearray(1 << 20))", "import sys; sys.exit(0)"
+    programs = {"easy": [good, good, wrong, good], "hard": [wrong, loops, forks, floods]}
+    more = [("hard", eats), ("hard", leaves)]
+    asked = [(name, program) for name, some in programs.items() for program in some] + more
+    asks = [Ask(name, [], 1.0, number) for number, (name, _) in enumerate(asked)]
+    started = time.monotonic()
+    table = evaluation._judge(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], False, Sandbox())
+    assert time.monotonic() - started < 60
+    assert [row["reward"] for row in table.to_pylist()] == [1, 1, 0, 1] + 6 * [0]
+    sums = compare._sums(evaluation.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
+    found = metrics.values({name: value.sum(axis=0) for name, value in sums.items()})
+    assert found["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and found["pass@4"] == pytest.approx((1 + 0) / 2)
