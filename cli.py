@@ -31,7 +31,7 @@ COMMANDS = {
     "quantize": "trainer.commands.quantize:quantize",
     "report": "trainer.commands.report:report",
     "push": "kdcache.commands.push:push",
-    "view": "kdcache.commands.view:view",
+    "view": "trainer.commands.view:view",
     "chat": "trainer.commands.chat:chat",
     "demo": "kdcache.commands.demo:demo",
     "run": "kdcache.commands.run:run_recipe",

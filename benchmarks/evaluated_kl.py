@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from shared import hardware, say
 
-from kdcache.cache import query
 from kdcache.capture import run as capture
 from kdcache.capture.plan import CaptureConfig, Plan
 from kdcache.machine import cpu, versions
@@ -78,10 +77,7 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
     capture.run(Plan(config))
     caches = open_caches([out])
     units = select(caches, "test")
-    samples = units.load(np.arange(len(units)))
-    entropies = {
-        r["sample_id"]: r["entropies"] for r in query.select(out, "sample_id, entropies", None, "test").to_pylist()
-    }
+    samples = units.load(np.arange(len(units)), ("entropies",))
     captured = caches[0].plan["fields"]["capture_k"]
     teacher = load_student(str(embedded.prepare()), "float32")[0].eval()
     tokens = int(sum(len(sample.completion_ids) for sample in samples))
@@ -96,9 +92,7 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
             none = torch.zeros(len(log_p), dtype=torch.int64)
             rest_p, rest_q = (log_mass_beyond(log, best.indices, none) for log in (log_p, log_q))
             cells = (best.values.exp() * (best.values - mine)).sum() + (rest_p.exp() * (rest_p - rest_q)).sum()
-            found = at_positions(
-                student, head, [sample], [np.array(entropies[sample.sample_id])], sampled_from(caches[0])
-            )
+            found = at_positions(student, head, [sample], sampled_from(caches[0]))
             sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), found["kl"].sum()]
             beyond_captured += float(rest_p.exp().sum()) * (student is teacher)
         whole, of_cells, evaluated = (sums / tokens).round(4).tolist()

@@ -45,6 +45,7 @@ from shared import hardware, save_figure, say, write_plan
 from torch import Tensor
 
 from kdcache.cache import manifest, reader, sparsify, writer
+from kdcache.cache.candidates import Candidates
 from kdcache.cache.format import CANDIDATE_LEAVES, FORMAT_VERSION, fingerprint
 from kdcache.cache.layout import shard_name
 from kdcache.cache.reader import normalise
@@ -180,9 +181,7 @@ def hidden_states(model: Any, rows: Sequence[Answer], name: str) -> list[Tensor]
 # --- targets, by the way of a cache -----------------------------------------------------------------------------------
 
 
-def choose(
-    layouts: Sequence[Layout], row: Answer, states: Tensor, head: Tensor, seed: int
-) -> list[sparsify.Candidates]:
+def choose(layouts: Sequence[Layout], row: Answer, states: Tensor, head: Tensor, seed: int) -> list[Candidates]:
     """What each layout keeps of one answer's distributions."""
     logprobs, order = (states @ head.T).log_softmax(dim=-1).sort(dim=-1, descending=True)
     logprobs, ids = logprobs.numpy(), order.to(torch.int32).numpy()  # [T, V] best first
@@ -192,7 +191,7 @@ def choose(
         if layout.policy == "label":
             ones = np.ones(len(ids), np.int32)
             own = np.array(row.completion_ids, np.int32)
-            found.append(sparsify.Candidates(own, np.zeros(len(ids), np.float32), ones, nothing(len(ids))))
+            found.append(Candidates(own, np.zeros(len(ids), np.float32), ones, nothing(len(ids))))
         elif layout.policy.startswith("draws"):
             found.append(counted(drawn[:, : int(layout.parameter)], ids))
         else:
@@ -214,7 +213,7 @@ def draw(logprobs: np.ndarray, seed: int) -> np.ndarray:
     return np.stack([np.searchsorted(c, u, side="right") for c, u in zip(cumulative, uniform)])
 
 
-def counted(drawn: np.ndarray, ids: np.ndarray) -> sparsify.Candidates:
+def counted(drawn: np.ndarray, ids: np.ndarray) -> Candidates:
     """RS-KD: each drawn token once, weighted by how often it was drawn, most frequent first."""
     flat, weights, counts = [], [], []
     for position, ranks in enumerate(drawn):
@@ -224,11 +223,11 @@ def counted(drawn: np.ndarray, ids: np.ndarray) -> sparsify.Candidates:
         weights.append(times[best_first] / len(ranks))
         counts.append(len(unique))
     logprobs = np.log(np.concatenate(weights)).astype(np.float32)
-    return sparsify.Candidates(np.concatenate(flat), logprobs, np.array(counts, np.int32), nothing(len(drawn)))
+    return Candidates(np.concatenate(flat), logprobs, np.array(counts, np.int32), nothing(len(drawn)))
 
 
 def through_a_shard(
-    layout: Layout, rows: Sequence[Answer], kept: Sequence[sparsify.Candidates]
+    layout: Layout, rows: Sequence[Answer], kept: Sequence[Candidates]
 ) -> tuple[float, list[reader.Sample]]:
     """Write a layout's candidates and read them back: (bytes a completion token, what a trainer gets)."""
     size, samples = written_and_read(layout.precision, rows, kept)
@@ -238,7 +237,7 @@ def through_a_shard(
 
 
 def written_and_read(
-    precision: str, rows: Sequence[Answer], kept: Sequence[sparsify.Candidates]
+    precision: str, rows: Sequence[Answer], kept: Sequence[Candidates]
 ) -> tuple[int, list[reader.Sample]]:
     shard_rows = []
     for row, candidates in zip(rows, kept):
@@ -267,10 +266,10 @@ def written_and_read(
 
 def as_target(samples: Sequence[reader.Sample], rest: str, own_tokens: np.ndarray) -> Sparse:
     """What a loss takes, from what the reader gives; the reader's candidates sum to 1 - exp(tail)."""
-    ids = np.concatenate([s.candidate_ids for s in samples]).astype(np.int64)
-    logprobs = np.concatenate([s.candidate_logprobs for s in samples])
-    counts = np.concatenate([s.counts for s in samples]).astype(np.int64)
-    tail = np.concatenate([s.tail_logprobs for s in samples])
+    ids = np.concatenate([s.candidates.ids for s in samples]).astype(np.int64)
+    logprobs = np.concatenate([s.candidates.logprobs for s in samples])
+    counts = np.concatenate([s.candidates.counts for s in samples]).astype(np.int64)
+    tail = np.concatenate([s.candidates.tails for s in samples])
     if rest == "scaled":
         logprobs = normalise(logprobs, counts, np.full_like(tail, -np.inf))
     probs, mass = np.exp(logprobs), np.exp(tail)
@@ -476,7 +475,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
     compared = targets_to_compare(vocabulary)
     layouts = list(dict.fromkeys(target.layout for target in compared))
-    kept: list[list[sparsify.Candidates]] = []
+    kept: list[list[Candidates]] = []
     for number, (row, state) in enumerate(zip(rows, states)):
         kept.append(choose(layouts, row, state, teacher_head, options.seed))
         if number % 20 == 19 or number + 1 == len(rows):
@@ -500,7 +499,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "capture_k": layout.capture_k,
                 "precision": layout.precision,
                 "rest": target.rest,
-                "candidates_per_token": sum(len(s.candidate_ids) for s in samples) / len(own_tokens),
+                "candidates_per_token": sum(len(s.candidates.ids) for s in samples) / len(own_tokens),
                 # A token's own id is in every cache anyway.
                 "candidate_bytes_per_token": 0.0 if layout.policy == "label" else size,
             }

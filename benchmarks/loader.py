@@ -35,6 +35,7 @@ from shared import hardware, interval
 from size import completion_tokens, repeat
 
 from kdcache.cache import manifest, reader
+from kdcache.cache.candidates import Candidates
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
 from trainer.data.stream import IGNORE, Batch, Stream, pack, select
@@ -83,10 +84,12 @@ def to_sample(row: dict[str, Any], flat: Callable[[Any, Any], np.ndarray]) -> re
         prompt_ids=np.asarray(row["prompt_ids"], np.int32),
         completion_ids=np.asarray(row["completion_ids"], np.int32),
         supervised=np.ones(len(counts), bool) if mask is None else np.asarray(mask, bool),
-        counts=counts,
-        candidate_ids=flat(row["candidate_ids"], np.int32),
-        candidate_logprobs=reader.normalise(flat(row["candidate_logprobs"], np.float32), counts, tails),
-        tail_logprobs=tails,
+        candidates=Candidates(
+            flat(row["candidate_ids"], np.int32),
+            reader.normalise(flat(row["candidate_logprobs"], np.float32), counts, tails),
+            counts,
+            tails,
+        ),
     )
 
 

@@ -50,6 +50,7 @@ from shared import hardware, say
 from torch import Tensor
 
 from kdcache.cache import sparsify
+from kdcache.cache.candidates import Candidates
 from kdcache.examples import load as examples
 from kdcache.examples import types
 from kdcache.hashing import stable_hash
@@ -144,7 +145,7 @@ def teach(teacher: Any, sequences: Tensor, seeds: list[int], variants: list[str]
     rows = [Answer(f"text:{i}:g", ids[:1].tolist(), ids[1:].tolist()) for i, ids in enumerate(sequences)]
     wanted = {variant: its for variant in variants if (its := VARIANTS[variant])}
     layouts = list(dict.fromkeys(layout for layout, _ in wanted.values()))
-    kept: dict[tuple[Layout, int], list[sparsify.Candidates]] = {(la, seed): [] for la in layouts for seed in seeds}
+    kept: dict[tuple[Layout, int], list[Candidates]] = {(la, seed): [] for la in layouts for seed in seeds}
     begun = time.monotonic()
     for i, row in enumerate(rows):
         lesson.states.append(teacher.base_model(input_ids=sequences[None, i, :-1], use_cache=False)[0][0].clone())

@@ -77,7 +77,7 @@ def read_cache(cache: reader.Cache) -> int:
         name = Path(shard["name"]).name
         for group, rows in enumerate(cache.row_groups(name)):
             for sample in cache.read(name, group, range(rows)):
-                tokens += len(sample.counts)
+                tokens += len(sample.candidates)
     return tokens
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache import storage
-from kdcache.cache import integrity, manifest
+from kdcache.cache import integrity, manifest, sparsify
+from kdcache.cache.candidates import Candidates
 from kdcache.cache.layout import split_of_shard
+from kdcache.cache.sparsify import Policy
 from kdcache.errors import KDError, first_line
 from kdcache.storage import Location
 
@@ -31,8 +33,15 @@ TENSOR_COLUMNS = (
     *("candidate_ids", "candidate_logprobs", "tail_logprobs"),
 )
 
+#: What ``Cache.read`` brings besides, where it is asked for.
+TOKEN_COLUMNS = ("token_logprobs", "token_ranks", "entropies")
+
 #: Rounding may lift the logarithm of a mass of 1 a little.
 MAX_LOGPROB = 1e-3
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(0, np.float32)
 
 
 @dataclass(frozen=True)
@@ -43,29 +52,23 @@ class Sample:
     prompt_ids: np.ndarray  # [P] int32
     completion_ids: np.ndarray  # [T] int32
     supervised: np.ndarray  # [T] bool
-    counts: np.ndarray  # [T] int32: candidates of each position
-    candidate_ids: np.ndarray  # [N] int32
-    candidate_logprobs: np.ndarray  # [N] float32; each position sums to 1 - exp(tail)
-    tail_logprobs: np.ndarray  # [T] float32
+    candidates: Candidates  # at T positions; the probabilities of each sum to 1 - exp(tail)
+    # Empty unless the column was asked for:
+    token_logprobs: np.ndarray = field(default_factory=_nothing)  # [T] float32, nats
+    token_ranks: np.ndarray = field(default_factory=_nothing)  # [T] int32, 1 is best
+    entropies: np.ndarray = field(default_factory=_nothing)  # [T] float32, nats, as captured
 
     @property
     def tokens(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def first(self, length: int) -> Sample:
-        """The sample with the first ``length`` tokens of its completion."""
+        """Return the sample with the first ``length`` tokens of its completion."""
         if length >= len(self.completion_ids):
             return self
-        candidates = int(self.counts[:length].sum())
-        return replace(
-            self,
-            completion_ids=self.completion_ids[:length],
-            supervised=self.supervised[:length],
-            counts=self.counts[:length],
-            candidate_ids=self.candidate_ids[:candidates],
-            candidate_logprobs=self.candidate_logprobs[:candidates],
-            tail_logprobs=self.tail_logprobs[:length],
-        )
+        per_token = ("completion_ids", "supervised", *TOKEN_COLUMNS)
+        cut = {name: getattr(self, name)[:length] for name in per_token}
+        return replace(self, candidates=self.candidates.first(length), **cut)
 
 
 class Cache:
@@ -76,6 +79,8 @@ class Cache:
         self.plan = manifest.read_plan(self.path)
         storage.linked_files(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
+        fields = self.plan["fields"]
+        self.policy: Policy = sparsify.parse(fields["sparsify"], fields["capture_k"])
         self._files = storage.files(self.path / "data")
         self._proved: set[str] = set()  # splits
         self._row_groups: dict[str, list[int]] = {}
@@ -124,9 +129,9 @@ class Cache:
             lengths = [table[name].to_numpy() for name in ("prompt_tokens", "completion_tokens")]
             return file, np.column_stack(lengths).astype(np.int64, copy=False)
 
-    def read(self, file: str, row_group: int, rows: Sequence[int]) -> list[Sample]:
-        """The samples at ``rows`` of a row group, in that order."""
-        table = self.table(file, row_group, TENSOR_COLUMNS)
+    def read(self, file: str, row_group: int, rows: Sequence[int], columns: Sequence[str] = ()) -> list[Sample]:
+        """Return the samples at ``rows`` of a row group, in that order; ``columns`` are of TOKEN_COLUMNS."""
+        table = self.table(file, row_group, (*TENSOR_COLUMNS, *columns))
         with self._reading(file):
             return _samples(table, rows)
 
@@ -206,11 +211,16 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
     candidate_ids = _values(inner.values, np.int32)
     logprobs = _values(inner_logprobs.values, np.float32)
     sample_ids, masks = columns["sample_id"].to_pylist(), columns["completion_mask"]
-    lists = (
+    lists = [
         tail_offsets,
         columns["candidate_ids"].offsets.to_numpy(),
         columns["candidate_logprobs"].offsets.to_numpy(),
-    )
+    ]
+    per_token: dict[str, np.ndarray] = {}
+    for name in TOKEN_COLUMNS:
+        if name in columns:
+            token_offsets, per_token[name] = ragged(name, np.int32 if name == "token_ranks" else np.float32)
+            lists.append(token_offsets)
     if not all(np.array_equal(offsets, other) for other in lists) or not np.array_equal(
         candidate_offsets, inner_logprobs.offsets.to_numpy()
     ):
@@ -236,10 +246,10 @@ def _samples(table: pa.Table, rows: Sequence[int]) -> list[Sample]:
                 prompt_ids=prompt_ids[prompt_offsets[row] : prompt_offsets[row + 1]],
                 completion_ids=completion_ids[first:last],
                 supervised=all_supervised[first:last] if mask is None else np.array(mask, bool),
-                counts=counts[first:last],
-                candidate_ids=candidate_ids[low:high],
-                candidate_logprobs=logprobs[low:high],
-                tail_logprobs=tails[first:last],
+                candidates=Candidates(
+                    candidate_ids[low:high], logprobs[low:high], counts[first:last], tails[first:last]
+                ),
+                **{name: values[first:last] for name, values in per_token.items()},
             )
         )
     return found
@@ -266,15 +276,16 @@ def normalise(logprobs: np.ndarray, counts: np.ndarray, tails: np.ndarray) -> np
         return np.add(logprobs, np.repeat(shift, counts[nonempty]), out=found)  # the buffer of the exponentials again
 
 
-def entropy_unstored(sample: Sample, captured: Sequence[float] | np.ndarray) -> np.ndarray:
-    """By supervised position: the entropy captured, less that of the candidates stored; nats.
+def entropy_unstored(sample: Sample) -> np.ndarray:
+    """By supervised position of a sample with entropies: the entropy captured, less that of the candidates stored; nats.
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between teacher
     and student, and too little entropy of the teacher's own. Its KL would be too high by this, whoever the student is.
     """
-    position = np.repeat(np.arange(len(sample.counts)), sample.counts)
-    p = np.exp(sample.candidate_logprobs.astype(np.float64))
-    tail = np.exp(sample.tail_logprobs.astype(np.float64))
+    candidates = sample.candidates
+    position = np.repeat(np.arange(len(candidates)), candidates.counts)
+    p = np.exp(candidates.logprobs.astype(np.float64))
+    tail = np.exp(candidates.tails.astype(np.float64))
     tails = np.where(tail > 0, -tail * np.log(np.maximum(tail, 1e-30)), 0.0)
-    stored = np.bincount(position, -p * sample.candidate_logprobs, minlength=len(sample.counts)) + tails
-    return (np.array(captured, dtype=np.float64) - stored)[sample.supervised]
+    stored = np.bincount(position, -p * candidates.logprobs, minlength=len(candidates)) + tails
+    return (np.array(sample.entropies, dtype=np.float64) - stored)[sample.supervised]

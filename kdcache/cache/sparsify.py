@@ -1,158 +1,176 @@
-"""What to keep of a teacher's distribution: [T, K] rows -> few candidates a position. Pure numpy.
+"""Decide what to keep of a teacher's distribution: [T, K] captured rows become a few candidates per position. Pure numpy.
 
-A policy is one function from a capture to ``Candidates``; ``POLICIES`` names them. Invariant: at every position the
-candidates are sorted best first, the first is the teacher's best token, no id stands twice, and candidates + tail carry
-the whole mass (``topk``: to rounding; ``threshold``: to within TAU).
+Each policy is one class, and ``POLICIES`` names them. Invariant: at every position the candidates are sorted best first,
+the first is the teacher's best token, no id occurs twice, and candidates + tail carry the whole mass (``topk``: up to
+rounding; ``threshold``: to within TAU).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from kdcache.cache.candidates import Candidates
 from kdcache.cache.format import CODEBOOK, MIN_TAIL_MASS, round_logprobs
 from kdcache.errors import UsageError
 from kdcache.hashing import uniforms
 
-#: What a policy that looks beyond the candidates it keeps takes from the engine, unless --capture-k says otherwise.
+#: How many candidates the engine returns for a policy that samples from them, unless --capture-k says otherwise.
 DEFAULT_CAPTURE_K = 256
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The kept candidates of T positions, flat: position t owns ``counts[t]`` of the N entries."""
+class Policy(Protocol):
+    """What the rest of the program needs to know of a policy."""
 
-    ids: np.ndarray  # [N] int32
-    logprobs: np.ndarray  # [N] float32, nats
-    counts: np.ndarray  # [T] int32
-    tail: np.ndarray  # [T] float32: log of the mass outside the candidates, -inf where there is none
-
-
-@dataclass(frozen=True)
-class Sparsifier:
-    """``topk:64`` as parsed. ``capture_k`` is how many candidates the engine has to return for it."""
-
-    policy: str
-    parameter: float
-    capture_k: int
+    capture_k: int  # how many candidates per position the engine has to return
+    samples: ClassVar[bool]  # whether unlikely candidates are drawn at random: only losses linear in p are unbiased
 
     def __call__(self, ids: np.ndarray, logprobs: np.ndarray, seed: int = 0, sample_id: str = "") -> Candidates:
         """Sparsify one completion: ``ids`` and ``logprobs`` are [T, K], best first.
 
-        What is drawn follows from (seed, sample_id, position) alone, whatever else is in the cache.
+        What is drawn depends on (seed, sample_id, position) alone, whatever else is in the cache.
         """
-        keep = POLICIES[self.policy].keep
-        return keep(ids, logprobs, self.parameter, uniforms(len(ids), seed, sample_id))
+        ...
 
     @property
     def most_candidates(self) -> int:
-        """What a position holds at most (but for ``threshold`` where no token reaches TAU, which is rare)."""
-        return min(self.capture_k, POLICIES[self.policy].keeps(self.parameter))
+        """The most candidates that a position holds (except for ``threshold`` where no token reaches TAU, which is rare)."""
+        ...
 
     @property
     def mass_error(self) -> float:
-        """How far candidates + tail may be from 1, before rounding."""
-        return POLICIES[self.policy].mass_error(self.parameter)
-
-    def __str__(self) -> str:
-        return f"{self.policy}:{self.parameter:g}"
-
-
-def topk(ids: np.ndarray, logprobs: np.ndarray, k: float, _: np.ndarray) -> Candidates:
-    """The k best, and the mass of all others as one number, the *bucket*."""
-    kept = min(int(k), ids.shape[1])
-    positions = ids.shape[0]
-    return Candidates(
-        ids=np.ascontiguousarray(ids[:, :kept], dtype=np.int32).reshape(-1),
-        logprobs=np.ascontiguousarray(logprobs[:, :kept], dtype=np.float32).reshape(-1),
-        counts=np.full(positions, kept, dtype=np.int32),
-        tail=log_tail(logprobs[:, :kept]),
-    )
-
-
-def threshold(ids: np.ndarray, logprobs: np.ndarray, tau: float, uniform: np.ndarray) -> Candidates:
-    """Tokens with p >= tau as they are, of the other captured ones a systematic sample with step tau.
-
-    A token with p < tau is kept with probability p / tau and stored with probability tau: an unbiased estimate of the
-    captured distribution, whose total is off by less than tau. The mass beyond the captured K stays as the tail.
-
-    tau is snapped to the codebook first, else every sampled weight would be off the same way. Where no token reaches
-    tau, the step is the best token's probability (snapped down), so that the teacher's choice is always the first
-    candidate and the order is that of the teacher.
-
-    Systematic sampling (Madow 1949): the tokens' p / step are laid end to end on a line, and a token is kept if one
-    of the points u, u + 1, u + 2, ... falls on it. uniform: [T] u of each position, in [0, 1).
-    """
-    snapped = float(round_logprobs(np.log(np.array([tau], dtype=np.float32)))[0])
-    best = CODEBOOK[np.searchsorted(-CODEBOOK, -logprobs[:, 0], side="left").clip(max=len(CODEBOOK) - 1)]
-    step = np.minimum(np.float32(snapped), best)[:, None]  # [T, 1] log
-    large = logprobs >= step  # [T, K]
-    large[:, 0] = True
-    shares = np.where(large, 0.0, np.exp(logprobs.astype(np.float64) - step))  # [T, K] p / step of the small ones
-    points = np.ceil(np.cumsum(shares, axis=1) - uniform[:, None])  # [T, K] sampling points up to a token's end
-    kept = large | (np.diff(points, axis=1, prepend=0.0) > 0)
-    return Candidates(
-        ids=ids[kept].astype(np.int32, copy=False),
-        logprobs=np.maximum(logprobs, step)[kept].astype(np.float32, copy=False),
-        counts=kept.sum(axis=1, dtype=np.int32),
-        tail=log_tail(logprobs),
-    )
+        """How far candidates + tail may be from 1 before rounding."""
+        ...
 
 
 @dataclass(frozen=True)
-class Policy:
-    """All that is known of one policy; each function but ``keep`` takes its parameter."""
+class TopK:
+    """``topk:K`` keeps the K best, and the mass of all others as one number, the *bucket*."""
 
-    keep: Callable[[np.ndarray, np.ndarray, float, np.ndarray], Candidates]
-    takes: Callable[[float], bool]  # whether the parameter makes sense
-    expected: str
-    needs: Callable[[float], int]  # the candidates to capture, at least
-    captures: Callable[[float], int]  # and by default
-    keeps: Callable[[float], int]  # the candidates of a position, at most
-    mass_error: Callable[[float], float]  # how far candidates + tail may be from 1, before rounding
+    k: int
+    capture_k: int
+
+    samples: ClassVar[bool] = False
+    mass_error: ClassVar[float] = 0.0
+
+    @classmethod
+    def parse(cls, text: str, capture_k: int | None) -> TopK:
+        """Raise ValueError with what was expected."""
+        k = _number(text)
+        if not (k >= 1 and k % 1 == 0):
+            raise ValueError("topk:K with a whole number K of at least 1, as in topk:64")
+        return cls(int(k), int(k) if capture_k is None else capture_k)
+
+    @property
+    def most_candidates(self) -> int:
+        return self.k
+
+    @property
+    def least_capture_k(self) -> int:
+        return self.k
+
+    def __call__(self, ids: np.ndarray, logprobs: np.ndarray, seed: int = 0, sample_id: str = "") -> Candidates:
+        positions, captured = ids.shape
+        kept = min(self.k, captured)
+        return Candidates(
+            ids=np.ascontiguousarray(ids[:, :kept], dtype=np.int32).reshape(-1),
+            logprobs=np.ascontiguousarray(logprobs[:, :kept], dtype=np.float32).reshape(-1),
+            counts=np.full(positions, kept, dtype=np.int32),
+            tails=log_tail(logprobs[:, :kept]),
+        )
+
+    def __str__(self) -> str:
+        return f"topk:{self.k}"
 
 
-POLICIES = {
-    "topk": Policy(
-        keep=topk,
-        takes=lambda k: k >= 1 and k % 1 == 0,
-        expected="topk:K with a whole number K of at least 1, as in topk:64",
-        needs=int,
-        captures=int,
-        keeps=int,
-        mass_error=lambda k: 0.0,
-    ),
-    "threshold": Policy(
-        keep=threshold,
-        takes=lambda tau: 0 < tau < 1,
-        expected="threshold:TAU with TAU between 0 and 1, as in threshold:0.02",
-        needs=lambda tau: 1,
-        captures=lambda tau: DEFAULT_CAPTURE_K,
-        keeps=lambda tau: int(1 / tau + 1),
-        mass_error=lambda tau: tau,
-    ),
-}
+@dataclass(frozen=True)
+class Threshold:
+    """``threshold:TAU`` keeps tokens with p >= TAU as they are, and of the others a systematic sample with step TAU.
+
+    A token with p < TAU is kept with probability p / TAU and stored with probability TAU: an unbiased estimate of the
+    captured distribution, whose total is off by less than TAU. The mass beyond the captured K stays as the tail.
+
+    TAU is snapped to the codebook first, because otherwise rounding would shift every sampled weight the same way. Where
+    no token reaches TAU, the step is the best token's probability (snapped down), so that the teacher's choice is always
+    the first candidate and the order is the teacher's.
+
+    Systematic sampling (Madow 1949): the tokens' p / step are laid end to end on a line, and a token is kept if one of
+    the points u, u + 1, u + 2, ... falls on it, where u is one uniform number in [0, 1) per position.
+    """
+
+    tau: float
+    capture_k: int
+
+    samples: ClassVar[bool] = True
+    least_capture_k: ClassVar[int] = 1
+
+    @classmethod
+    def parse(cls, text: str, capture_k: int | None) -> Threshold:
+        """Raise ValueError with what was expected."""
+        tau = _number(text)
+        if not 0 < tau < 1:
+            raise ValueError("threshold:TAU with TAU between 0 and 1, as in threshold:0.02")
+        return cls(tau, DEFAULT_CAPTURE_K if capture_k is None else capture_k)
+
+    @property
+    def most_candidates(self) -> int:
+        return min(self.capture_k, int(1 / self.tau + 1))
+
+    @property
+    def mass_error(self) -> float:
+        return self.tau
+
+    def __call__(self, ids: np.ndarray, logprobs: np.ndarray, seed: int = 0, sample_id: str = "") -> Candidates:
+        uniform = uniforms(len(ids), seed, sample_id)
+        snapped = float(round_logprobs(np.log(np.array([self.tau], dtype=np.float32)))[0])
+        # The codebook falls from 0 to -24, so its negative is sorted: the first value that is not above the best token.
+        best = CODEBOOK[np.searchsorted(-CODEBOOK, -logprobs[:, 0], side="left").clip(max=len(CODEBOOK) - 1)]
+        step = np.minimum(np.float32(snapped), best)[:, None]  # [T, 1] log
+        large = logprobs >= step  # [T, K]
+        large[:, 0] = True
+        shares = np.where(large, 0.0, np.exp(logprobs.astype(np.float64) - step))  # [T, K] p / step of the small ones
+        points = np.ceil(np.cumsum(shares, axis=1) - uniform[:, None])  # [T, K] sampling points up to a token's end
+        kept = large | (np.diff(points, axis=1, prepend=0.0) > 0)
+        return Candidates(
+            ids=ids[kept].astype(np.int32, copy=False),
+            logprobs=np.maximum(logprobs, step)[kept].astype(np.float32, copy=False),
+            counts=kept.sum(axis=1, dtype=np.int32),
+            tails=log_tail(logprobs),
+        )
+
+    def __str__(self) -> str:
+        return f"threshold:{self.tau:g}"
 
 
-def parse(spec: str, capture_k: int | None = None) -> Sparsifier:
-    """``topk:K`` or ``threshold:TAU`` -> Sparsifier; UsageError if the spec or ``capture_k`` makes no sense."""
+#: To add a policy, write its class above and name it here. The loss checks ``samples``; nothing else asks which policy it is.
+POLICIES: dict[str, Any] = {"topk": TopK, "threshold": Threshold}
+
+
+def parse(spec: str, capture_k: int | None = None) -> Policy:
+    """Parse ``topk:K`` or ``threshold:TAU``; raise UsageError if the text or ``capture_k`` makes no sense."""
     name, _, text = spec.partition(":")
     if name not in POLICIES:
         raise UsageError(f"--sparsify {spec}: unknown policy {name!r}; known: {', '.join(POLICIES)} (as in topk:64)")
-    policy = POLICIES[name]
     try:
-        parameter = float(text)
-    except ValueError:
-        parameter = float("nan")
-    if not policy.takes(parameter):
-        raise UsageError(f"--sparsify {spec}: expected {policy.expected}")
-    if capture_k is not None and capture_k < policy.needs(parameter):
+        policy = POLICIES[name].parse(text, capture_k)
+    except ValueError as error:
+        raise UsageError(f"--sparsify {spec}: expected {error}") from None
+    if policy.capture_k < policy.least_capture_k:
         raise UsageError(
-            f"--capture-k {capture_k} is smaller than the {policy.needs(parameter)} candidates that --sparsify {spec} keeps"
+            f"--capture-k {capture_k} is smaller than the {policy.least_capture_k} candidates that --sparsify {spec} keeps"
         )
-    return Sparsifier(name, parameter, capture_k or policy.captures(parameter))
+    return policy
+
+
+def _number(text: str) -> float:
+    """A finite number, or NaN."""
+    try:
+        number = float(text)
+    except ValueError:
+        return float("nan")
+    return number if np.isfinite(number) else float("nan")
 
 
 def tail_mass(logprobs: np.ndarray) -> np.ndarray:
@@ -162,7 +180,7 @@ def tail_mass(logprobs: np.ndarray) -> np.ndarray:
 
 
 def log_tail(logprobs: np.ndarray) -> np.ndarray:
-    """[T, K] -> [T] float32: log of ``tail_mass``, -inf for none."""
+    """[T, K] -> [T] float32: the logarithm of ``tail_mass``, -inf for none."""
     with np.errstate(divide="ignore"):
         return np.log(tail_mass(logprobs)).astype(np.float32)
 
@@ -170,8 +188,8 @@ def log_tail(logprobs: np.ndarray) -> np.ndarray:
 def entropies(logprobs: np.ndarray) -> np.ndarray:
     """[T, K] -> [T] float32: entropy in nats of the K candidates and the rest as one cell.
 
-    The rest is counted as if it were a single token, so this is a lower bound of the full-vocabulary entropy that
-    grows with K.
+    The rest counts as if it were a single token, so this is a lower bound of the full-vocabulary entropy that grows with
+    K.
     """
     logs = logprobs.astype(np.float64)
     rest = tail_mass(logprobs)

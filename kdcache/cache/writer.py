@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache import storage
+from kdcache.cache.candidates import Candidates
 from kdcache.cache.format import SCHEMA, parquet_options, round_half, round_logprobs
-from kdcache.cache.sparsify import Candidates
 from kdcache.errors import KDError
 from kdcache.storage import Location, atomic, seal
 
@@ -69,7 +69,7 @@ def rows_to_table(rows: Sequence[Row], precision: str) -> pa.Table:
     for name in ("token_logprobs", "entropies"):
         values = _concatenate([half(getattr(r, name)) for r in rows], np.float32)
         columns[name] = _list_array(lengths, values)
-    columns["tail_logprobs"] = _list_array(lengths, _concatenate([half(r.candidates.tail) for r in rows], np.float32))
+    columns["tail_logprobs"] = _list_array(lengths, _concatenate([half(r.candidates.tails) for r in rows], np.float32))
     counts = np.concatenate([r.candidates.counts for r in rows])
     logprobs = np.concatenate([r.candidates.logprobs for r in rows])
     ids = _concatenate([r.candidates.ids for r in rows], np.int32)

@@ -61,11 +61,11 @@ class Forced(Protocol):
 
 
 class Student(Protocol):
-    """Reads a sample, given the teacher's entropies [T] (nats). The trainer has one; it brings torch along."""
+    """Reads a sample that has its entropies. The trainer has one; it brings torch along."""
 
     name: str
 
-    def __call__(self, sample: Sample, entropies: np.ndarray) -> Forced: ...
+    def __call__(self, sample: Sample) -> Forced: ...
 
 
 class Server(ThreadingHTTPServer):
@@ -119,7 +119,7 @@ class Server(ThreadingHTTPServer):
         found = self.view.candidates(asked.get("id", ""), first, first + POSITIONS)
         read = self._forced
         if read and read[0] == asked.get("id"):
-            counts = self.view.shown(read[0]).sample.counts
+            counts = self.view.shown(read[0]).sample.candidates.counts
             start = int(counts[:first].sum())
             for position, told in enumerate(found, first):
                 end = start + int(counts[position])
@@ -135,7 +135,7 @@ class Server(ThreadingHTTPServer):
         shown = self.view.shown(asked.get("id", ""))
         with self._reading:
             if self._forced is None or self._forced[0] != shown.sample.sample_id:
-                self._forced = shown.sample.sample_id, self.student(shown.sample, shown.entropies)
+                self._forced = shown.sample.sample_id, self.student(shown.sample)
             found = self._forced[1]
         return {
             "kl": numbers(found.kl),

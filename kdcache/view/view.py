@@ -10,12 +10,13 @@ cannot, as the log of no mass, is None). Methods may be called from several thre
 from __future__ import annotations
 
 import codecs
+import copy
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ import pyarrow.compute as pc
 
 from kdcache.cache import query
 from kdcache.cache.format import SPLITS, round_logprobs
-from kdcache.cache.reader import Cache, Sample
+from kdcache.cache.reader import TOKEN_COLUMNS, Cache, Sample
+from kdcache.cache.sparsify import Threshold
 from kdcache.errors import KDError, UsageError, first_line
 
 SORTS = ("cache", "uncertain", "worst", "longest", "failed")
@@ -35,7 +37,6 @@ SNIPPET = 160  # characters of a text in the list
 KEPT = 4  # samples, and searches, remembered
 
 TEXT_COLUMNS = ("sample_id", "source", "split", "task", "language", "origin", "prompt", "completion", "reference")
-TOKEN_COLUMNS = ("token_logprobs", "token_ranks", "entropies")
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,11 @@ class Index:
 
 @dataclass(frozen=True)
 class Shown:
-    """One sample as it was read: its row's texts, its arrays, and T values of each token."""
+    """One sample as it was read: its row's texts and its arrays, with those of TOKEN_COLUMNS."""
 
     number: int
     row: dict[str, Any]
     sample: Sample
-    logprobs: np.ndarray  # [T] nats
-    ranks: np.ndarray  # [T]
-    entropies: np.ndarray  # [T] nats
     drawn: np.ndarray  # [N] bool: candidates of a threshold cache that stand for others
 
 
@@ -268,9 +266,9 @@ class View:
             "prompt_tokens": len(sample.prompt_ids),
             "texts": texts,
             "escaped": escaped,
-            "logprobs": numbers(shown.logprobs),
-            "ranks": shown.ranks.tolist(),
-            "entropies": numbers(shown.entropies),
+            "logprobs": numbers(sample.token_logprobs),
+            "ranks": sample.token_ranks.tolist(),
+            "entropies": numbers(sample.entropies),
             "supervised": sample.supervised.tolist(),
         }
 
@@ -278,18 +276,18 @@ class View:
         """Of the positions [first, last): the candidates' texts, probabilities and whether drawn, and the tail's mass."""
         shown = self.shown(sample_id)
         sample = shown.sample
-        ends = np.concatenate([[0], np.cumsum(sample.counts)])
+        kept = sample.candidates
         found = []
-        for position in range(max(first, 0), min(last, len(sample.counts))):
-            part = slice(ends[position], ends[position + 1])
-            ids = sample.candidate_ids[part]
+        for position in range(max(first, 0), min(last, len(kept))):
+            part = kept.at(position)
+            ids = kept.ids[part]
             found.append(
                 {
                     "texts": [escape(token) for token in self.bytes_of(ids)],
                     "given": (ids == sample.completion_ids[position]).tolist(),
-                    "probabilities": numbers(np.exp(sample.candidate_logprobs[part])),
+                    "probabilities": numbers(np.exp(kept.logprobs[part])),
                     "drawn": shown.drawn[part].tolist(),
-                    "tail": number(math.exp(sample.tail_logprobs[position])),
+                    "tail": number(math.exp(kept.tails[position])),
                 }
             )
         return found
@@ -314,23 +312,21 @@ class View:
 
     def _read(self, n: int) -> Shown:
         file, group, row = self._place(n)
-        [sample] = self.cache.read(file, group, [row])
-        # Copies: the arrays of a sample are views that would keep its whole row group.
-        sample = replace(sample, **{name: value.copy() for name, value in vars(sample).items() if name != "sample_id"})
-        table = self.cache.table(file, group, (*TEXT_COLUMNS, *TOKEN_COLUMNS, "candidate_logprobs")).slice(row, 1)
-        found = dict.fromkeys(TEXT_COLUMNS) | table.drop_columns(["candidate_logprobs"]).to_pylist()[0]
-        logprobs, ranks, entropies = (np.array(found.pop(name)) for name in TOKEN_COLUMNS)
+        [sample] = self.cache.read(file, group, [row], TOKEN_COLUMNS)
+        table = self.cache.table(file, group, (*TEXT_COLUMNS, "candidate_logprobs")).slice(row, 1)
+        texts = dict.fromkeys(TEXT_COLUMNS) | table.drop_columns(["candidate_logprobs"]).to_pylist()[0]
         stored = table["candidate_logprobs"].combine_chunks().flatten().flatten()
-        return Shown(n, found, sample, logprobs, ranks, entropies, self._drawn(sample, np.asarray(stored)))
+        # A copy: the arrays of a sample are views that would keep its whole row group.
+        return Shown(n, texts, copy.deepcopy(sample), self._drawn(sample, np.asarray(stored)))
 
     def _drawn(self, sample: Sample, stored: np.ndarray) -> np.ndarray:
         """Which candidates are a sample of many: those stored at TAU, or below it, but for the teacher's choice."""
-        policy, _, tau = self.cache.plan["fields"]["sparsify"].partition(":")
-        if policy != "threshold":
+        policy, candidates = self.cache.policy, sample.candidates
+        if not isinstance(policy, Threshold):
             return np.zeros(len(stored), bool)
-        snapped = round_logprobs(np.log(np.array([float(tau)], dtype=np.float32)))[0]
+        snapped = round_logprobs(np.log(np.array([policy.tau], dtype=np.float32)))[0]
         drawn = stored <= snapped + 1e-6
-        drawn[(np.cumsum(sample.counts) - sample.counts)[sample.counts > 0]] = False
+        drawn[candidates.starts[candidates.counts > 0]] = False
         return drawn
 
     def bytes_of(self, ids: np.ndarray) -> list[bytes]:

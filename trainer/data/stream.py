@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache import query
+from kdcache.cache.candidates import Candidates, concatenate
 from kdcache.cache.reader import Cache, Sample
 from kdcache.errors import KDError, UsageError
 from kdcache.models import identity
@@ -70,13 +71,13 @@ class Units:
             cache, file, row_group = self.groups[number]
             self.caches[cache].expect(file, row_group)
 
-    def load(self, picked: np.ndarray) -> list[Sample]:
-        """The picked samples, in that order; each row group they are in is read once."""
+    def load(self, picked: np.ndarray, columns: Sequence[str] = ()) -> list[Sample]:
+        """Return the picked samples in that order, with ``columns`` of TOKEN_COLUMNS; each row group is read once."""
         found: dict[int, Sample] = {}
         for group in np.unique(self.group[picked]):
             members = picked[self.group[picked] == group]
             cache, file, row_group = self.groups[group]
-            samples = self.caches[cache].read(file, row_group, self.row[members])
+            samples = self.caches[cache].read(file, row_group, self.row[members], columns)
             for index, sample in zip(members.tolist(), samples):
                 found[index] = sample.first(int(self.completion_tokens[index]))
         return [found[index] for index in picked.tolist()]
@@ -338,18 +339,16 @@ def pack(samples: Sequence[Sample], head_rows: int) -> Batch:
     lengths = parts.sum(axis=1)
     ends = np.cumsum(lengths)
     has_label = np.repeat(np.tile([False, True], len(samples)), parts.ravel())
-    supervised, counts, ids, logprobs, tail = (
-        np.concatenate([getattr(s, name) for s in samples])
-        for name in ("supervised", "counts", "candidate_ids", "candidate_logprobs", "tail_logprobs")
-    )
+    supervised = np.concatenate([s.supervised for s in samples])
+    candidates = concatenate([s.candidates for s in samples])
     if not supervised.all():
-        keep = np.repeat(supervised, counts)
-        counts, ids, logprobs, tail = counts[supervised], ids[keep], logprobs[keep], tail[supervised]
+        candidates = candidates.where(supervised)
         has_label[has_label] = supervised
     labels = np.where(has_label, tokens, IGNORE)
     shifted = np.append(labels[1:], IGNORE)
     shifted[ends - 1] = IGNORE  # a sample without a prompt begins with a label
-    ids, logprobs = _rectangle(counts, ids, logprobs)
+    ids, logprobs = _rectangle(candidates)
+    tail = candidates.tails
     if ids.size and ids.max() >= head_rows:
         ids, logprobs, tail = _fit_to_head(ids, logprobs, tail, head_rows)
     return {
@@ -376,14 +375,15 @@ def _empty() -> Batch:
     }
 
 
-def _rectangle(counts: np.ndarray, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat candidates -> (N, K) int64 and float32, K the largest count."""
+def _rectangle(candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+    """Flat candidates of N positions -> ids (N, K) int64 and log-probabilities (N, K) float32, K the largest count."""
+    ids, logprobs, counts = candidates.ids, candidates.logprobs, candidates.counts
     width = int(counts.max(initial=1))
     if len(ids) == len(counts) * width:  # top-k: it is one already
         return ids.reshape(-1, width).astype(np.int64), logprobs.reshape(-1, width)
     if not len(ids):  # no position has any: padding alone
         return np.zeros((len(counts), 1), dtype=np.int64), np.full((len(counts), 1), -np.inf, dtype=np.float32)
-    starts = np.cumsum(counts) - counts
+    starts = candidates.starts
     to = np.arange(len(ids)) + np.repeat(np.arange(len(counts)) * width - starts, counts)
     wide_ids = np.empty((len(counts), width), dtype=np.int64)
     wide_ids[:] = ids[np.minimum(starts, len(ids) - 1)][:, None]

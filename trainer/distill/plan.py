@@ -151,7 +151,7 @@ def prepare(config: TrainConfig) -> Run:
     alpha = config.alpha if config.method == "kd" else 0.0
     for cache in caches:
         if alpha:
-            losses.check(config.divergence, cache.plan["fields"]["sparsify"])
+            losses.check(config.divergence, cache.policy)
     cut = config.too_long == "cut"
     train = select(caches, "train", config.where, config.max_length, cut)
     if not len(train):

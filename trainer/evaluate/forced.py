@@ -51,12 +51,12 @@ class Student:
         self._lock = threading.Lock()
         self._loaded: tuple[Any, Head] | None = None
 
-    def __call__(self, sample: Sample, entropies: np.ndarray) -> Forced:
-        """``entropies`` [T]: the teacher's, as they were captured."""
+    def __call__(self, sample: Sample) -> Forced:
+        """Read one sample, which has its entropies."""
         with self._lock:
             if self._loaded is None:
                 self._loaded = _load(self.name)
-            return forced(*self._loaded, sample, entropies, sampled_from(self.cache))
+            return forced(*self._loaded, sample, sampled_from(self.cache))
 
 
 def _load(model: str) -> tuple[Any, Head]:
@@ -67,18 +67,17 @@ def _load(model: str) -> tuple[Any, Head]:
 
 def sampled_from(cache: Cache) -> int | None:
     """How many captured candidates those of each position were drawn from; None: they are all that was captured."""
-    fields = cache.plan["fields"]
-    return fields["capture_k"] if fields["sparsify"].startswith("threshold") else None
+    return cache.policy.capture_k if cache.policy.samples else None
 
 
-def forced(student: Any, head: Head, sample: Sample, entropies: np.ndarray, captured: int | None) -> Forced:
+def forced(student: Any, head: Head, sample: Sample, captured: int | None) -> Forced:
     """What the student says at every position of the completion, supervised or not."""
     longest = getattr(student.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sample.tokens > longest:
         raise KDError(f"the sample has {sample.tokens:,} tokens, and the student's positions end at {longest:,}")
     everywhere = replace(sample, supervised=np.ones(len(sample.completion_ids), bool))
-    found = at_positions(student, head, [everywhere], [entropies], captured)
-    stored = np.arange(found["cells"].shape[1] - 1) < sample.counts[:, None]  # (T, K)
+    found = at_positions(student, head, [everywhere], captured)
+    stored = np.arange(found["cells"].shape[1] - 1) < sample.candidates.counts[:, None]  # (T, K)
     return Forced(
         probabilities=found["cells"][:, :-1][stored],
         tails=found["cells"][:, -1],
@@ -87,15 +86,13 @@ def forced(student: Any, head: Head, sample: Sample, entropies: np.ndarray, capt
 
 
 @torch.no_grad()
-def at_positions(
-    student: Any, head: Head, samples: Sequence[Sample], entropies: Sequence[Any], captured: int | None
-) -> dict[str, np.ndarray]:
+def at_positions(student: Any, head: Head, samples: Sequence[Sample], captured: int | None) -> dict[str, np.ndarray]:
     """By supervised position of all ``samples`` together, N of them, with K stored candidates at most.
 
     kl: nats, as at the top of this module. best: the student's best token, and confidence, its probability.
     logprobs, ranks: of the completion's own token; right, agreement: whether ``best`` is that token, and the teacher's
     best. cells: (N, K + 1), the student's probabilities of the stored candidates and of the rest; all others: (N,).
-    ``entropies``: of each sample, [T] nats. ``captured``: as ``sampled_from`` says.
+    The samples have their entropies where ``captured`` is given, which is as ``sampled_from`` says.
     """
     batch = {name: value.to(head.weight.device) for name, value in pack(samples, len(head.weight)).items()}
     hidden = student.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
@@ -124,5 +121,5 @@ def at_positions(
         parts.append({name: value.cpu().numpy() for name, value in found.items()})
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if captured is not None:
-        whole["kl"] = whole["kl"] - np.concatenate([entropy_unstored(s, e) for s, e in zip(samples, entropies)])
+        whole["kl"] = whole["kl"] - np.concatenate([entropy_unstored(sample) for sample in samples])
     return whole

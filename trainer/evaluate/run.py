@@ -150,13 +150,9 @@ def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], N
     def judged(asked: Sequence[Ask], texts: Sequence[str], is_teacher: bool = False) -> pa.Table:
         return _judge(prompts, asked, texts, is_teacher, sandbox)
 
-    @functools.cache  # for all models, and not at all where each is measured already
-    def entropies() -> dict[str, list[float]]:
-        return dict(_rows(config, "sample_id, entropies"))
-
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
         at = lambda *numbers: progress(f"{label}: held-out KL", *numbers)  # noqa: E731
-        forced = _forced(model, units, groups, entropies(), sampled_from(caches[0]), config, at)
+        forced = _forced(model, units, groups, sampled_from(caches[0]), config, at)
         texts = generate.answers(
             model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at), say
         )
@@ -165,9 +161,7 @@ def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], N
     def of_teacher() -> tuple[pa.Table, pa.Table]:
         temperature = _sampled_at(caches[0])
         own = [(Ask(p.prompt_id, [], temperature, i), text) for p in prompts for i, text in enumerate(p.teacher)]
-        return _forced_teacher(units, groups, entropies(), config), judged(
-            [a for a, _ in own], [t for _, t in own], is_teacher=True
-        )
+        return _forced_teacher(units, groups), judged([a for a, _ in own], [t for _, t in own], is_teacher=True)
 
     def of_copying() -> tuple[pa.Table, pa.Table]:
         copied = {p.prompt_id: _baseline(p) or "" for p in prompts}
@@ -300,7 +294,6 @@ def _forced(
     model: str,
     units: Units,
     groups: dict[str, str],
-    entropies: dict[str, list[float]],
     captured: int | None,
     config: EvaluateConfig,
     progress: Callable[[int, int], None],
@@ -310,40 +303,41 @@ def _forced(
     student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     head, rows = head_of(student), []
     for first in range(0, len(units), config.batch_size):
-        samples = units.load(np.arange(first, min(first + config.batch_size, len(units))))
-        of_teacher = [np.array(entropies[sample.sample_id], dtype=np.float64) for sample in samples]
-        found = at_positions(student, head, samples, of_teacher, captured)
+        samples = units.load(np.arange(first, min(first + config.batch_size, len(units))), ("entropies",))
+        found = at_positions(student, head, samples, captured)
         measured = {name: found[name] for name in ("kl", "agreement", "confidence", "right")} | {
             "ce": -found["logprobs"]
         }
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
-        for sample, entropy, low, high in zip(samples, of_teacher, [0, *ends[:-1]], ends):
+        for sample, low, high in zip(samples, [0, *ends[:-1]], ends):
             mine = {name: array[low:high].astype(np.float64) for name, array in measured.items()}
-            rows.append(_summed(sample.sample_id, groups, entropy=entropy[sample.supervised], **mine))
+            rows.append(_summed(sample.sample_id, groups, entropy=_supervised(sample, "entropies"), **mine))
         progress(min(first + config.batch_size, len(units)), len(units))
     del student
     gc.collect()
     return pa.Table.from_pylist(rows, FORCED)
 
 
-def _forced_teacher(
-    units: Units, groups: dict[str, str], entropies: dict[str, list[float]], config: EvaluateConfig
-) -> pa.Table:
-    """The teacher's own row a sample, from its cached log-probabilities."""
-    own = dict(_rows(config, "sample_id, token_logprobs"))
+def _supervised(sample: Sample, column: str) -> np.ndarray:
+    """One of a sample's TOKEN_COLUMNS at its supervised positions, float64."""
+    return np.array(getattr(sample, column), dtype=np.float64)[sample.supervised]
+
+
+def _forced_teacher(units: Units, groups: dict[str, str]) -> pa.Table:
+    """The teacher's own row per sample, from its cached log-probabilities."""
     rows = []
     for first in range(0, len(units), 256):
-        for sample in units.load(np.arange(first, min(first + 256, len(units)))):
+        for sample in units.load(np.arange(first, min(first + 256, len(units))), ("entropies", "token_logprobs")):
             best, confidence = _first_candidates(sample)
             picked = sample.supervised
             rows.append(
                 _summed(
                     sample.sample_id,
                     groups,
-                    entropy=np.array(entropies[sample.sample_id], dtype=np.float64)[picked],
+                    entropy=_supervised(sample, "entropies"),
                     kl=np.zeros(picked.sum()),
                     agreement=np.ones(picked.sum()),
-                    ce=-np.array(own[sample.sample_id], dtype=np.float64)[picked],
+                    ce=-_supervised(sample, "token_logprobs"),
                     confidence=confidence[picked],
                     right=(best == sample.completion_ids)[picked].astype(np.float64),
                 )
@@ -353,10 +347,11 @@ def _forced_teacher(
 
 def _first_candidates(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
     """The teacher's choice at each of T positions and its probability; -1 and 0 where there is no candidate."""
-    best, confidence = np.full(len(sample.counts), -1), np.zeros(len(sample.counts))
-    known = sample.counts > 0
-    first = (np.cumsum(sample.counts) - sample.counts)[known]
-    best[known], confidence[known] = sample.candidate_ids[first], np.exp(sample.candidate_logprobs[first])
+    candidates = sample.candidates
+    best, confidence = np.full(len(candidates), -1), np.zeros(len(candidates))
+    has_any = candidates.counts > 0
+    first = candidates.starts[has_any]
+    best[has_any], confidence[has_any] = candidates.ids[first], np.exp(candidates.logprobs[first])
     return best, confidence
 
 

@@ -80,12 +80,11 @@ def likeness(ids: Sequence[int], cached: Sequence[Sample]) -> float:
     alike = max(cached, key=lambda sample: _common(answer, sample.completion_ids), default=None)
     if alike is None or not len(answer):
         return 0.0
-    known = min(_common(answer, alike.completion_ids) + 1, len(answer), len(alike.counts))
-    ends = np.cumsum(alike.counts)
+    known = min(_common(answer, alike.completion_ids) + 1, len(answer), len(alike.candidates))
     total = 0.0
     for position in range(known):
-        here = slice(ends[position] - alike.counts[position], ends[position])
-        total += float(np.exp(alike.candidate_logprobs[here][alike.candidate_ids[here] == answer[position]]).sum())
+        here = alike.candidates.at(position)
+        total += float(np.exp(alike.candidates.logprobs[here][alike.candidates.ids[here] == answer[position]]).sum())
     return total / len(answer)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.format import MIN_TAIL_MASS
+from kdcache.cache.sparsify import Policy
 from kdcache.errors import UsageError
 
 #: The logarithm of an empty cell (padding, or no tail): exp(NOTHING) is 0 and 0 * NOTHING is 0, where -inf gives NaN.
@@ -168,16 +169,11 @@ def parse(divergence: str) -> tuple[str, dict[str, float]]:
     return name, {"skew": skew}
 
 
-def check(divergence: str, sparsify: str, temperature: float = 1.0) -> None:
-    """UsageError, with the reason, if this divergence of a cache made with ``sparsify`` would not be what it says."""
+def check(divergence: str, policy: Policy) -> None:
+    """Raise UsageError, with the reason, if this divergence of a cache made with ``policy`` would be biased."""
     name, _ = parse(divergence)
-    if temperature != 1:
+    if name != "forward_kl" and policy.samples:
         raise UsageError(
-            f"temperature {temperature:g}: the tempered mass of the tokens outside the candidates cannot be known from a "
-            "cache, it needs the full vocabulary; expected 1"
-        )
-    if name != "forward_kl" and sparsify.partition(":")[0] != "topk":
-        raise UsageError(
-            f"divergence {divergence} on a cache made with {sparsify}: candidates drawn at random are unbiased only for "
+            f"divergence {divergence} on a cache made with {policy}: candidates drawn at random are unbiased only for "
             "a loss that is linear in the teacher's probabilities; use forward_kl, or a cache made with topk"
         )

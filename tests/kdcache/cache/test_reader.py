@@ -18,9 +18,9 @@ def first_shard(cache):
 
 def test_each_position_sums_to_one_minus_its_tail(tiny_cache):
     for sample in reader.Cache(tiny_cache).read(first_shard(tiny_cache), 0, range(5)):
-        assert sample.counts.sum() == len(sample.candidate_ids)
-        starts = np.cumsum(sample.counts) - sample.counts
-        total = np.add.reduceat(np.exp(sample.candidate_logprobs), starts) + np.exp(sample.tail_logprobs)
+        assert sample.candidates.counts.sum() == len(sample.candidates.ids)
+        starts, candidates = sample.candidates.starts, sample.candidates
+        total = np.add.reduceat(np.exp(candidates.logprobs), starts) + np.exp(candidates.tails)
         assert total == pytest.approx(np.ones(len(total)), abs=2e-6)
 
 
@@ -29,9 +29,9 @@ def test_f32_keeps_what_q8_rounds(tiny_model, rows_file, tiny_cache, tmp_path):
     rounded = reader.Cache(tiny_cache).read(first_shard(tiny_cache), 0, range(3))
     exact = reader.Cache(tmp_path / "f32").read(first_shard(tmp_path / "f32"), 0, range(3))
     for q8, f32 in zip(rounded, exact):
-        assert q8.sample_id == f32.sample_id and np.array_equal(q8.candidate_ids, f32.candidate_ids)
-        assert not np.array_equal(q8.candidate_logprobs, f32.candidate_logprobs)
-        assert np.exp(q8.candidate_logprobs) == pytest.approx(np.exp(f32.candidate_logprobs), abs=0.02)
+        assert q8.sample_id == f32.sample_id and np.array_equal(q8.candidates.ids, f32.candidates.ids)
+        assert not np.array_equal(q8.candidates.logprobs, f32.candidates.logprobs)
+        assert np.exp(q8.candidates.logprobs) == pytest.approx(np.exp(f32.candidates.logprobs), abs=0.02)
 
 
 def test_samples_come_in_the_order_asked_for(tiny_cache):

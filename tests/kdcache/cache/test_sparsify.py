@@ -35,7 +35,7 @@ def test_topk_keeps_the_best_in_order_and_all_of_the_mass(shape, kept):
     rows = found.logprobs.reshape(positions, width)
     assert (np.diff(rows, axis=1) <= 0).all()
     assert all(len(set(row)) == width for row in found.ids.reshape(positions, width).tolist())
-    total = np.exp(rows.astype(np.float64)).sum(axis=1) + np.exp(found.tail.astype(np.float64))
+    total = np.exp(rows.astype(np.float64)).sum(axis=1) + np.exp(found.tails.astype(np.float64))
     assert total == pytest.approx(np.ones(positions), abs=3e-6)
 
 
@@ -60,7 +60,7 @@ def test_threshold_keeps_the_large_ones_samples_the_others_and_conserves_the_mas
         large = ids[t][logprobs[t] >= snapped].tolist()
         assert kept[: len(large)] == large and np.array_equal(values[: len(large)], logprobs[t][: len(large)])
         assert (values[max(len(large), 1) :] <= step).all()
-        total = np.exp(values.astype(np.float64)).sum() + np.exp(np.float64(found.tail[t]))
+        total = np.exp(values.astype(np.float64)).sum() + np.exp(np.float64(found.tails[t]))
         assert total == pytest.approx(1, abs=float(np.exp(np.float64(snapped))) + 3e-6)
         if len(large):
             assert len(kept) <= 1 / np.exp(snapped) + 1

@@ -168,7 +168,7 @@ def test_a_view_keeps_few_samples(viewed):
     for sample_id in everything(viewed)[:10]:
         viewed.sample(sample_id)
     assert len(viewed._shown) == view.KEPT
-    assert all(shown.sample.candidate_ids.base is None for shown in viewed._shown.values())  # no row group behind it
+    assert all(shown.sample.candidates.ids.base is None for shown in viewed._shown.values())  # no row group behind it
 
 
 # --- a student --------------------------------------------------------------------------------------------------------
@@ -186,10 +186,10 @@ def test_a_students_kl_is_the_one_of_kd_evaluate(request, name, kd, half, tmp_pa
         found = []
         for sample_id in everything(viewed, split="test"):
             shown = viewed.shown(sample_id)
-            told = student(shown.sample, shown.entropies)
+            told = student(shown.sample)
             found.append(told.kl[shown.sample.supervised])
-            ends = np.cumsum(shown.sample.counts)
-            sums = np.add.reduceat(told.probabilities, ends - shown.sample.counts)
+            ends = np.cumsum(shown.sample.candidates.counts)
+            sums = np.add.reduceat(told.probabilities, ends - shown.sample.candidates.counts)
             assert sums + told.tails == pytest.approx(1, abs=1e-4)
     assert np.concatenate(found).mean() == pytest.approx(evaluated, rel=1e-4)
 
@@ -198,11 +198,11 @@ def test_the_teachers_own_weights_say_what_the_teacher_said(viewed, tiny_model):
     from trainer.evaluate.forced import Student
 
     shown = viewed.shown("rows:r7:g")
-    told = Student(tiny_model, viewed.cache)(shown.sample, shown.entropies)
+    told = Student(tiny_model, viewed.cache)(shown.sample)
     assert told.kl == pytest.approx(0, abs=2e-3)
-    assert told.logprobs == pytest.approx(shown.logprobs, abs=2e-2)
-    assert (told.ranks == shown.ranks).mean() > 0.8  # ties
-    assert told.probabilities == pytest.approx(np.exp(shown.sample.candidate_logprobs), abs=1e-2)
+    assert told.logprobs == pytest.approx(shown.sample.token_logprobs, abs=2e-2)
+    assert (told.ranks == shown.sample.token_ranks).mean() > 0.8  # ties
+    assert told.probabilities == pytest.approx(np.exp(shown.sample.candidates.logprobs), abs=1e-2)
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from kdcache.cache.candidates import Candidates
 from kdcache.cache.reader import Cache, Sample
 from kdcache.errors import KDError
 from trainer.data.stream import IGNORE, Stream, divide, in_order, open_caches, pack, read_ahead, select
@@ -172,10 +173,12 @@ def test_completion_mask_leaves_positions_out():
         prompt_ids=np.array([5, 6], np.int32),
         completion_ids=np.array([7, 8, 9], np.int32),
         supervised=np.array([True, False, True]),
-        counts=np.array([1, 2, 2], np.int32),
-        candidate_ids=np.array([7, 1, 2, 9, 3], np.int32),
-        candidate_logprobs=np.log(np.array([0.9, 0.5, 0.4, 0.6, 0.2], np.float32)),
-        tail_logprobs=np.log(np.array([0.1, 0.1, 0.2], np.float32)),
+        candidates=Candidates(
+            ids=np.array([7, 1, 2, 9, 3], np.int32),
+            logprobs=np.log(np.array([0.9, 0.5, 0.4, 0.6, 0.2], np.float32)),
+            counts=np.array([1, 2, 2], np.int32),
+            tails=np.log(np.array([0.1, 0.1, 0.2], np.float32)),
+        ),
     )
     batch = pack([sample], 10)
     assert batch["shift_labels"].tolist() == [[IGNORE, 7, IGNORE, 9, IGNORE]]
@@ -188,10 +191,9 @@ def test_completion_mask_leaves_positions_out():
 
 def test_candidates_beyond_the_head_move_to_the_tail_and_too_many_are_refused():
     def sample(mass):
-        return Sample(
-            "x", np.array([1], np.int32), np.array([2], np.int32), np.array([True]), np.array([2], np.int32),
-            np.array([2, 12], np.int32), np.log(np.array([1 - mass, mass], np.float32)), np.array([-np.inf], np.float32),
-        )  # fmt: skip
+        logprobs = np.log(np.array([1 - mass, mass], np.float32))
+        candidates = Candidates(np.array([2, 12]), logprobs, np.array([2]), np.array([-np.inf], np.float32))
+        return Sample("x", np.array([1]), np.array([2]), np.array([True]), candidates)
 
     batch = pack([sample(5e-4)], 10)
     assert batch["candidate_ids"].tolist() == [[2, 2]] and batch["tail_logprobs"].exp().item() == pytest.approx(
@@ -269,17 +271,10 @@ def test_reading_ahead_passes_errors_on_and_stops_when_no_more_is_wanted():
 
 def test_positions_without_candidates_pack_with_all_mass_in_the_tail():
     ids = np.array([5, 6], dtype=np.int32)
-    nothing = np.zeros(0)
-    sample = Sample(
-        "x",
-        ids,
-        ids,
-        np.ones(2, bool),
-        np.zeros(2, np.int32),
-        nothing.astype(np.int32),
-        nothing.astype(np.float32),
-        np.zeros(2, np.float32),
+    candidates = Candidates(
+        np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(2, np.int32), np.zeros(2, np.float32)
     )
+    sample = Sample("x", ids, ids, np.ones(2, bool), candidates)
     batch = pack([sample], HEAD)
     assert batch["candidate_ids"].shape == (2, 1) and (batch["candidate_logprobs"] == -np.inf).all()
     assert (batch["tail_logprobs"] == 0).all()

@@ -8,6 +8,7 @@ import pytest
 
 from helpers import ROOT, capture_plan, history
 from kdcache.cache import query
+from kdcache.cache.candidates import Candidates
 from kdcache.cache.reader import Sample
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
@@ -83,10 +84,12 @@ def test_the_teachers_word_counts_as_far_as_an_answer_in_the_cache_begins_alike(
     def sample(ids, *candidates):
         return Sample(
             *("s", np.array([1]), np.array(ids), np.ones(len(ids), bool)),
-            counts=np.array([len(c) for c in candidates]),
-            candidate_ids=np.array([i for c in candidates for i in c]),
-            candidate_logprobs=np.log([p for c in candidates for p in c.values()]),
-            tail_logprobs=np.full(len(ids), -np.inf),
+            Candidates(
+                ids=np.array([i for c in candidates for i in c]),
+                logprobs=np.log([p for c in candidates for p in c.values()]),
+                counts=np.array([len(c) for c in candidates]),
+                tails=np.full(len(ids), -np.inf),
+            ),
         )
 
     cached = [
@@ -240,8 +243,7 @@ def test_a_cached_answer_is_as_likely_as_its_cached_probabilities_say(sums, tiny
 
 
 def _candidates(sample, position):
-    end = sample.counts[: position + 1].sum()
-    return sample.candidate_ids[end - sample.counts[position] : end].tolist()
+    return sample.candidates.ids[sample.candidates.at(position)].tolist()
 
 
 def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums, tiny_model, tmp_path, monkeypatch):
