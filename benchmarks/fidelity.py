@@ -371,7 +371,7 @@ def check_against_autograd(
                 for flat in (target.ids, target.probs)
             )
             padded = torch.where(ids < 0, ids[:, :1], ids), probs.clamp_min(0).log(), target.tail.log()
-            found = gradient(lambda logits, padded=padded: losses.forward_kl(logits, *padded))
+            found = gradient(lambda logits, padded=padded: losses.divergence("forward_kl", logits, *padded))
         on_hidden = error_of(target, chunk, head, on_head)
         for mine, theirs, reference in zip((on_head, on_hidden), found, full):
             worst = max(worst, float((mine - (theirs - reference)).norm() / reference.norm()))

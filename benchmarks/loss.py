@@ -60,7 +60,7 @@ def make_arms(v: int, d: int, n: int, names: tuple[str, ...] = ARMS) -> dict[str
 
     def reference() -> Tensor:
         logits = hidden @ weight.t()
-        ce, kl = losses.cross_entropy(logits, targets), losses.forward_kl(logits, *teacher)
+        ce, kl = losses.cross_entropy(logits, targets), losses.divergence("forward_kl", logits, *teacher)
         return (1 - ALPHA) * ce.sum() + ALPHA * kl.sum()
 
     def dense() -> Tensor:

@@ -56,7 +56,8 @@ from kdcache.examples import types
 from kdcache.hashing import stable_hash
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
-from trainer.loss.fused import Head, distillation_loss, head_of
+from trainer.loss.fused import distillation_loss
+from trainer.loss.head import Head, head_of
 from trainer.student.load import init_student, load_student
 
 T, HELD_OUT_SEQUENCES, HELD_OUT_DOCUMENTS = 256, 24, 0.1

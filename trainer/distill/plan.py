@@ -24,7 +24,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import Location, atomic, folders
 from trainer.data.stream import Units, open_caches, select
-from trainer.loss import reference as losses
+from trainer.loss import divergences
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
 from trainer.run.checkpoints import Resume
@@ -151,7 +151,7 @@ def prepare(config: TrainConfig) -> Run:
     alpha = config.alpha if config.method == "kd" else 0.0
     for cache in caches:
         if alpha:
-            losses.check(config.divergence, cache.policy)
+            divergences.check(config.divergence, cache.policy)
     cut = config.too_long == "cut"
     train = select(caches, "train", config.where, config.max_length, cut)
     if not len(train):

@@ -27,7 +27,8 @@ from kdcache.storage import atomic
 from trainer.data.stream import IGNORE, Batch, Stream, in_order
 from trainer.distill import card
 from trainer.distill.plan import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
-from trainer.loss.fused import Head, Losses, distillation_loss, head_of
+from trainer.loss.fused import Losses, distillation_loss
+from trainer.loss.head import Head, head_of
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import for_training
 from trainer.student import lora as adapters
@@ -83,11 +84,6 @@ def losses_of(student: Any, head: Head, batch: dict[str, Tensor], alpha: float, 
         scale=head.scale,
         softcap=head.softcap,
     )
-
-
-def detach_loss(student: Any) -> None:
-    """The student's own forward again."""
-    student.__dict__.pop("forward", None)
 
 
 def over_ranks(sums: dict[str, Any], device: torch.device) -> dict[str, float]:

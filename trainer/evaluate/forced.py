@@ -24,7 +24,7 @@ import torch
 from kdcache.cache.reader import Cache, Sample, entropy_unstored
 from kdcache.errors import KDError
 from trainer.data.stream import IGNORE, pack
-from trainer.loss.fused import Head, head_of
+from trainer.loss.head import Head, head_of
 from trainer.loss.reference import cells, log_mass_beyond
 from trainer.student.load import load_student
 

@@ -39,7 +39,7 @@ from trainer.data.stream import Units, open_caches, select
 from trainer.evaluate import metrics
 from trainer.evaluate.compare import COPY, EVALUATION_FILE, TEACHER
 from trainer.evaluate.forced import at_positions, sampled_from
-from trainer.loss.fused import head_of
+from trainer.loss.head import head_of
 from trainer.student import generate
 from trainer.student.generate import Ask, Decoding
 from trainer.student.load import cached_stop_ids, check_tokenizer, load_student

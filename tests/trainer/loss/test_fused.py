@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from kdcache.errors import KDError
 from trainer.loss import fused
 from trainer.loss import reference as losses
+from trainer.loss.divergences import DIVERGENCES as KINDS
+from trainer.loss.head import head_of
 
 INF = float("inf")
-DIVERGENCES = [*losses.DIVERGENCES, "skewed_kl:0.4"]
+DIVERGENCES = [*KINDS, "skewed_kl:0.4"]
 
 
 @dataclasses.dataclass
@@ -53,8 +55,7 @@ class Case:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         ce = losses.cross_entropy(logits, self.targets)
-        name, parameters = losses.parse(divergence)
-        d = losses.DIVERGENCES[name](logits, self.ids, self.logprobs.to(dtype), self.tails.to(dtype), **parameters)
+        d = losses.divergence(divergence, logits, self.ids, self.logprobs.to(dtype), self.tails.to(dtype))
         loss = (1 - alpha) * ce.sum() + alpha * d.sum()
         loss.mul(1 / 7).backward()
         confidence, best = logits.log_softmax(-1).max(-1)
@@ -163,18 +164,6 @@ def test_gradcheck(divergence, softcap):
     )
 
 
-@pytest.mark.parametrize("name", fused.ON_CELLS)
-def test_the_closed_forms_are_the_derivatives_of_their_values(name):
-    log_p, log_q = torch.log_softmax(torch.randn(2, 5, 4, dtype=torch.float64), -1)
-    log_q.requires_grad_()
-    value, g = fused.ON_CELLS[name](log_p, log_q)
-    torch.testing.assert_close(g.detach(), torch.autograd.grad(value.sum(), log_q)[0])
-
-
-def test_every_divergence_has_both_forms():
-    assert fused.ON_CELLS.keys() == losses.DIVERGENCES.keys()
-
-
 def test_with_every_token_a_candidate_it_is_ordinary_full_vocabulary_distillation():
     case = make(6, k=30)
     leaves = case.leaves()
@@ -207,7 +196,7 @@ def test_a_small_tail_keeps_its_digits_where_one_minus_the_sum_loses_them(tail):
     tails = teacher[:, k:].logsumexp(-1).float()
 
     exact = logits.double().requires_grad_()
-    value = losses.forward_kl(exact, ids, logprobs.double(), tails.double())
+    value = losses.divergence("forward_kl", exact, ids, logprobs.double(), tails.double())
     value.sum().backward()
     outside = exact.grad[:, k:]
 
@@ -231,7 +220,7 @@ def test_a_student_so_sure_that_float32_has_no_number_for_the_rest_stays_finite_
     found = fused.distillation_loss(hidden, torch.eye(50), torch.tensor([3]), *teacher, 1.0)
     found.loss.backward()
     exact = logits.detach().double().requires_grad_()
-    losses.forward_kl(exact, teacher[0], teacher[1].double(), teacher[2].double()).sum().backward()
+    losses.divergence("forward_kl", exact, teacher[0], teacher[1].double(), teacher[2].double()).sum().backward()
     torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-5, atol=1e-9)
 
 
@@ -355,7 +344,12 @@ def test_a_tied_head_gets_both_gradients():
             loss = fused.distillation_loss(hidden, embedding, *arguments, 0.5).loss
         else:
             logits = hidden @ embedding.T
-            loss = 0.5 * (losses.cross_entropy(logits, case.targets) + losses.forward_kl(logits, *arguments[1:])).sum()
+            loss = (
+                0.5
+                * (
+                    losses.cross_entropy(logits, case.targets) + losses.divergence("forward_kl", logits, *arguments[1:])
+                ).sum()
+            )
         loss.backward()
         found.append(embedding.grad)
     torch.testing.assert_close(*found)
@@ -368,6 +362,22 @@ def test_a_second_backward_pass_is_refused_not_wrong():
     loss.mul(2.0).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_under_gradient_checkpointing_the_loss_is_formed_twice_not_thrice():
+    case = make(18)
+    with Recorder() as recorded:
+        loss = checkpoint(
+            lambda hidden: (
+                fused.distillation_loss(
+                    hidden, case.weight, case.targets, case.ids, case.logprobs, case.tails, 0.5
+                ).loss
+            ),
+            case.hidden.requires_grad_(),
+            use_reentrant=False,
+        )
+        loss.backward()
+    assert recorded.products == 2 * 2  # the weight is frozen: two products each time
 
 
 # --- heads -------------------------------------------------------------------------------------------------------------
@@ -400,13 +410,13 @@ def model_of(family: str, **changes):
 )
 def test_a_familys_head_gives_its_own_logits_and_their_gradients(family, changes, scale, softcap):
     student, case = model_of(family, **changes), make(17, n=7, v=60)
-    head = fused.head_of(student)
+    head = head_of(student)
     assert (head.scale, head.softcap) == (pytest.approx(scale), softcap) and student.training
     input_ids = torch.randint(1, 60, (1, 7))
 
     logits = student(input_ids=input_ids, use_cache=False).logits[0]
     teacher = (case.ids, case.logprobs, case.tails)
-    loss = 0.5 * (losses.cross_entropy(logits, case.targets) + losses.forward_kl(logits, *teacher)).sum()
+    loss = 0.5 * (losses.cross_entropy(logits, case.targets) + losses.divergence("forward_kl", logits, *teacher)).sum()
     theirs = torch.autograd.grad(loss, list(student.parameters()))
 
     hidden = student.base_model(input_ids=input_ids, use_cache=False)[0][0]
@@ -422,11 +432,11 @@ def test_a_head_that_is_not_understood_is_refused_by_name():
     import peft
 
     with pytest.raises(KDError, match=r"HyperCLOVAXForCausalLM .* scale 0\.25"):  # multiplies where Granite divides
-        fused.head_of(model_of("HyperCLOVAX", logits_scaling=4.0))
+        head_of(model_of("HyperCLOVAX", logits_scaling=4.0))
     student = model_of("Llama")
     student.add_adapter(peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(KDError, match=r"peft\.tuners\.lora\.layer\.Linear"):
-        fused.head_of(student)
+        head_of(student)
     student = model_of("Llama")
     student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
-    assert not fused.head_of(student).weight.requires_grad
+    assert not head_of(student).weight.requires_grad
