@@ -38,7 +38,9 @@ from kdcache.cache import manifest, reader
 from kdcache.cache.candidates import Candidates
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
-from trainer.data.stream import IGNORE, Batch, Stream, pack, select
+from trainer.data.pack import IGNORE, Batch, pack
+from trainer.data.select import select
+from trainer.data.stream import Stream
 
 HERE = Path(__file__).parent
 STREAM, LISTS, NUMPY, ARROW = "trainer.data.stream.Stream", "datasets, lists", "datasets, numpy", "datasets, arrow"

@@ -43,7 +43,9 @@ from kdcache.cache import manifest
 from kdcache.cache.reader import Cache
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
-from trainer.data.stream import IGNORE, Batch, Stream, select
+from trainer.data.pack import IGNORE, Batch
+from trainer.data.select import select
+from trainer.data.stream import Stream
 from trainer.distill.trainer import attach_loss
 from trainer.student.load import load_student
 

@@ -23,7 +23,7 @@ from kdcache.cache.format import FORMAT_VERSION, differing_fields
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import Location, atomic, folders
-from trainer.data.stream import Units, open_caches, select
+from trainer.data.select import Selection, open_caches, select
 from trainer.loss import divergences
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
@@ -85,8 +85,8 @@ class Run:
     """A training run resolved: every derived number, before the first step."""
 
     config: TrainConfig
-    train: Units
-    validation: Units
+    train: Selection
+    validation: Selection
     alpha: float
     ranks: int
     samples_per_device: int

@@ -24,7 +24,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache.storage import atomic
-from trainer.data.stream import IGNORE, Batch, Stream, in_order
+from trainer.data.pack import IGNORE, Batch, to_device
+from trainer.data.stream import Stream, in_order
 from trainer.distill import card
 from trainer.distill.plan import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
 from trainer.loss.fused import Losses, distillation_loss
@@ -106,7 +107,7 @@ def measure(student: Any, batches: Iterable[Batch]) -> dict[str, float]:
     totals = dict.fromkeys(("kl", "ce", "agreement", "tokens"), 0.0)
     with torch.no_grad():
         for batch in batches:
-            output = student(**{name: value.to(device) for name, value in batch.items()})
+            output = student(**to_device(batch, device))
             for name in totals:
                 totals[name] += float(output[name])
     student.train(was_training)
@@ -243,7 +244,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         ranks=ranks,
         seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
         step=step,
-        ranks_a_node=_ranks_a_node(ranks),
+        ranks_per_node=_ranks_a_node(ranks),
     )
     held_out = None
     if len(run.validation):

@@ -35,7 +35,7 @@ from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import atomic, folders
-from trainer.data.stream import Units, open_caches, select
+from trainer.data.select import Selection, open_caches, select
 from trainer.evaluate import metrics
 from trainer.evaluate.compare import COPY, EVALUATION_FILE, TEACHER
 from trainer.evaluate.forced import at_positions, sampled_from
@@ -292,7 +292,7 @@ FORCED = pa.schema(
 
 def _forced(
     model: str,
-    units: Units,
+    units: Selection,
     groups: dict[str, str],
     captured: int | None,
     config: EvaluateConfig,
@@ -323,7 +323,7 @@ def _supervised(sample: Sample, column: str) -> np.ndarray:
     return np.array(getattr(sample, column), dtype=np.float64)[sample.supervised]
 
 
-def _forced_teacher(units: Units, groups: dict[str, str]) -> pa.Table:
+def _forced_teacher(units: Selection, groups: dict[str, str]) -> pa.Table:
     """The teacher's own row per sample, from its cached log-probabilities."""
     rows = []
     for first in range(0, len(units), 256):

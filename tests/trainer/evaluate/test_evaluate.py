@@ -15,7 +15,7 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.teachers import Sampling
-from trainer.data import stream as batches
+from trainer.data.select import open_caches
 from trainer.evaluate import compare, metrics
 from trainer.evaluate import run as evaluation
 from trainer.evaluate.run import EvaluateConfig, evaluate
@@ -351,7 +351,7 @@ def test_the_best_of_several_references_counts(referenced, tiny_model):
 def test_one_cache_named_twice_is_refused(tiny_cache, tmp_path):
     again = shutil.copytree(tiny_cache, tmp_path / "again")
     with pytest.raises(KDError, match="its samples would count twice"):
-        batches.open_caches([tiny_cache, again])
+        open_caches([tiny_cache, again])
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
