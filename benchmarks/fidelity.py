@@ -57,7 +57,8 @@ from kdcache.models import embedded
 from kdcache.prompts.tokenize import Prompts
 from kdcache.storage import atomic
 from trainer.loss import reference as losses
-from trainer.student.load import init_student, load_student
+from trainer.student.load import load_student
+from trainer.student.make import init_student
 
 DROPPED = {"far": [17, 18, 14, 12, 13, 26, 25, 15, 16, 5], "near": [17, 18]}  # the teacher's cheapest layers first
 TOPK, DRAWS, TAUS = (8, 16, 32, 64, 128), (12, 25, 50, 150), (0.1, 0.05, 0.025, 0.02, 0.01, 0.005)

@@ -58,7 +58,8 @@ from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
 from trainer.loss.fused import distillation_loss
 from trainer.loss.head import Head, head_of
-from trainer.student.load import init_student, load_student
+from trainer.student.load import load_student
+from trainer.student.make import init_student
 
 T, HELD_OUT_SEQUENCES, HELD_OUT_DOCUMENTS = 256, 24, 0.1
 CAPTURED, DRAWN, BINS = 256, 50, 15

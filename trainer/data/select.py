@@ -55,7 +55,7 @@ class Selection:
             cache, file, number = self.row_groups[index]
             self.caches[cache].prefetch(file, number)
 
-    def expect(self, row_groups: np.ndarray) -> None:
+    def wait(self, row_groups: np.ndarray) -> None:
         """Wait until other ranks of this node have fetched row groups. One that never arrives is fetched by ``load``."""
         for index in row_groups.tolist():
             cache, file, number = self.row_groups[index]

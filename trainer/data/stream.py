@@ -129,7 +129,7 @@ class Stream(torch.utils.data.IterableDataset):
             self._prefetch(upcoming)  # fetched while the student trains on what this reading loads
             if self.selection.remote:
                 fetched_by_others = np.setdiff1d(self.selection.row_group[reading.load], self._fetched_here(reading))
-                self.selection.expect(fetched_by_others)
+                self.selection.wait(fetched_by_others)
             in_memory.update(zip(reading.load.tolist(), self.selection.load(reading.load)))
             for parts in reading.steps:
                 yield [[in_memory[sample] for sample in part.tolist()] for part in parts]

@@ -20,7 +20,7 @@ from trainer.evaluate import compare, metrics
 from trainer.evaluate import run as evaluation
 from trainer.evaluate.run import EvaluateConfig, evaluate
 from trainer.student.generate import Ask
-from trainer.student.load import parse_layers
+from trainer.student.make import parse_layers
 
 
 def rows_of(done) -> dict[tuple[str, str], dict]:
@@ -34,7 +34,7 @@ def rows_of(done) -> dict[tuple[str, str], dict]:
 @pytest.fixture(scope="module")
 def half(tiny_model, tmp_path_factory) -> str:
     """The first of the teacher's two layers."""
-    from trainer.student.load import init_student
+    from trainer.student.make import init_student
 
     out = tmp_path_factory.mktemp("students") / "half"
     init_student(tiny_model, out, "1")
