@@ -1,7 +1,4 @@
-"""A student: from a checkpoint, or from the teacher's own layers; saved with its tokenizer as a Hugging Face folder.
-
-kd init-student --from embedded --keep-layers 20 --out data/student
-"""
+"""Load a student with its tokenizer, and let it stop and be asked as its cache was made."""
 
 from __future__ import annotations
 
@@ -19,10 +16,16 @@ from kdcache.prompts.tokenize import ids_in
 
 
 def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder, a Hub id or ``embedded``; KDError in a sentence if it cannot be had.
+    """Return a model and its tokenizer.
 
-    ``weights``: nf4, fp4 or int8, quantized by bitsandbytes on this process's device, computing in ``dtype``; the head and
-    the embeddings stay as they are. None: as they are in the folder, which may be quantized ones.
+    Args:
+        model: a folder, a Hub id or ``embedded``.
+        dtype: of the weights, or of the computation with quantized weights; ``auto`` is the checkpoint's own.
+        weights: ``nf4`` or ``int8`` to have bitsandbytes quantize them on this process's device, all but the head and
+            the embeddings. None leaves them as they are in the folder, where they may be quantized too.
+
+    Raises:
+        KDError: the model cannot be loaded.
     """
     import transformers
 
@@ -40,47 +43,54 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
             bnb_4bit_compute_dtype=getattr(torch, dtype),
         )
     elif quantized_by(model) == "compressed-tensors":
-        # It expands its weights at the first call anyway, but of the whole model only, and ours calls parts.
+        # The library expands the weights at the first call anyway, but only at a call of the whole model, and the loss
+        # calls the layers and the head apart.
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     return models.causal_lm(folder, dtype=dtype, **options), tokenizer
 
 
 def quantized_by(model: str) -> str | None:
-    """The library that quantized a student's weights, as in bitsandbytes or compressed-tensors; None if they are not."""
+    """Return the library that quantized a student's weights (bitsandbytes, compressed-tensors); None if none did."""
     config = identity.read_json(identity.model_folder(model), "config.json").get("quantization_config")
     return config.get("quant_method") if isinstance(config, dict) else None
 
 
 def stop_ids(student: Any, tokenizer: Any, of_cache: Sequence[int]) -> list[int]:
-    """Every id that ends an answer, as in vLLM: the cache's, and what generation_config and tokenizer name."""
+    """Return all ids that end an answer, as in vLLM: the cache's, and those that generation_config and tokenizer name."""
     return ids_in(list(of_cache), student.generation_config.eos_token_id, tokenizer.eos_token_id)
 
 
 def cached_stop_ids(plan: dict[str, Any]) -> tuple[int, ...]:
-    """The ids that end an answer in a cache, its end-of-turn first; caches from before ``stop_ids`` name only that."""
+    """Return the ids that end an answer in a cache, from its plan, the end-of-turn first.
+
+    The plans of older caches have no ``stop_ids`` and name the end-of-turn alone.
+    """
     return tuple(plan.get("stop_ids") or [plan["end_of_turn"]])
 
 
 def answer_as_cached(student: Any, tokenizer: Any, plan: dict[str, Any]) -> None:
-    """Make a student answer as its cache was made: asked with that chat template, ended by those ids.
+    """Give a student the chat template of its cache and the ids that end an answer there.
 
-    Saved after this, its folder says so to transformers, vLLM and ``kd chat``, whatever it said before: a base model
-    that is trained from an instruct teacher has no template, and another end.
+    A student that is saved after this answers as it was trained, in transformers, vLLM and ``kd chat``. That matters for
+    a base model that learns from an instruct teacher: it has no chat template, and ends its text with another id.
     """
     ends = cached_stop_ids(plan)
     if plan.get("chat_template") is not None:
         tokenizer.chat_template = plan["chat_template"]
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
-    own = stop_ids(student, tokenizer, ends)
-    student.generation_config.eos_token_id = own if len(own) > 1 else own[0]
+    all_ends = stop_ids(student, tokenizer, ends)
+    student.generation_config.eos_token_id = all_ends if len(all_ends) > 1 else all_ends[0]
     student.config.get_text_config().eos_token_id = ends[0]
 
 
 def check_tokenizer(student: str, cache: Cache) -> None:
-    """The student must read the very token ids that the cache holds. What ends an answer may differ: it is the cache's."""
+    """Raise KDError unless the student reads the token ids of the cache as the same text.
+
+    The ids that end an answer may differ, because training takes the cache's.
+    """
     tokenizer = models.tokenizer(identity.model_folder(student))
-    mine, theirs = identity.tokenizer_identity(tokenizer), cache.plan["tokenizer"]
-    differing = [name for name in identity.SAME_IDS if mine[name] != theirs.get(name)]
+    of_student, of_cache = identity.tokenizer_identity(tokenizer), cache.plan["tokenizer"]
+    differing = [name for name in identity.SAME_IDS if of_student[name] != of_cache.get(name)]
     if differing:
         raise KDError(
             f"{student} has another tokenizer than the cache {cache.path} (teacher {cache.plan['fields']['teacher']}); what differs: "

@@ -52,8 +52,8 @@ def test_a_packed_sample_gets_the_loss_it_gets_alone(selection, tiny_model):
         torch.testing.assert_close(together[name], sum(a[name] for a in alone), rtol=1e-5, atol=1e-4)
 
 
-def test_a_neighbour_that_is_seen_would_be_noticed(selection, tiny_model):
-    """The test above can fail: with positions that run on, the second sample sees the first."""
+def test_the_test_of_packing_notices_a_sample_that_sees_its_neighbour(selection, tiny_model):
+    """Show that the test above can fail: with position ids that run on, the second sample sees the first."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     attach_loss(model, 0.5)
     batch = pack(selection.load(np.arange(2)), HEAD)

@@ -25,23 +25,23 @@ def test_where_and_max_length_select(tiny_cache):
 
 
 def test_several_caches_are_one_stream(tiny_cache):
-    one = select([Cache(tiny_cache)], "train")
-    two = select([Cache(tiny_cache), Cache(tiny_cache)], "train")
-    assert len(two) == 2 * len(one) and len(list(Stream(two, HEAD, 6))) == -(-len(two) // 6)
+    single = select([Cache(tiny_cache)], "train")
+    double = select([Cache(tiny_cache), Cache(tiny_cache)], "train")
+    assert len(double) == 2 * len(single) and len(list(Stream(double, HEAD, 6))) == -(-len(double) // 6)
 
 
-def test_long_samples_are_cut_at_the_completions_end_if_asked_for(tiny_cache):
+def test_long_samples_are_cut_at_the_end_of_the_completion_with_cut(tiny_cache):
     caches = open_caches([tiny_cache])
-    whole = select(caches, "train")
-    limit = int(np.median(whole.tokens))
+    everything = select(caches, "train")
+    limit = int(np.median(everything.tokens))
     cut = select(caches, "train", max_length=limit, cut=True)
     dropped = select(caches, "train", max_length=limit)
-    assert cut.too_long == dropped.too_long == int((whole.tokens > limit).sum()) and cut.tokens.max() == limit
-    longest = int(np.argmax(whole.tokens))
-    key = whole.load(np.array([longest]))[0]
-    (same,) = [s for s in cut.load(np.arange(len(cut))) if s.sample_id == key.sample_id]
-    assert same.tokens == limit < key.tokens
-    batch, full = pack([same], HEAD), pack([key], HEAD)
+    assert cut.too_long == dropped.too_long == int((everything.tokens > limit).sum()) and cut.tokens.max() == limit
+    longest = int(np.argmax(everything.tokens))
+    long_sample = everything.load(np.array([longest]))[0]
+    (cut_sample,) = [s for s in cut.load(np.arange(len(cut))) if s.sample_id == long_sample.sample_id]
+    assert cut_sample.tokens == limit < long_sample.tokens
+    batch, full = pack([cut_sample], HEAD), pack([long_sample], HEAD)
     count = len(batch["tail_logprobs"])
     for name in ("candidate_ids", "candidate_logprobs", "tail_logprobs"):
         assert torch.equal(batch[name], full[name][:count])

@@ -18,7 +18,7 @@ def selection(tiny_cache):
 
 
 def sample_keys(batch):
-    """The packed samples of a batch, as tuples of their token ids."""
+    """Return the packed samples of a batch, as tuples of their token ids."""
     if not len(batch["tail_logprobs"]):
         return []
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
@@ -27,17 +27,18 @@ def sample_keys(batch):
 
 
 def step_of(stream_parts):
+    """Return the samples of one step, whichever part has them."""
     return sorted(key for batch in stream_parts for key in sample_keys(batch))
 
 
 def endless(stream):
-    """As Trainer draws it: exactly an epoch's batches, then a new iterator."""
+    """Draw as Trainer does: exactly the batches of an epoch, then from a new iterator."""
     while True:
         yield from itertools.islice(iter(stream), len(stream))
 
 
 def steps(selection, count, parts=1, ranks=1, **options):
-    """The first steps' samples, gathered over ranks."""
+    """Return the samples of the first steps, gathered over all ranks."""
     streams = [endless(Stream(selection, HEAD, 6, parts=parts, ranks=ranks, rank=r, **options)) for r in range(ranks)]
     return [step_of([next(s) for _ in range(parts // ranks) for s in streams]) for _ in range(count)]
 
@@ -51,7 +52,7 @@ def test_an_epoch_has_every_sample_once_and_the_next_another_order(selection):
     assert keys != [key for batch in second for key in sample_keys(batch)]
 
 
-def test_the_order_is_the_seeds(selection):
+def test_the_seed_decides_the_order(selection):
     assert steps(selection, 4, seed=3) == steps(selection, 4, seed=3) != steps(selection, 4, seed=4)
 
 
@@ -62,48 +63,48 @@ def test_accumulation_and_ranks_do_not_change_a_step(selection, parts, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_ranks_that_share_row_groups_out_make_the_same_steps(selection, ranks, monkeypatch):
-    """As they do where row groups come over a network; three ranks and four row groups cannot be even, and all read all."""
-    wanted = steps(selection, Stream(selection, HEAD, 6).steps_per_epoch + 2)
+def test_nodes_that_share_the_row_groups_make_the_same_steps(selection, ranks, monkeypatch):
+    """Nodes share row groups that come over a network. Three nodes cannot share four evenly, so all read all."""
+    expected = steps(selection, Stream(selection, HEAD, 6).steps_per_epoch + 2)
     monkeypatch.setattr(type(selection), "remote", True)
-    assert steps(selection, len(wanted), parts=2 * ranks, ranks=ranks) == wanted
+    assert steps(selection, len(expected), parts=2 * ranks, ranks=ranks) == expected
     stream = Stream(selection, HEAD, 6, parts=ranks, ranks=ranks)
     for window in stream.order(0):
-        shared, groups = stream.allowed(window), len(np.unique(selection.row_group[window]))
+        allowed, groups = stream.allowed(window), len(np.unique(selection.row_group[window]))
         even = groups % ranks == 0 or ranks % groups == 0
-        assert shared.sum(1).tolist() == [max(ranks // groups, 1) if even else ranks] * len(window)
-    assert steps(selection, len(wanted), parts=ranks, ranks=ranks, ranks_per_node=2) == wanted
+        assert allowed.sum(1).tolist() == [max(ranks // groups, 1) if even else ranks] * len(window)
+    assert steps(selection, len(expected), parts=ranks, ranks=ranks, ranks_per_node=2) == expected
     one_node = Stream(selection, HEAD, 6, parts=ranks, ranks=ranks, ranks_per_node=ranks)
     assert all(one_node.allowed(window).all() for window in one_node.order(0))
 
 
 @pytest.mark.parametrize("size", [6, 30, 10_000])
 def test_a_rank_reads_its_own_samples_and_little_else_each_once(selection, size, monkeypatch):
-    """What else: of the row groups it reads, the samples of a step to come, of which no more than a step's wait."""
+    """Besides its own samples it reads waiting ones that are in the same row groups, fewer than a step at each reading."""
     reads, load = [], type(selection).load
-    monkeypatch.setattr(type(selection), "load", lambda self, picked: reads.append(picked) or load(self, picked))
+    monkeypatch.setattr(type(selection), "load", lambda self, indices: reads.append(indices) or load(self, indices))
     for rank in range(3):
         reads.clear()
         batches = list(Stream(selection, HEAD, size, parts=3, ranks=3, rank=rank)._batches())
         trained = sum(len(sample_keys(batch)) for batch in batches)
         read = np.concatenate(reads)
         assert len(read) == len(np.unique(read)), "nothing is read twice"
-        windows = len(reads)
-        assert trained <= len(read) <= trained + (windows - 1) * min(size, len(selection)), (rank, trained, len(read))
+        readings = len(reads)
+        assert trained <= len(read) <= trained + (readings - 1) * min(size, len(selection)), (rank, trained, len(read))
         if size > len(selection):
-            assert len(read) == trained and windows == 1
+            assert len(read) == trained and readings == 1
 
 
 def test_a_step_of_several_windows_is_fetched_while_the_one_before_is_in_use(selection, monkeypatch):
-    done = []
+    calls = []
     monkeypatch.setattr(type(selection), "remote", True)
-    monkeypatch.setattr(type(selection), "prefetch", lambda self, row_groups: done.append("prefetch"))
+    monkeypatch.setattr(type(selection), "prefetch", lambda self, row_groups: calls.append("prefetch"))
     monkeypatch.setattr("trainer.data.stream.WINDOW_ROW_GROUPS", 1)
     load = type(selection).load
-    monkeypatch.setattr(type(selection), "load", lambda self, picked: done.append("load") or load(self, picked))
+    monkeypatch.setattr(type(selection), "load", lambda self, indices: calls.append("load") or load(self, indices))
     steps = -(-len(selection) // 20)
     list(Stream(selection, HEAD, 20)._batches())
-    assert done == ["prefetch", *["prefetch", "load"] * (steps - 1), "load"] and steps > 2
+    assert calls == ["prefetch", *["prefetch", "load"] * (steps - 1), "load"] and steps > 2
 
 
 @pytest.mark.parametrize("step", [0, 1, 5, 9, 10, 11, 23])
@@ -113,7 +114,7 @@ def test_it_resumes_with_the_very_next_batch(selection, step):
     assert steps(selection, count - step, step=step) == uninterrupted[step:]
 
 
-def test_a_short_last_step_leaves_parts_without_samples_not_without_batches(selection):
+def test_a_short_last_step_leaves_parts_with_empty_batches(selection):
     size = next(n for n in (5, 6, 7) if len(selection) % n)
     last = list(Stream(selection, HEAD, size, parts=size))[-size:]
     assert [len(b["tail_logprobs"]) > 0 for b in last] == [i < len(selection) % size for i in range(size)]
@@ -130,7 +131,7 @@ def test_a_step_is_divided_evenly_by_tokens(selection):
 def test_a_sample_goes_to_a_rank_that_may_have_it(selection):
     tokens, allowed = selection.tokens[:30], np.arange(30)[:, None] % 2 == np.arange(2)[None]
     parts = divide(tokens, 4, allowed)
-    assert all((part_of % 2 == number % 2).all() for number, part_of in enumerate(parts))
+    assert all((part % 2 == number % 2).all() for number, part in enumerate(parts))
     for rank in (0, 1):
         sizes = [tokens[part].sum() for part in parts[rank::2]]
         assert max(sizes) - min(sizes) <= tokens.max()

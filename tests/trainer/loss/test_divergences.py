@@ -51,7 +51,7 @@ def test_a_bucket_that_only_one_of_the_two_has_leaves_value_and_gradient_finite(
 # --- what is refused ---------------------------------------------------------------------------------------------------
 
 
-def test_what_would_not_be_what_it_says_is_refused_with_the_reason():
+def test_a_divergence_that_would_be_biased_on_a_cache_is_refused_with_the_reason():
     for divergence in DIVERGENCES:
         check(divergence, sparsify.parse("topk:64"))
     check("forward_kl", sparsify.parse("threshold:0.02"))

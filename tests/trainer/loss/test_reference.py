@@ -10,7 +10,7 @@ from trainer.loss.divergences import DIVERGENCES
 
 
 def sparse_teacher(generator: torch.Generator, positions: int, vocabulary: int, k: int, scale: float = 3.0):
-    """Top-k candidates of random teachers, float64: ids (N, K), logprobs (N, K), tails (N,), and the full log-softmax."""
+    """Return the top k of random teachers, float64: ids (N, K), logprobs (N, K), tails (N,), and the full log-softmax."""
     full = torch.log_softmax(scale * torch.randn(positions, vocabulary, generator=generator, dtype=torch.float64), -1)
     best = full.topk(k, dim=-1)
     rest = full.scatter(1, best.indices, float("-inf")).logsumexp(-1)
@@ -18,7 +18,7 @@ def sparse_teacher(generator: torch.Generator, positions: int, vocabulary: int, 
 
 
 def dense_forward_kl(logits, ids, logprobs, tails):
-    """The same by its definition: probabilities of K + 1 cells, in float64, all at once."""
+    """Return forward KL by its definition, from the probabilities of the K + 1 cells in float64."""
     q = torch.softmax(logits.double(), -1)
     inside = torch.zeros_like(q).scatter(1, ids, 1.0)
     s = (q * (1 - inside)).sum(-1)
@@ -75,9 +75,9 @@ def test_it_is_a_lower_bound_of_the_full_kl_that_k_equal_v_reaches():
     for k in (1, 5, 20, 40):
         best = full.topk(k, dim=-1)
         tails = full.scatter(1, best.indices, float("-inf")).logsumexp(-1)
-        found = losses.divergence("forward_kl", logits, best.indices, best.values, tails)
-        assert (found >= before - 1e-12).all() and (found <= whole + 1e-9).all()
-        before = found
+        value = losses.divergence("forward_kl", logits, best.indices, best.values, tails)
+        assert (value >= before - 1e-12).all() and (value <= whole + 1e-9).all()
+        before = value
     torch.testing.assert_close(before, whole)
 
 
@@ -111,7 +111,7 @@ def test_a_tiny_tail_stays_finite_in_float32_with_a_student_that_is_sure(tail):
 
 
 def dense_cells(logits, ids, logprobs, tails):
-    """p and q of the K + 1 cells by their definition."""
+    """Return p and q of the K + 1 cells by their definition."""
     q = torch.softmax(logits, -1)
     s = q.scatter(1, ids, 0.0).sum(-1, keepdim=True)
     return torch.cat([logprobs, tails[:, None]], -1).exp(), torch.cat([q.gather(1, ids), s], -1)
@@ -125,8 +125,8 @@ DEFINITIONS = {
     "tvd": lambda p, q: (p - q).abs() / 2,
 }
 
-#: The gradient on the logits of cell c, as the docstrings say it: q_c times this is added where c is one token, and
-#: q_v times this at each token v of the bucket.
+#: The factors of the gradient on the logits, as the docstrings give them: the gradient is q_k times the factor of cell k at
+#: candidate k, and q_v times the factor of the bucket at each other token v.
 GRADIENTS = {
     "forward_kl": lambda p, q: 1 - p / q,
     "reverse_kl": lambda p, q: (q / p).log() - (q * (q / p).log()).sum(-1, keepdim=True),
@@ -144,10 +144,10 @@ def w(p, q):
 def test_a_divergence_and_its_gradient_are_what_the_docstring_says(name):
     ids, logprobs, tails, _ = sparse_teacher(torch.Generator().manual_seed(6), 5, 30, 4)
     logits = torch.randn(5, 30, dtype=torch.float64, requires_grad=True)
-    found = losses.divergence(name, logits, ids, logprobs, tails)
-    found.sum().backward()
+    value = losses.divergence(name, logits, ids, logprobs, tails)
+    value.sum().backward()
     p, q = dense_cells(logits.detach(), ids, logprobs, tails)
-    torch.testing.assert_close(found.detach(), DEFINITIONS[name](p, q).sum(-1))
+    torch.testing.assert_close(value.detach(), DEFINITIONS[name](p, q).sum(-1))
     factor = GRADIENTS[name](p, q)
     everywhere = factor[:, -1:].expand(-1, 30).scatter(1, ids, factor[:, :-1])
     torch.testing.assert_close(logits.grad, torch.softmax(logits.detach(), -1) * everywhere)
@@ -163,10 +163,10 @@ def test_a_divergence_is_zero_at_a_perfect_student_and_a_lower_bound_that_k_equa
     for k in (1, 5, 20, 40):
         best = full.topk(k, dim=-1)
         teacher = best.indices, best.values, full.scatter(1, best.indices, float("-inf")).logsumexp(-1)
-        found = losses.divergence(name, logits, *teacher)
-        assert (found >= before - 1e-12).all() and (found <= whole + 1e-9).all()
+        value = losses.divergence(name, logits, *teacher)
+        assert (value >= before - 1e-12).all() and (value <= whole + 1e-9).all()
         assert losses.divergence(name, full, *teacher).abs().max() < 1e-9
-        before = found
+        before = value
     torch.testing.assert_close(before, whole)
 
 
@@ -181,7 +181,7 @@ def test_with_every_token_a_candidate_the_gradient_is_that_of_the_dense_kl():
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_padding_and_positions_without_candidates_or_tail_are_finite_and_mean_what_they_say(name):
+def test_padding_and_positions_without_candidates_or_tail_are_finite_and_right(name):
     ids, logprobs, _, _ = sparse_teacher(torch.Generator().manual_seed(9), 3, 20, 4)
     logprobs = torch.log_softmax(logprobs, -1)  # no tail
     tails = torch.tensor([float("-inf"), float("-inf"), 0.0], dtype=torch.float64)
