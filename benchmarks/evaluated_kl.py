@@ -27,9 +27,9 @@ from kdcache.capture.plan import CaptureConfig, Plan
 from kdcache.machine import cpu, versions
 from kdcache.models import embedded
 from kdcache.storage import atomic
-from trainer.data.stream import open_caches, select
+from trainer.data.select import open_caches, select
 from trainer.evaluate.forced import at_positions, sampled_from
-from trainer.loss.fused import head_of
+from trainer.loss.head import head_of
 from trainer.loss.reference import log_mass_beyond
 from trainer.student.load import load_student
 

@@ -1,23 +1,23 @@
-"""What a sparse target costs and what it loses: bytes a token against the error of the gradient of full-vocabulary KD.
+"""What does a sparse target cost, and what does it lose? Bytes per token, and the error of full-vocabulary KD's gradient.
 
     python benchmarks/fidelity.py                   # the builtin examples: about 25 minutes and 12 GB on two cores
-    python benchmarks/fidelity.py --tokens 1500     # a look at it, three minutes
+    python benchmarks/fidelity.py --tokens 1500     # a quick look, three minutes
     python benchmarks/fidelity.py --examples rows.jsonl --completion-column response --name mine
-    python benchmarks/fidelity.py --show benchmarks/results/fidelity-....json      # tables, claims and plot once more
+    python benchmarks/fidelity.py --show benchmarks/results/fidelity-....json      # tables, claims and plot again
 
 The teacher is SmolLM2-135M-Instruct in float32; the students are its own layers, without 2 of them (near) or 10 (far).
-What is kept of each distribution takes the way of a cache: chosen by kdcache.cache.sparsify, written as a shard, measured in
-its footer, and read by kdcache.cache.reader, which is what a trainer gets. For every target the gradient of its loss
+Each distribution goes through a cache: kdcache.cache.sparsify chooses, a shard is written, its footer tells the bytes, and
+kdcache.cache.reader reads what a trainer gets. For every target the gradient of its loss
 (trainer.loss.reference) is compared with that of KL(teacher || student) over the whole vocabulary, which is q - p on the logits:
 the relative error ||G - G*|| / ||G*|| on the weights of the head, summed over a batch (noise falls as batches grow, bias
-does not), and on the hidden states, where nothing averages. Batches are disjoint parts of one shuffled order of
+does not), and on the hidden states, where no sum averages it out. Batches are disjoint parts of one shuffled order of
 positions. That these are the gradients of the true losses is asserted first, against autograd in float64.
 
 On the logits every target's gradient is b q outside the stored candidates and something else on them, so one GEMM
 (none where b = 1) and one sparse product give it.
 
 RS-KD (Anshumann et al. 2025, Sparse Logit Sampling): N draws with replacement, weighted by their counts / N. Its bytes
-are those of the same shard format; its counts are exact, not rounded to the codebook, as that would cost no more.
+are those of the same shard format. Its counts are exact and not rounded to the codebook, which would cost no more.
 
 Shapes: B positions of a chunk, V the vocabulary, D hidden, N stored candidates, flat.
 """
@@ -57,7 +57,8 @@ from kdcache.models import embedded
 from kdcache.prompts.tokenize import Prompts
 from kdcache.storage import atomic
 from trainer.loss import reference as losses
-from trainer.student.load import init_student, load_student
+from trainer.student.load import load_student
+from trainer.student.make import init_student
 
 DROPPED = {"far": [17, 18, 14, 12, 13, 26, 25, 15, 16, 5], "near": [17, 18]}  # the teacher's cheapest layers first
 TOPK, DRAWS, TAUS = (8, 16, 32, 64, 128), (12, 25, 50, 150), (0.1, 0.05, 0.025, 0.02, 0.01, 0.005)
@@ -85,7 +86,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Target:
-    """A layout and what the loss puts in the place of the mass outside: bucket, scaled, ignored or label."""
+    """A layout, and where the loss puts the mass outside it: bucket, scaled, ignored or label."""
 
     family: str
     layout: Layout
@@ -99,17 +100,17 @@ class Target:
 
 
 def targets_to_compare(vocabulary: int) -> list[Target]:
-    found = [Target("hard labels", Layout("label", 1), "scaled")]
+    targets = [Target("hard labels", Layout("label", 1), "scaled")]
     for rest in ("bucket", "scaled", "ignored", "label"):
-        found += [Target(f"top-k, rest {rest}", Layout(f"topk:{k}", k), rest) for k in TOPK]
-    found += [Target("RS-KD", Layout(f"draws:{n}", vocabulary), "scaled") for n in DRAWS]
+        targets += [Target(f"top-k, rest {rest}", Layout(f"topk:{k}", k), rest) for k in TOPK]
+    targets += [Target("RS-KD", Layout(f"draws:{n}", vocabulary), "scaled") for n in DRAWS]
     for name, captured in CAPTURED.items():
         layouts = [Layout(f"threshold:{tau}", captured or vocabulary) for tau in TAUS]
-        found += [Target(f"threshold, K={name}", layout, "bucket") for layout in layouts]
-    found += [Target("threshold, K=256, scaled", Layout(f"threshold:{tau}", 256), "scaled") for tau in TAUS]
-    found.append(Target("f32", Layout("topk:64", 64, "f32"), "bucket"))
-    found.append(Target("f32", Layout("threshold:0.02", 256, "f32"), "bucket"))
-    return found
+        targets += [Target(f"threshold, K={name}", layout, "bucket") for layout in layouts]
+    targets += [Target("threshold, K=256, scaled", Layout(f"threshold:{tau}", 256), "scaled") for tau in TAUS]
+    targets.append(Target("f32", Layout("topk:64", 64, "f32"), "bucket"))
+    targets.append(Target("f32", Layout("threshold:0.02", 256, "f32"), "bucket"))
+    return targets
 
 
 @dataclass(frozen=True)
@@ -142,79 +143,79 @@ class Answer:
 
 
 def answers(options: argparse.Namespace, prompts: Prompts) -> list[Answer]:
-    """Shuffled examples with a given answer, until there are enough completion tokens."""
+    """Return shuffled examples with a given answer, as many as have enough completion tokens together."""
     columns = types.Columns(options.prompt_column, options.completion_column)
     rows = examples.load(options.examples, columns)
-    found, tokens = [], 0
+    chosen, tokens = [], 0
     for index in np.random.default_rng(options.seed).permutation(len(rows)):
         row = rows[index]
         if isinstance(row, types.BadRow) or not row.completion:
             continue
-        asked = prompts.ask(row.messages, row.given)
-        prompt, completion = asked.prompt_ids, asked.completion_ids
+        request = prompts.ask(row.messages, row.given)
+        prompt, completion = request.prompt_ids, request.completion_ids
         if len(prompt) + len(completion) + 1 > MAX_MODEL_LEN:
             continue
-        found.append(Answer(f"{row.source}:{row.row_id}:g", prompt, completion))
+        chosen.append(Answer(f"{row.source}:{row.row_id}:g", prompt, completion))
         tokens += len(completion)
         if tokens >= options.tokens:
-            return found
+            return chosen
     say(
-        f"there are {tokens:,} completion tokens, fewer than the {options.tokens:,} asked for: the largest batch is {tokens:,}"
+        f"there are {tokens:,} completion tokens, fewer than --tokens {options.tokens:,}: the largest batch is {tokens:,}"
     )
-    return found
+    return chosen
 
 
 def hidden_states(model: Any, rows: Sequence[Answer], name: str) -> list[Tensor]:
-    """What the head of ``model`` reads at each completion position: a (T, D) float32 an answer."""
-    found, begun, done = [], time.monotonic(), 0
+    """Return what the head of ``model`` reads at each completion position: (T, D) float32 per answer."""
+    states_of_rows, start, tokens = [], time.monotonic(), 0
     total = sum(len(row.completion_ids) for row in rows)
     for number, row in enumerate(rows):
         ids = torch.tensor([row.prompt_ids + row.completion_ids])
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        found.append(states[len(row.prompt_ids) - 1 : -1].clone())  # position t predicts token t + 1
-        done += len(row.completion_ids)
-        if number % 20 == 19 or done == total:
-            say(f"{name}: hidden states of {done:,} of {total:,} tokens, {time.monotonic() - begun:.0f} s")
-    return found
+        states_of_rows.append(states[len(row.prompt_ids) - 1 : -1].clone())  # position t predicts token t + 1
+        tokens += len(row.completion_ids)
+        if number % 20 == 19 or tokens == total:
+            say(f"{name}: hidden states of {tokens:,} of {total:,} tokens, {time.monotonic() - start:.0f} s")
+    return states_of_rows
 
 
-# --- targets, by the way of a cache -----------------------------------------------------------------------------------
+# --- targets, through a cache -----------------------------------------------------------------------------------------
 
 
 def choose(layouts: Sequence[Layout], row: Answer, states: Tensor, head: Tensor, seed: int) -> list[Candidates]:
-    """What each layout keeps of one answer's distributions."""
+    """Return what each layout keeps of one answer's distributions."""
     logprobs, order = (states @ head.T).log_softmax(dim=-1).sort(dim=-1, descending=True)
     logprobs, ids = logprobs.numpy(), order.to(torch.int32).numpy()  # [T, V] best first
     drawn = draw(logprobs, stable_hash(seed, row.sample_id))
-    found = []
+    candidates = []
     for layout in layouts:
         if layout.policy == "label":
             ones = np.ones(len(ids), np.int32)
-            own = np.array(row.completion_ids, np.int32)
-            found.append(Candidates(own, np.zeros(len(ids), np.float32), ones, nothing(len(ids))))
+            given = np.array(row.completion_ids, np.int32)
+            candidates.append(Candidates(given, np.zeros(len(ids), np.float32), ones, nothing(len(ids))))
         elif layout.policy.startswith("draws"):
-            found.append(counted(drawn[:, : int(layout.parameter)], ids))
+            candidates.append(counted(drawn[:, : int(layout.parameter)], ids))
         else:
             keep = sparsify.parse(layout.policy, layout.capture_k)
             k = layout.capture_k
-            found.append(keep(ids[:, :k], logprobs[:, :k], seed, row.sample_id))
-    return found
+            candidates.append(keep(ids[:, :k], logprobs[:, :k], seed, row.sample_id))
+    return candidates
 
 
 def nothing(positions: int) -> np.ndarray:
-    """No mass outside the candidates."""
+    """Return the tails of positions without any mass outside the candidates."""
     return np.full(positions, -np.inf, np.float32)
 
 
 def draw(logprobs: np.ndarray, seed: int) -> np.ndarray:
-    """[T, V] best first -> [T, most draws] ranks, drawn with replacement from the full distribution."""
+    """Draw ranks [T, most draws] with replacement from full distributions [T, V], best first."""
     cumulative = np.exp(logprobs.astype(np.float64)).cumsum(axis=1)
     uniform = np.random.default_rng(seed).random((len(logprobs), max(DRAWS))) * cumulative[:, -1:]
     return np.stack([np.searchsorted(c, u, side="right") for c, u in zip(cumulative, uniform)])
 
 
 def counted(drawn: np.ndarray, ids: np.ndarray) -> Candidates:
-    """RS-KD: each drawn token once, weighted by how often it was drawn, most frequent first."""
+    """Return the candidates of RS-KD: each drawn token once, weighted by how often it was drawn, most frequent first."""
     flat, weights, counts = [], [], []
     for position, ranks in enumerate(drawn):
         unique, times = np.unique(ids[position, ranks], return_counts=True)
@@ -226,10 +227,10 @@ def counted(drawn: np.ndarray, ids: np.ndarray) -> Candidates:
     return Candidates(np.concatenate(flat), logprobs, np.array(counts, np.int32), nothing(len(drawn)))
 
 
-def through_a_shard(
+def through_shard(
     layout: Layout, rows: Sequence[Answer], kept: Sequence[Candidates]
 ) -> tuple[float, list[reader.Sample]]:
-    """Write a layout's candidates and read them back: (bytes a completion token, what a trainer gets)."""
+    """Write a layout's candidates and read them back; return bytes per completion token, and what a trainer gets."""
     size, samples = written_and_read(layout.precision, rows, kept)
     if layout.policy.startswith("draws"):  # exact counts
         samples = written_and_read("f32", rows, kept)[1]
@@ -265,7 +266,7 @@ def written_and_read(
 
 
 def as_target(samples: Sequence[reader.Sample], rest: str, own_tokens: np.ndarray) -> Sparse:
-    """What a loss takes, from what the reader gives; the reader's candidates sum to 1 - exp(tail)."""
+    """Turn what the reader gives into what a loss takes; the reader's candidates sum to 1 - exp(tail)."""
     ids = np.concatenate([s.candidates.ids for s in samples]).astype(np.int64)
     logprobs = np.concatenate([s.candidates.logprobs for s in samples])
     counts = np.concatenate([s.candidates.counts for s in samples]).astype(np.int64)
@@ -273,7 +274,7 @@ def as_target(samples: Sequence[reader.Sample], rest: str, own_tokens: np.ndarra
     if rest == "scaled":
         logprobs = normalise(logprobs, counts, np.full_like(tail, -np.inf))
     probs, mass = np.exp(logprobs), np.exp(tail)
-    if rest == "label":  # the rest of the mass stands on the token that was given
+    if rest == "label":  # the rest of the mass goes to the token of the answer
         ends = counts.cumsum()
         ids, probs, counts = np.insert(ids, ends, own_tokens), np.insert(probs, ends, mass), counts + 1
     if rest != "bucket":
@@ -307,7 +308,7 @@ def make_chunk(positions: Tensor, hidden: Tensor, head: Tensor, teacher_hidden: 
 
 
 def error_of(target: Sparse, chunk: Chunk, head: Tensor, on_head: Tensor) -> Tensor:
-    """The target's gradient minus the full one: on the head into ``on_head`` (V, D), on the hidden states (B, D).
+    """Return the target's gradient minus the full one on the hidden states (B, D); that on the head goes to ``on_head`` (V, D).
 
     On the logits the target's gradient is (sum p + r) q - p + (r/s) q on the candidates, with s the student's mass
     outside them, and minus (r/s) q everywhere. With a bucket, sum p + r = 1; what is scaled has r = 0.
@@ -344,7 +345,7 @@ def check_against_autograd(
     teacher_hidden: Tensor,
     teacher_head: Tensor,
 ) -> None:
-    """Every gradient measured here is autograd's of the trainer's own loss, in float64 on these positions."""
+    """Assert that the gradients measured here equal autograd's of the trainer's own loss, in float64 on these positions."""
     hidden, head, teacher_hidden, teacher_head = (
         t.detach().double() for t in (hidden, head, teacher_hidden, teacher_head)
     )
@@ -362,7 +363,7 @@ def check_against_autograd(
     for name, target in targets.items():
         target = target.to(torch.float64)
         if name.startswith("label"):
-            found = gradient(lambda logits: losses.cross_entropy(logits, labels))
+            expected = gradient(lambda logits: losses.cross_entropy(logits, labels))
         else:
             ids, probs = (
                 torch.nn.utils.rnn.pad_sequence(
@@ -371,16 +372,16 @@ def check_against_autograd(
                 for flat in (target.ids, target.probs)
             )
             padded = torch.where(ids < 0, ids[:, :1], ids), probs.clamp_min(0).log(), target.tail.log()
-            found = gradient(lambda logits, padded=padded: losses.forward_kl(logits, *padded))
+            expected = gradient(lambda logits, padded=padded: losses.divergence("forward_kl", logits, *padded))
         on_hidden = error_of(target, chunk, head, on_head)
-        for mine, theirs, reference in zip((on_head, on_hidden), found, full):
-            worst = max(worst, float((mine - (theirs - reference)).norm() / reference.norm()))
-    assert worst < 1e-5, f"a gradient measured here is off by {worst:.1e} from that of the trainer's loss"
+        for gradient_error, of_target, of_full in zip((on_head, on_hidden), expected, full):
+            worst = max(worst, float((gradient_error - (of_target - of_full)).norm() / of_full.norm()))
+    assert worst < 1e-5, f"a gradient measured here differs by {worst:.1e} from that of the trainer's loss"
     say(f"{len(targets)} targets on {len(hidden)} positions: gradients equal autograd's in float64 (worst {worst:.0e})")
 
 
 def inner(a: Tensor, b: Tensor) -> float:
-    """The inner product of two float32 tensors, in float64 over pieces."""
+    """Return the inner product of two float32 tensors, summed in float64 over pieces."""
     pieces = zip(a.reshape(-1).split(1 << 20), b.reshape(-1).split(1 << 20))
     return float(torch.stack([torch.dot(x, y) for x, y in pieces]).double().sum())
 
@@ -389,26 +390,26 @@ class Meter:
     """Relative errors and angles of one target: means over batches, per batch size."""
 
     def __init__(self) -> None:
-        self.found: dict[int, list[tuple[float, float]]] = {}
+        self.pairs: dict[int, list[tuple[float, float]]] = {}
         self.hidden = np.zeros(3)
 
     def add(self, tokens: int, error: Tensor, full: Tensor, full_square: float) -> None:
-        self.found.setdefault(tokens, []).append(error_and_angle(inner(error, error), inner(error, full), full_square))
+        self.pairs.setdefault(tokens, []).append(error_and_angle(inner(error, error), inner(error, full), full_square))
 
     def add_hidden(self, error: Tensor, full: Tensor) -> None:
         self.hidden += [inner(error, error), inner(error, full), inner(full, full)]
 
     def result(self) -> dict[str, Any]:
-        means = {tokens: np.mean(pairs, axis=0).tolist() for tokens, pairs in self.found.items()}
+        means = {tokens: np.mean(pairs, axis=0).tolist() for tokens, pairs in self.pairs.items()}
         hidden = error_and_angle(*self.hidden)
         return {
-            "head": {str(n): {"error": e, "degrees": a, "batches": len(self.found[n])} for n, (e, a) in means.items()},
+            "head": {str(n): {"error": e, "degrees": a, "batches": len(self.pairs[n])} for n, (e, a) in means.items()},
             "hidden": {"error": hidden[0], "degrees": hidden[1]},
         }
 
 
 def error_and_angle(error_square: float, error_full: float, full_square: float) -> tuple[float, float]:
-    """||E|| / ||G*||, and the angle between G* + E and G* in degrees: of what is across G* to what is along it."""
+    """Return ||E|| / ||G*||, and the angle between G* + E and G* in degrees, from the parts of E across and along G*."""
     along = error_full / full_square
     across = math.sqrt(max(error_square / full_square - along**2, 0.0))
     return math.sqrt(error_square / full_square), math.degrees(math.atan2(across, 1 + along))
@@ -422,7 +423,7 @@ def measure(
     teacher_hidden: Tensor,
     teacher_head: Tensor,
 ) -> dict[str, Any]:
-    """One student: errors of every target; positions are taken in the order they come in."""
+    """Return the errors of every target for one student; batches are cut from the positions in their order."""
     tokens, begun = len(hidden), time.monotonic()
     meters = {label: Meter() for label in targets}
     totals = {label: torch.zeros_like(head) for label in targets}
@@ -439,7 +440,7 @@ def measure(
         full_block = torch.stack([chunk.full for chunk in chunks]).sum(dim=0)
         full_block_square = inner(full_block, full_block)
         full_total += full_block
-        whole = first + BLOCK <= tokens
+        is_full = first + BLOCK <= tokens
         for label, target in targets.items():
             block.zero_()
             for chunk, square in zip(chunks, squares):
@@ -448,13 +449,13 @@ def measure(
                     meters[label].add(CHUNK, on_head, chunk.full, square)
                 meters[label].add_hidden(on_hidden, chunk.q_head - chunk.p_head)
                 block += on_head
-            if whole and tokens > BLOCK:
+            if is_full and tokens > BLOCK:
                 meters[label].add(BLOCK, block, full_block, full_block_square)
             totals[label] += block
-        done = min(first + BLOCK, tokens)
+        measured = min(first + BLOCK, tokens)
         spent = time.monotonic() - begun
         say(
-            f"{name}: gradients of {done:,} of {tokens:,} tokens, {spent:.0f} s, about {spent / done * (tokens - done):.0f} s to go"
+            f"{name}: gradients of {measured:,} of {tokens:,} tokens, {spent:.0f} s, about {spent / measured * (tokens - measured):.0f} s to go"
         )
     full_square = inner(full_total, full_total)
     for label in targets:
@@ -476,8 +477,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     compared = targets_to_compare(vocabulary)
     layouts = list(dict.fromkeys(target.layout for target in compared))
     kept: list[list[Candidates]] = []
-    for number, (row, state) in enumerate(zip(rows, states)):
-        kept.append(choose(layouts, row, state, teacher_head, options.seed))
+    for number, (row, row_states) in enumerate(zip(rows, states)):
+        kept.append(choose(layouts, row, row_states, teacher_head, options.seed))
         if number % 20 == 19 or number + 1 == len(rows):
             say(f"targets of {number + 1} of {len(rows)} answers, {time.monotonic() - begun:.0f} s since the start")
 
@@ -487,7 +488,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     sparse: dict[str, Sparse] = {}
     facts: dict[str, dict[str, Any]] = {}
     for index, layout in enumerate(layouts):
-        size, samples = through_a_shard(layout, rows, [candidates[index] for candidates in kept])
+        size, samples = through_shard(layout, rows, [candidates[index] for candidates in kept])
         for target in compared:
             if target.layout != layout:
                 continue
@@ -540,22 +541,22 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 # --- tables, claims, plot ---------------------------------------------------------------------------------------------
 
 
-def batch_sizes(found: dict[str, Any]) -> list[str]:
-    return list(next(iter(found["students"]["far"]["targets"].values()))["head"])
+def batch_sizes(results: dict[str, Any]) -> list[str]:
+    return list(next(iter(results["students"]["far"]["targets"].values()))["head"])
 
 
-def print_tables(found: dict[str, Any]) -> None:
-    sizes = batch_sizes(found)
-    by_bytes = sorted(found["facts"], key=lambda label: found["facts"][label]["candidate_bytes_per_token"])
+def print_tables(results: dict[str, Any]) -> None:
+    sizes = batch_sizes(results)
+    by_bytes = sorted(results["facts"], key=lambda label: results["facts"][label]["candidate_bytes_per_token"])
     print(
-        f"{found['text']}: {found['answers']} answers, {found['tokens']:,} completion tokens; {found['machine']}, {found['date']}"
+        f"{results['text']}: {results['answers']} answers, {results['tokens']:,} completion tokens; {results['machine']}, {results['date']}"
     )
-    for name, student in found["students"].items():
+    for name, student in results["students"].items():
         print(
-            f"\n{name} student: {len(student['dropped'])} layers dropped, KL to the teacher {student['kl_nats']:.3f} nats a token"
+            f"\n{name} student: {len(student['dropped'])} layers dropped, KL to the teacher {student['kl_nats']:.3f} nats per token"
         )
         print(
-            "relative error of the gradient: of the head by tokens a batch, with the angle at the largest; of the hidden states"
+            "relative error of the gradient: of the head by tokens per batch, with the angle at the largest; of the hidden states"
         )
         heading = [
             "target",
@@ -568,7 +569,7 @@ def print_tables(found: dict[str, Any]) -> None:
         ]
         lines = []
         for label in by_bytes:
-            fact, result = found["facts"][label], student["targets"][label]
+            fact, result = results["facts"][label], student["targets"][label]
             lines.append(
                 [
                     label,
@@ -587,55 +588,55 @@ def print_tables(found: dict[str, Any]) -> None:
             )
 
 
-def claims(found: dict[str, Any]) -> list[str]:
-    """What we say of it, with the figures that came out."""
-    sizes, facts = batch_sizes(found), found["facts"]
+def claims(results: dict[str, Any]) -> list[str]:
+    """Return what is claimed from these results, with their figures."""
+    sizes, facts = batch_sizes(results), results["facts"]
 
     def error(student: str, label: str, size: str) -> float:
-        return found["students"][student]["targets"][label]["head"][size]["error"]
+        return results["students"][student]["targets"][label]["head"][size]["error"]
 
     def cost(label: str) -> float:
         return facts[label]["candidate_bytes_per_token"]
 
     def at_bytes(student: str, family: str, size: str, wanted: float) -> float:
-        """The error of a family at ``wanted`` bytes, on the line between measured points (both axes logarithmic)."""
+        """Return the error of a family at ``wanted`` bytes, on the line between measured points (both axes logarithmic)."""
         labels = sorted((label for label, fact in facts.items() if fact["family"] == family), key=cost)
         errors = np.log([error(student, label, size) for label in labels])
         return float(np.exp(np.interp(np.log(wanted), np.log([cost(label) for label in labels]), errors)))
 
-    said = []
+    sentences = []
     draws = "draws:50 scaled"
-    for student in found["students"]:
+    for student in results["students"]:
         for size in sizes:
-            theirs = error(student, draws, size)
+            draws_error = error(student, draws, size)
             words = []
             for name in CAPTURED:
-                mine = at_bytes(student, f"threshold, K={name}", size, cost(draws))
+                threshold_error = at_bytes(student, f"threshold, K={name}", size, cost(draws))
                 words.append(
-                    f"K={name} {mine:.3f}, {theirs / mine:.2f} times ({'met' if theirs / mine >= 1.7 else 'missed'})"
+                    f"K={name} {threshold_error:.3f}, {draws_error / threshold_error:.2f} times ({'met' if draws_error / threshold_error >= 1.7 else 'missed'})"
                 )
-            said.append(
-                f"1. {student}, {int(size):,} tokens: RS-KD with 50 draws {theirs:.3f} at {cost(draws):.1f} bytes; "
+            sentences.append(
+                f"1. {student}, {int(size):,} tokens: RS-KD with 50 draws {draws_error:.3f} at {cost(draws):.1f} bytes; "
                 f"threshold at the same bytes: {'; '.join(words)} (goal 1.7)"
             )
     ours_02, scaled = "threshold:0.02 K=256 bucket", "topk:64 scaled"
-    for student in found["students"]:
+    for student in results["students"]:
         ratio = error(student, scaled, sizes[-1]) / error(student, ours_02, sizes[-1])
-        said.append(
+        sentences.append(
             f"2. {student}, {int(sizes[-1]):,} tokens: {scaled} {error(student, scaled, sizes[-1]):.3f}, {ours_02} "
             f"{error(student, ours_02, sizes[-1]):.3f}: {ratio:.2f} times (goal 4: {'met' if ratio >= 4 else 'missed'}), "
             f"at {cost(ours_02) / cost(scaled):.2f} of the bytes"
         )
     bucket = "topk:16 bucket"
-    for student in found["students"]:
+    for student in results["students"]:
         pairs = [(size, error(student, ours_02, size), error(student, bucket, size)) for size in sizes]
         words = [
             f"{int(n):,} tokens {a:.3f} and {b:.3f}, {'threshold' if a < b else 'bucket'} wins" for n, a, b in pairs
         ]
-        said.append(
+        sentences.append(
             f"3. {student}: {ours_02} ({cost(ours_02):.1f} bytes) and {bucket} ({cost(bucket):.1f}): {'; '.join(words)}"
         )
-    return said
+    return sentences
 
 
 # family: (legend, colour, line, marker)
@@ -659,8 +660,8 @@ NAMED = {
 }
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """The frontier: a row a student, the smallest and the largest batch beside each other."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw the frontier: a row per student, with the smallest and the largest batch beside each other."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -670,14 +671,14 @@ def plot(found: dict[str, Any], path: Path) -> None:
     matplotlib.rcParams.update(
         {"font.family": "DejaVu Sans", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "kdcache"}
     )
-    sizes = batch_sizes(found)
+    sizes = batch_sizes(results)
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 9), sharex=True, sharey="row", facecolor="white")
-    for row, (name, student) in zip(axes, found["students"].items()):
+    for row, (name, student) in zip(axes, results["students"].items()):
         for axis, size in zip(row, (sizes[0], sizes[-1])):
             for family, (legend, colour, line, marker) in LINES.items():
-                labels = [label for label, fact in found["facts"].items() if fact["family"] == family]
-                labels.sort(key=lambda label: found["facts"][label]["candidate_bytes_per_token"])
-                x = [found["facts"][label]["candidate_bytes_per_token"] for label in labels]
+                labels = [label for label, fact in results["facts"].items() if fact["family"] == family]
+                labels.sort(key=lambda label: results["facts"][label]["candidate_bytes_per_token"])
+                x = [results["facts"][label]["candidate_bytes_per_token"] for label in labels]
                 y = [student["targets"][label]["head"][size]["error"] for label in labels]
                 hollow = {} if line == "-" else {"markerfacecolor": "white"}
                 axis.plot(
@@ -688,7 +689,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
                     if family == "top-k, rest bucket" and name == "far":  # here it is the upper of two lines
                         offset, side = (5, 2), "left"
                     for label, at_x, at_y in zip(labels, x, y):
-                        text = found["facts"][label]["policy"].partition(":")[2]
+                        text = results["facts"][label]["policy"].partition(":")[2]
                         if text == "0.025" or (name == "near" and text in ("0.01", "0.005")):
                             continue  # no room
                         axis.annotate(
@@ -719,13 +720,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
                 loc="left", fontsize=9.5,
             )  # fmt: skip
     for axis in axes[-1]:
-        axis.set_xlabel("bytes a token, candidates")
+        axis.set_xlabel("bytes per token, candidates")
     for axis in axes[:, 0]:
         axis.set_ylabel("relative error of the head's gradient")
     handles, legends = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, legends, loc="lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(
-        f"What a sparse target costs, and how far its gradient is from full-vocabulary distillation ({found['text']})",
+        f"What a sparse target costs, and how far its gradient is from full-vocabulary distillation ({results['text']})",
         x=0.02, ha="left", fontsize=11,
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.075, 1, 0.99))
@@ -746,17 +747,17 @@ def main() -> None:
     options = parser.parse_args()
     options.name = options.name or Path(options.examples).stem
     if options.show:
-        found = json.loads(options.show.read_text())
+        results = json.loads(options.show.read_text())
     else:
         with torch.no_grad():
-            found = run(options)
-        found["claims"] = claims(found)
+            results = run(options)
+        results["claims"] = claims(results)
         options.results.mkdir(exist_ok=True)
-        atomic.write_json(options.results / f"fidelity-{options.name}-{hardware()}-{found['date']}.json", found)
-    print_tables(found)
-    print("\nclaims:", *claims(found), sep="\n")
+        atomic.write_json(options.results / f"fidelity-{options.name}-{hardware()}-{results['date']}.json", results)
+    print_tables(results)
+    print("\nclaims:", *claims(results), sep="\n")
     if options.plot:
-        plot(found, options.plot)
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from kdcache.cache import integrity, manifest, query
 from kdcache.cache.format import SPLITS
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
-from trainer.data.stream import in_order, select
+from trainer.data.select import select
+from trainer.data.stream import in_order
 from trainer.evaluate import run as evaluate
 from trainer.grpo import train as grpo
 

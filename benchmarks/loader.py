@@ -1,11 +1,11 @@
-"""How fast does a cache become batches? Tokens/s from Parquet shards to packed tensors on one core.
+"""How fast does a cache become batches? Tokens per second from Parquet shards to packed tensors, on one core.
 
     kd cache-teacher --limit 200 --sparsify threshold:0.02 --out data/c
     python benchmarks/loader.py data/c                   # about a minute
 
-trainer.data.stream.Stream (shuffled, page checksums on) against `datasets.load_dataset(..., streaming=True)` of the same
-shards (in file order, no checksums), whose rows are turned into the very same batches by numpy and the same `pack`; the
-first batches are compared. A row comes as Python lists, as numpy arrays (`with_format("numpy")`), or not at all: by
+trainer.data.stream.Stream (shuffled, page checksums on) is compared with `datasets.load_dataset(..., streaming=True)` of
+the same shards (in file order, no checksums). numpy and the same `pack` turn the rows of `datasets` into batches, and
+the first batch must equal ours. `datasets` gives rows as Python lists, rows as numpy arrays (`with_format("numpy")`), or
 Arrow tables, which this package's own reader then decodes.
 
 The process and all its threads are kept on one core. The files are read many times over, as copies under other names,
@@ -38,7 +38,9 @@ from kdcache.cache import manifest, reader
 from kdcache.cache.candidates import Candidates
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
-from trainer.data.stream import IGNORE, Batch, Stream, pack, select
+from trainer.data.pack import IGNORE, Batch, pack
+from trainer.data.select import select
+from trainer.data.stream import Stream
 
 HERE = Path(__file__).parent
 STREAM, LISTS, NUMPY, ARROW = "trainer.data.stream.Stream", "datasets, lists", "datasets, numpy", "datasets, arrow"
@@ -47,7 +49,7 @@ GOAL_OVER_DATASETS = 5
 
 
 def pin() -> int | None:
-    """Keep every thread of this process, and those it will start, on one core; None where that cannot be asked."""
+    """Keep all threads of this process, also later ones, on one core, and return it; None where the system cannot."""
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
     torch.set_num_threads(1)
@@ -59,7 +61,7 @@ def pin() -> int | None:
     return core
 
 
-# --- the same batches, by way of datasets -----------------------------------------------------------------------------
+# --- the same batches, from datasets -----------------------------------------------------------------------------
 
 
 def open_dataset(files: list[Path]) -> Any:
@@ -76,7 +78,7 @@ def flat_arrays(nested: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def to_sample(row: dict[str, Any], flat: Callable[[Any, Any], np.ndarray]) -> reader.Sample:
-    """A row of `datasets` -> the arrays that `pack` takes; ``flat`` joins the candidates of all positions."""
+    """Turn a row of `datasets` into the arrays that `pack` takes; ``flat`` joins the candidates of all positions."""
     mask, tails = row["completion_mask"], np.asarray(row["tail_logprobs"], np.float32)
     counts = np.fromiter(map(len, row["candidate_ids"]), np.int32)
     return reader.Sample(
@@ -109,13 +111,13 @@ def by_tables(dataset: Any, size: int, head_rows: int) -> Iterator[Batch]:
         yield pack(reader._samples(table, range(len(table))), head_rows)
 
 
-def check_same(expected: Batch, found: Batch, name: str) -> None:
+def check_same(expected: Batch, batch: Batch, name: str) -> None:
     for key, value in expected.items():
-        # Sums of log-probabilities are taken in another order.
-        same = torch.allclose(value, found[key], rtol=1e-5, atol=1e-6) if value.shape == found[key].shape else False
+        # The log-probabilities are summed in another order.
+        same = torch.allclose(value, batch[key], rtol=1e-5, atol=1e-6) if value.shape == batch[key].shape else False
         if not same:
             raise SystemExit(
-                f"{name}: {key} of the first batch is not what trainer.data.stream makes of the same samples"
+                f"{name}: {key} of the first batch is not the batch that trainer.data.pack makes of the same samples"
             )
 
 
@@ -123,21 +125,21 @@ def check_same(expected: Batch, found: Batch, name: str) -> None:
 
 
 def go_through(batches: Iterable[Batch]) -> tuple[int, int, float]:
-    """Completion tokens (those with a loss), all tokens, seconds."""
-    completion = every = 0
-    begun = time.perf_counter()
+    """Return the number of completion tokens (those with a loss), of all tokens, and the seconds."""
+    completion = tokens = 0
+    start = time.perf_counter()
     for batch in batches:
         completion += int((batch["shift_labels"] != IGNORE).sum())
-        every += batch["input_ids"].numel()
-    return completion, every, time.perf_counter() - begun
+        tokens += batch["input_ids"].numel()
+    return completion, tokens, time.perf_counter() - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cache", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=200_000, help="completion tokens to read a round")
-    parser.add_argument("--samples", type=int, default=16, help="samples a batch")
+    parser.add_argument("--tokens", type=int, default=200_000, help="completion tokens to read per round")
+    parser.add_argument("--samples", type=int, default=16, help="samples per batch")
     parser.add_argument("--hardware", default=hardware())
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
@@ -164,23 +166,23 @@ def main() -> None:
         for number in range(options.rounds + 1):  # the first warms up
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                completion, every, seconds = go_through(variants[name]())
+                completion, tokens, seconds = go_through(variants[name]())
                 if number:
-                    rates[name].append([completion / seconds, every / seconds])
+                    rates[name].append([completion / seconds, tokens / seconds])
             print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
 
     where = "one thread, not pinned" if core is None else "one core"
-    print(f"{sparsify}, {completion:,} completion tokens a round, {size} samples a batch, {where}")
+    print(f"{sparsify}, {completion:,} completion tokens per round, {size} samples per batch, {where}")
     print(f"{cpu()}, {date.today()}\n")
     print(f"{'':<24}  completion tokens/s  all tokens/s   Stream over it (95% interval)")
-    medians = {name: [statistics.median(column) for column in zip(*found)] for name, found in rates.items()}
+    medians = {name: [statistics.median(column) for column in zip(*rounds)] for name, rounds in rates.items()}
     over: dict[str, Any] = {}
-    for name, (completion_rate, every_rate) in medians.items():
-        ratios = [mine[0] / theirs[0] for mine, theirs in zip(rates[STREAM], rates[name])]
+    for name, (completion_rate, token_rate) in medians.items():
+        ratios = [ours[0] / other[0] for ours, other in zip(rates[STREAM], rates[name])]
         low, high = interval(ratios)
         over[name] = {"median": statistics.median(ratios), "interval": [low, high]}
         against = "" if name == STREAM else f"{over[name]['median']:6.2f} ({low:.2f} to {high:.2f})"
-        print(f"{name:<24}  {completion_rate:19,.0f}  {every_rate:12,.0f}   {against}".rstrip())
+        print(f"{name:<24}  {completion_rate:19,.0f}  {token_rate:12,.0f}   {against}".rstrip())
     if sparsify in GOALS:
         met = "met" if medians[STREAM][0] >= GOALS[sparsify] else "not met"
         print(f"\ngoal: {GOALS[sparsify]:,} completion tokens/s with {sparsify}: {met}")
@@ -188,7 +190,7 @@ def main() -> None:
         met = "met" if over[name]["median"] >= GOAL_OVER_DATASETS else "not met"
         print(f"goal: {GOAL_OVER_DATASETS} times the speed of {name}: {met}")
 
-    found = {
+    results = {
         "date": str(date.today()),
         "machine": cpu(),
         "pinned_to_one_core": core is not None,
@@ -204,8 +206,8 @@ def main() -> None:
         "rounds": rates,
     }
     options.results.mkdir(parents=True, exist_ok=True)
-    name = f"loader-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{options.hardware}-{found['date']}.json"
-    atomic.write_json(options.results / name, found)
+    name = f"loader-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{options.hardware}-{results['date']}.json"
+    atomic.write_json(options.results / name, results)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What does the fused loss cost? Time of a forward and backward pass, and peak memory, against what it replaces.
+"""What does the fused loss cost? Time of a forward and backward pass, and peak memory, compared with what it replaces.
 
     python benchmarks/loss.py                                  # an hour on two quiet cores
     python benchmarks/loss.py --sizes 49152x576x256 --rounds 15
 
-Arms, in float32 on made-up hidden states and a made-up teacher: `fused_kd` (alpha 0.5, k = 64), `fused_ce` (alpha 0
+Arms, in float32 on random hidden states and a random teacher: `fused_kd` (alpha 0.5, k = 64), `fused_ce` (alpha 0
 through the same code), `reference` (all logits, forward KL with a bucket and cross-entropy by autograd) and `dense` (the
-usual full-vocabulary distillation, the teacher's [N, V] logits given). Every round runs all arms, in an order that
+usual full-vocabulary distillation from the teacher's [N, V] logits). Every round runs all arms, in an order that
 rotates; a ratio is the median over rounds, with a bootstrap 95% interval. For memory every arm runs in its own process.
 """
 
@@ -36,21 +36,21 @@ RATIOS = (("fused_kd", "fused_ce"), ("fused_kd", "reference"), ("fused_kd", "den
 #: Vocabulary, hidden size, positions: SmolLM2-135M's head and Qwen2.5-0.5B's.
 SIZES = [(49_152, 576, n) for n in (256, 1024, 4096)] + [(151_936, 896, n) for n in (256, 1024)]
 LARGE = [(151_936, 896, 4096)]  # for memory alone
-#: [N, V] float32 tensors that an arm holds at once, to leave out what does not fit.
+#: [N, V] float32 tensors that an arm holds at once, to skip what does not fit.
 WHOLE = {"fused_kd": 0, "fused_ce": 0, "reference": 6, "dense": 8}
 
 
 def make_arms(v: int, d: int, n: int, names: tuple[str, ...] = ARMS) -> dict[str, Callable[[], None]]:
-    """Each arm: the loss of the same inputs, and the gradients of hidden states and head."""
+    """Return each arm as a function that forms the loss of the same inputs, and the gradients of hidden states and head."""
     chance = torch.Generator().manual_seed(0)
     hidden = torch.randn(n, d, generator=chance).requires_grad_()
     weight = torch.randn(v, d, generator=chance).mul_(3 * d**-0.5).requires_grad_()
     targets = torch.randint(0, v, (n,), generator=chance)
     steps = torch.randint(1, v // K, (n, 1), generator=chance)
-    ids = (targets[:, None] + steps * torch.arange(K)) % v  # K different ones a row, all over the vocabulary
+    ids = (targets[:, None] + steps * torch.arange(K)) % v  # K different ids per row, all over the vocabulary
     cells = torch.log_softmax(3 * torch.randn(n, K + 1, generator=chance), -1).sort(-1, descending=True).values
     teacher = ids, cells[:, :K].contiguous(), cells[:, K].contiguous()
-    whole = torch.randn(n, v, generator=chance).mul_(3) if "dense" in names else None
+    teacher_logits = torch.randn(n, v, generator=chance).mul_(3) if "dense" in names else None
 
     def fused_kd() -> Tensor:
         return fused.distillation_loss(hidden, weight, targets, *teacher, ALPHA).loss
@@ -60,13 +60,13 @@ def make_arms(v: int, d: int, n: int, names: tuple[str, ...] = ARMS) -> dict[str
 
     def reference() -> Tensor:
         logits = hidden @ weight.t()
-        ce, kl = losses.cross_entropy(logits, targets), losses.forward_kl(logits, *teacher)
+        ce, kl = losses.cross_entropy(logits, targets), losses.divergence("forward_kl", logits, *teacher)
         return (1 - ALPHA) * ce.sum() + ALPHA * kl.sum()
 
     def dense() -> Tensor:
         logits = hidden @ weight.t()
-        mine, theirs = functional.log_softmax(logits, -1), functional.log_softmax(whole, -1)
-        kl = functional.kl_div(mine, theirs, log_target=True, reduction="sum")
+        log_q, log_p = functional.log_softmax(logits, -1), functional.log_softmax(teacher_logits, -1)
+        kl = functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
         return (1 - ALPHA) * functional.cross_entropy(logits, targets, reduction="sum") + ALPHA * kl
 
     def step(loss: Callable[[], Tensor]) -> None:
@@ -77,36 +77,36 @@ def make_arms(v: int, d: int, n: int, names: tuple[str, ...] = ARMS) -> dict[str
 
 
 def seconds(run: Callable[[], None]) -> float:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def measure_time(v: int, d: int, n: int, rounds: int) -> dict[str, Any]:
     arms = make_arms(v, d, n)
     for run in arms.values():
         run()
-    taken: dict[str, list[float]] = {name: [] for name in arms}
+    seconds_of: dict[str, list[float]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(rounds):
         turn = number % len(names)
         order = names[turn:] + names[:turn]
         for name in order if number % 2 else reversed(order):
-            taken[name].append(seconds(arms[name]))
-    found: dict[str, Any] = {"seconds": {name: round(statistics.median(t), 4) for name, t in taken.items()}}
+            seconds_of[name].append(seconds(arms[name]))
+    entry: dict[str, Any] = {"seconds": {name: round(statistics.median(t), 4) for name, t in seconds_of.items()}}
     for above, below in RATIOS:
-        ratios = [a / b for a, b in zip(taken[above], taken[below])]
-        found[f"{above}_over_{below}"] = ratio(ratios) | {"ratios": [round(r, 4) for r in ratios]}
-    return found
+        ratios = [a / b for a, b in zip(seconds_of[above], seconds_of[below])]
+        entry[f"{above}_over_{below}"] = ratio(ratios) | {"ratios": [round(r, 4) for r in ratios]}
+    return entry
 
 
 def peak_of(arm: str, v: int, d: int, n: int) -> int:
-    """Peak memory of one process that makes the inputs and runs one arm twice (``none``: only the inputs)."""
+    """Return the peak memory of a process that makes the inputs and runs one arm twice (``none``: only the inputs)."""
     return peak_bytes([sys.executable, __file__, "--arm", arm, "--sizes", f"{v}x{d}x{n}"])
 
 
 def measure_memory(v: int, d: int, n: int, available: float) -> dict[str, int | None]:
-    """MB above a process that only has the inputs; the teacher's [N, V] logits count as part of ``dense``."""
+    """Return MB above a process that only has the inputs. The teacher's [N, V] logits count as part of ``dense``."""
     inputs = peak_of("none", v, d, n)
     fits = {arm: WHOLE[arm] * n * v * 4 < available for arm in ARMS}
     return {arm: round((peak_of(arm, v, d, n) - inputs) / 1e6) if fits[arm] else None for arm in ARMS}
@@ -120,9 +120,9 @@ def size(text: str) -> tuple[int, int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=size, nargs="+", help="vocabulary x hidden size x positions")
-    parser.add_argument("--rounds", type=int, default=16, help="of time; 0 leaves it out")
+    parser.add_argument("--rounds", type=int, default=16, help="for time; 0 skips it")
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)  # a process of its own, for memory
+    parser.add_argument("--arm", help=argparse.SUPPRESS)  # what a child process runs, for memory
     parser.add_argument("--hardware", default=hardware())
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -131,7 +131,7 @@ def main() -> None:
         run()
         run()
         return
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "date": str(date.today()),
         "hardware": options.hardware,
         "torch": torch.__version__,
@@ -157,10 +157,10 @@ def main() -> None:
             k: {a: b for a, b in x.items() if a != "ratios"} if isinstance(x, dict) else x for k, x in entry.items()
         }
         print(json.dumps(short), flush=True)
-        found["sizes"].append(entry)
+        results["sizes"].append(entry)
     options.results.mkdir(parents=True, exist_ok=True)
-    name = f"loss-{options.hardware}-{found['date']}.json"
-    (options.results / name).write_text(json.dumps(found, indent=2) + "\n")
+    name = f"loss-{options.hardware}-{results['date']}.json"
+    (options.results / name).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

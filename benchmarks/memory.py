@@ -1,10 +1,10 @@
-"""Does a trainer's memory grow with the cache? `kd train` on made-up caches of 1 GB and 2 GB, peak resident memory.
+"""Does a trainer's memory grow with the cache? Peak resident memory of `kd train` on random caches of 1 GB and 2 GB.
 
     python benchmarks/memory.py                    # about ten minutes and 2 GB of disk
     python benchmarks/memory.py --gigabytes 0.1 0.2 --steps 100
 
-The caches hold a made-up teacher's candidates (k = 64) over a vocabulary of 512, one shard's bytes under many names,
-and the student is a one-layer model, so that what is measured is the reading and not the network.
+The caches hold a random teacher's candidates (k = 64) over a vocabulary of 512: copies of one shard under many names.
+The student has one layer, so that the reading is measured and not the network.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VOCABULARY, K, TOKENS, ROWS = 512, 64, 100, 512
 
 
 def make_student(folder: Path) -> str:
-    """A one-layer model over a made-up vocabulary; returns its tokenizer's identity."""
+    """Save a one-layer model over a vocabulary of its own, and return its tokenizer's identity."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def make_student(folder: Path) -> str:
 
 
 def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
-    """A made-up cache of about ``size_bytes``; returns its true size."""
+    """Write a random cache of about ``size_bytes``, and return its true size."""
     random = np.random.default_rng(0)
     sparsifier = parse(f"topk:{K}")
     fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
@@ -90,7 +90,7 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
 
 
 def peak_of(cache: Path, student: Path, out: Path, steps: int) -> int:
-    """Peak memory of `kd train`."""
+    """Return the peak memory of `kd train`."""
     command = [
         sys.executable,
         "-m",
@@ -120,10 +120,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, nargs=2, default=[1.0, 2.0])
     parser.add_argument("--steps", type=int, default=1500, help="16 samples each")
-    parser.add_argument("--folder", type=Path, help="for the made-up caches [default: a temporary one]")
+    parser.add_argument("--folder", type=Path, help="where to write the random caches [default: a temporary folder]")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    found = {
+    results = {
         "date": str(date.today()),
         "machine": cpu(),
         "steps": options.steps,
@@ -136,12 +136,12 @@ def main() -> None:
             size = make_cache(cache, int(gigabytes * 1e9), tokenizer)
             assert len(manifest.read_plan(cache)["shards"]) >= 1
             peak = peak_of(cache, folder / "student", folder / f"run{number}", options.steps)
-            found[f"cache_{number}"] = {"bytes": size, "peak_resident_bytes": peak}
+            results[f"cache_{number}"] = {"bytes": size, "peak_resident_bytes": peak}
             print(f"cache {size / 1e9:.2f} GB: peak resident memory {peak / 1e6:,.0f} MB", flush=True)
-    difference = found["cache_1"]["peak_resident_bytes"] - found["cache_0"]["peak_resident_bytes"]
+    difference = results["cache_1"]["peak_resident_bytes"] - results["cache_0"]["peak_resident_bytes"]
     print(f"difference {difference / 1e6:+,.1f} MB")
     options.results.mkdir(exist_ok=True)
-    atomic.write_json(options.results / "memory.json", found | {"difference_bytes": difference})
+    atomic.write_json(options.results / "memory.json", results | {"difference_bytes": difference})
 
 
 if __name__ == "__main__":

@@ -174,7 +174,8 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
 
         from kdcache.capture.plan import CaptureConfig, Plan
     elif what == "loader":
-        import trainer.batches
+        import trainer.data.select
+        import trainer.data.stream
     cache = folder / "cache"
     before_bytes = peak_resident_bytes()
     seconds: dict[str, float] = {}
@@ -212,11 +213,11 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
         report = timed("verify", lambda: integrity.verify(cache))
         assert report.sound, report.problems
     elif what == "loader":
-        units = timed("loader: select", lambda: trainer.batches.select([reader.Cache(cache)], "train"))
-        stream = trainer.batches.Stream(units, VOCABULARY, **LOADER)
+        units = timed("loader: select", lambda: trainer.data.select.select([reader.Cache(cache)], "train"))
+        stream = trainer.data.stream.Stream(units, VOCABULARY, **LOADER)
         batches = iter(stream)
         timed("loader: first batch", lambda: next(batches))
-        middle = iter(trainer.batches.Stream(units, VOCABULARY, step=stream.steps_per_epoch // 2, **LOADER))
+        middle = iter(trainer.data.stream.Stream(units, VOCABULARY, step=stream.steps_per_epoch // 2, **LOADER))
         timed("loader: jump to the middle", lambda: next(middle))
     elif what.startswith("view "):
         view = what.removeprefix("view ")

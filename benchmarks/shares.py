@@ -13,27 +13,28 @@ import itertools
 
 import numpy as np
 
-from trainer.data.stream import Stream, Units, divide
+from trainer.data.select import RowGroup, Selection
+from trainer.data.stream import Stream, divide
 
-SAMPLES, ROWS, A_RANK, A_NODE = 100_000, 128, 16, 8
+SAMPLES, ROWS, PER_RANK, PER_NODE = 100_000, 128, 16, 8
 
 
-class Remote(Units):
+class Remote(Selection):
     remote = True
 
 
-def measure(ranks: int, kind: type[Units]) -> tuple[float, float, float]:
+def measure(ranks: int, kind: type[Selection]) -> tuple[float, float, float]:
     tokens = np.exp(np.random.default_rng(0).normal(np.log(150), 0.7, SAMPLES)).astype(np.int32)
     number = np.arange(SAMPLES)
-    groups = tuple((0, "", g) for g in range(-(-SAMPLES // ROWS)))
-    units = kind((), groups, number // ROWS, number % ROWS, tokens, tokens, 0)
-    stream = Stream(units, 0, A_RANK * ranks, parts=ranks, ranks=ranks, ranks_a_node=min(A_NODE, ranks))
+    row_groups = tuple(RowGroup(0, "", g) for g in range(-(-SAMPLES // ROWS)))
+    selection = kind((), row_groups, number // ROWS, number % ROWS, tokens, tokens, 0)
+    stream = Stream(selection, 0, PER_RANK * ranks, parts=ranks, ranks=ranks, ranks_per_node=min(PER_NODE, ranks))
     decoded = trained = 0
     fetched: set[int] = set()
     for reading in stream._readings(0, 0):
-        decoded += len(np.unique(units.group[reading.samples])) * ROWS
+        decoded += len(np.unique(selection.row_group[reading.load])) * ROWS
         trained += sum(len(part) for parts in reading.steps for part in parts)
-        fetched.update(reading.groups.tolist())
+        fetched.update(reading.row_groups.tolist())
 
     windows = itertools.islice(stream.order(0), 200)
     drawn, may = (np.concatenate(both) for both in zip(*((w, stream.allowed(w)) for w in windows)))
@@ -42,7 +43,7 @@ def measure(ranks: int, kind: type[Units]) -> tuple[float, float, float]:
         step = slice(at, at + stream.samples_per_step)
         sums = [tokens[drawn[step][part]].sum() for part in divide(tokens[drawn[step]], ranks, may[step])]
         fullest.append(max(sums) / np.mean(sums))
-    return decoded / trained, len(fetched) / len(groups), float(np.median(fullest))
+    return decoded / trained, len(fetched) / len(row_groups), float(np.median(fullest))
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     for ranks in (1, 2, 8, 16, 32, 64, 256, 1024):
-        local, remote = measure(ranks, Units), measure(ranks, Remote)
+        local, remote = measure(ranks, Selection), measure(ranks, Remote)
         print(f"| {ranks:,} | {local[0]:.1f} | {local[2]:.2f} | {remote[0]:.1f} | {remote[1]:.3f} | {remote[2]:.2f} |")
 
 

@@ -43,7 +43,9 @@ from kdcache.cache import manifest
 from kdcache.cache.reader import Cache
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
-from trainer.data.stream import IGNORE, Batch, Stream, select
+from trainer.data.pack import IGNORE, Batch
+from trainer.data.select import select
+from trainer.data.stream import Stream
 from trainer.distill.trainer import attach_loss
 from trainer.student.load import load_student
 
@@ -62,31 +64,31 @@ Times = dict[str, dict[str, list[float]]]  # seconds of every round, by group an
 
 
 def make_batches(options: argparse.Namespace, count: int) -> list[Batch]:
-    units = select([Cache(options.cache)], "train", None, options.max_length)
+    selection = select([Cache(options.cache)], "train", None, options.max_length)
     head_rows = manifest.read_plan(options.cache)["vocab_size"]
-    stream = Stream(units, head_rows, options.samples)
-    found: list[Batch] = []
-    while len(found) < count:
-        found.extend(islice(stream, count - len(found)))
-    return found
+    stream = Stream(selection, head_rows, options.samples)
+    batches: list[Batch] = []
+    while len(batches) < count:
+        batches.extend(islice(stream, count - len(batches)))
+    return batches
 
 
 # --- arms: the loss of a packed batch, and the student's forward it needs ---------------------------------------------
 
 
 def make_arms(options: argparse.Namespace, student: Any, tokenizer: Any, names: tuple[str, ...]) -> dict[str, Arm]:
-    own = student.forward
+    plain_forward = student.forward
     arms: dict[str, Arm] = {}
     for name, alpha in (("sft", 0.0), ("kd", ALPHA)):
         attach_loss(student, alpha)
         arms[name] = student.forward, lambda batch: student(**batch)["loss"]
-        student.forward = own
+        student.forward = plain_forward
     if set(names) & set(ONLINE):
         teacher, _ = load_student(options.teacher, options.teacher_dtype)
         arms |= packed_online(student, teacher.eval())
         if "trl_gkd" in names:
             arms["trl_gkd"] = trl_gkd(student, teacher, tokenizer)
-            student.forward = own
+            student.forward = plain_forward
     return arms
 
 
@@ -96,23 +98,25 @@ def packed_online(student: Any, teacher: Any) -> dict[str, Arm]:
 
     def online_dense(batch: Batch) -> Tensor:
         with torch.no_grad():
-            theirs = teacher(**inputs(batch)).logits
-        mine = student(**inputs(batch)).logits
-        return GKDTrainer.generalized_jsd_loss(mine, theirs, labels=batch["shift_labels"], beta=0.0)
+            teacher_logits = teacher(**inputs(batch)).logits
+        student_logits = student(**inputs(batch)).logits
+        return GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, labels=batch["shift_labels"], beta=0.0)
 
     def online_chunked(batch: Batch) -> Tensor:
-        kept = batch["shift_labels"] != IGNORE
+        has_loss = batch["shift_labels"] != IGNORE
         with torch.no_grad():
-            theirs = teacher.base_model(**inputs(batch))[0][kept][None]  # (1, N, D)
-        mine = student.base_model(**inputs(batch))[0][kept][None]
+            teacher_hidden = teacher.base_model(**inputs(batch))[0][has_loss][None]  # (1, N, D)
+        student_hidden = student.base_model(**inputs(batch))[0][has_loss][None]
         heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
-        return _chunked_divergence_loss(mine, theirs, *heads, torch.ones(mine.shape[:2]), beta=0.0)[0]
+        return _chunked_divergence_loss(
+            student_hidden, teacher_hidden, *heads, torch.ones(student_hidden.shape[:2]), beta=0.0
+        )[0]
 
     return {run.__name__: (student.forward, run) for run in (online_dense, online_chunked)}
 
 
 def trl_gkd(student: Any, teacher: Any, tokenizer: Any) -> Arm:
-    """The loss of GKDTrainer itself, on what its collator makes of the samples in a packed batch."""
+    """Return the loss of GKDTrainer itself, on what its collator makes of the samples in a packed batch."""
     rows = Dataset.from_list([{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]}])
     with tempfile.TemporaryDirectory() as unused:
         config = GKDConfig(unused, lmbda=0.0, beta=0.0, bf16=False, gradient_checkpointing=False, use_cpu=True)
@@ -121,14 +125,14 @@ def trl_gkd(student: Any, teacher: Any, tokenizer: Any) -> Arm:
 
 
 def rows_of(batch: Batch) -> list[dict[str, Any]]:
-    """The samples of a packed batch, as the collator of GKDTrainer takes them."""
+    """Return the samples of a packed batch, as the collator of GKDTrainer takes them."""
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    found = []
+    rows = []
     for first, last in zip(starts, [*starts[1:], len(ids)]):
         mask = [int(label != IGNORE) for label in labels[first:last]]
-        found.append({"prompt": "", "input_ids": ids[first:last], "completion_mask": mask})
-    return found
+        rows.append({"prompt": "", "input_ids": ids[first:last], "completion_mask": mask})
+    return rows
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ def make_step(options: argparse.Namespace, names: tuple[str, ...]) -> Callable[[
 def measure_time(
     options: argparse.Namespace, names: tuple[str, ...], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every round by arm; positions a step: packed, with a loss, and padded."""
+    """Return the seconds of every round by arm, and the positions per step: packed, with a loss, and padded."""
     batches = make_batches(options, rounds + 1)  # the first warms up
     step = make_step(options, names)
     tolerance = 1e-3 if options.dtype == options.teacher_dtype == "float32" else 0.05
@@ -183,13 +187,13 @@ def measure_time(
 
 
 def check_same(losses: list[float], tolerance: float) -> None:
-    """The ways to take the KL to a live teacher must agree, or something else than the same loss is timed."""
+    """Stop unless all arms with a live teacher have the same loss: else the times of different losses are compared."""
     if losses and max(losses) > (1 + tolerance) * min(losses):
         raise SystemExit(f"the losses with the live teacher differ: {losses}")
 
 
 def peak_mb(arm: str) -> float:
-    """Peak resident memory of one process that runs one arm (``none``: the same libraries and batches, no model)."""
+    """Return the peak memory of a process that runs one arm (``none``: the same libraries and batches, no model)."""
     return round(peak_bytes([sys.executable, __file__, *sys.argv[1:], "--arm", arm]) / 1e6, 1)
 
 
@@ -212,28 +216,28 @@ def compare(above: str, below: str, taken: Times, peak: dict[str, int]) -> dict[
     return entry
 
 
-def show(found: dict[str, Any]) -> None:
-    print(f"{found['sparsify']}, {found['samples_per_step']} samples a step, {found['dtype']}, ", end="")
-    print(f"teacher {found['teacher_dtype']}; {found['machine']}, {found['threads']} threads, {found['date']}")
-    for group, times in found["seconds"].items():
-        positions = ", ".join(f"{name} {mean:,.0f}" for name, mean in found["positions_per_step"][group].items())
-        print(f"\n{f'{group}: seconds a step':<28}  (positions: {positions})")
+def show(results: dict[str, Any]) -> None:
+    print(f"{results['sparsify']}, {results['samples_per_step']} samples per step, {results['dtype']}, ", end="")
+    print(f"teacher {results['teacher_dtype']}; {results['machine']}, {results['threads']} threads, {results['date']}")
+    for group, times in results["seconds"].items():
+        positions = ", ".join(f"{name} {mean:,.0f}" for name, mean in results["positions_per_step"][group].items())
+        print(f"\n{f'{group}: seconds per step':<28}  (positions: {positions})")
         for name, seconds in times.items():
             print(f"{name:<16}  {seconds:10.3f}")
-    if found["peak_mb"]:
+    if results["peak_mb"]:
         print(f"\n{'peak memory, MB':<28}")
-    for name, megabytes in found["peak_mb"].items():
+    for name, megabytes in results["peak_mb"].items():
         print(f"{name:<16}  {megabytes:10,}")
     print()
-    for name, entry in found["ratios"].items():
-        said = []
+    for name, entry in results["ratios"].items():
+        measures = []
         if "time" in entry:
             low, high = entry["time"]["interval"]
-            said.append(f"time {entry['time']['median']:.3f} ({low:.3f} to {high:.3f})")
+            measures.append(f"time {entry['time']['median']:.3f} ({low:.3f} to {high:.3f})")
         if "memory" in entry:
-            said.append(f"memory {entry['memory']:.3f} ({entry['memory_above_none']:.3f} above none)")
+            measures.append(f"memory {entry['memory']:.3f} ({entry['memory_above_none']:.3f} above none)")
         goal = f"   [goal: {GOALS[name]}]" if name in GOALS else ""
-        print(f"{name:<22}  {', '.join(said)}{goal}")
+        print(f"{name:<22}  {', '.join(measures)}{goal}")
 
 
 def main() -> None:
@@ -243,12 +247,12 @@ def main() -> None:
     parser.add_argument("--teacher", default="embedded")
     parser.add_argument("--dtype", default="float32", help="of the student")
     parser.add_argument("--teacher-dtype", default="float32")
-    parser.add_argument("--samples", type=int, default=8, help="samples a step")
+    parser.add_argument("--samples", type=int, default=8, help="samples per step")
     parser.add_argument("--max-length", type=int, default=512, help="longer samples are left out")
-    parser.add_argument("--pairs", type=int, default=40, help="of sft and kd, for time; 0 leaves it out")
-    parser.add_argument("--rounds", type=int, default=12, help="of kd and those with the teacher; 0 leaves it out")
-    parser.add_argument("--memory-runs", type=int, default=3, help="processes an arm; 0 leaves memory out")
-    parser.add_argument("--arm", help=argparse.SUPPRESS)  # a process of its own, for memory
+    parser.add_argument("--pairs", type=int, default=40, help="of sft and kd, for time; 0 skips it")
+    parser.add_argument("--rounds", type=int, default=12, help="of kd and those with the teacher; 0 skips it")
+    parser.add_argument("--memory-runs", type=int, default=3, help="processes per arm; 0 skips memory")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)  # what a child process runs, for memory
     parser.add_argument("--hardware", default=hardware())
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
@@ -268,7 +272,7 @@ def main() -> None:
             taken[group], positions[group] = measure_time(options, names, rounds)
     sparsify = manifest.read_plan(options.cache)["fields"]["sparsify"]
     peak = {name: round(statistics.median(runs)) for name, runs in peaks.items() if runs}
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "date": str(date.today()),
         "machine": cpu(),
         "versions": versions("kdcache", "torch", "transformers", "trl"),
@@ -289,10 +293,10 @@ def main() -> None:
         "memory_runs": peaks,
         **taken,
     }
-    show(found)
-    name = f"step-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{options.dtype}-{options.hardware}-{found['date']}.json"
+    show(results)
+    name = f"step-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{options.dtype}-{options.hardware}-{results['date']}.json"
     options.results.mkdir(parents=True, exist_ok=True)
-    atomic.write_json(options.results / name, found)
+    atomic.write_json(options.results / name, results)
 
 
 if __name__ == "__main__":

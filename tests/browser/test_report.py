@@ -15,7 +15,7 @@ from kdcache.capture import run as capture
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
 from trainer.evaluate.run import EvaluateConfig, evaluate
-from trainer.student.load import init_student
+from trainer.student.make import init_student
 
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>\"'&amp; a \u202egnihtemos\u202c \u200fc"

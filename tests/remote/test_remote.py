@@ -347,7 +347,8 @@ def test_each_of_two_nodes_fetches_its_share_and_together_they_make_the_same_ste
 ):
     import numpy as np
 
-    from trainer.data.stream import Stream, select
+    from trainer.data.select import select
+    from trainer.data.stream import Stream
 
     where = storage.location(put(buckets, wide_cache, "shared"))
     size = sum(path.stat().st_size for path in (wide_cache / "data").glob("train*"))
@@ -374,14 +375,15 @@ def test_each_of_two_nodes_fetches_its_share_and_together_they_make_the_same_ste
 
 
 def test_an_epoch_that_was_read_once_is_not_fetched_again(s3, buckets, wide_cache):
-    from trainer.data.stream import Stream, in_order, select
+    from trainer.data.select import select
+    from trainer.data.stream import Stream, in_order
 
     where = storage.location(put(buckets, wide_cache, "again"))
-    units = select([reader.Cache(where)], "train")
-    stream = Stream(units, 49152, 16)
+    selection = select([reader.Cache(where)], "train")
+    stream = Stream(selection, 49152, 16)
     list(stream)
     s3.sent.clear()
-    list(stream), list(in_order(units, 49152, 16))
+    list(stream), list(in_order(selection, 49152, 16))
     assert sent_of_shards(s3) == 0
 
 

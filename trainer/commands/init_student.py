@@ -34,6 +34,6 @@ def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool,
     kd init-student --from embedded --keep-layers 20 --out data/student
     """
     quiet.libraries()
-    from trainer.student import load as student
+    from trainer.student import make
 
-    print_facts(student.init_student(base, out, keep_layers, overwrite), as_json)
+    print_facts(make.init_student(base, out, keep_layers, overwrite), as_json)

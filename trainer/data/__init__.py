@@ -1,1 +1,1 @@
-"""From the rows of a cache to batches."""
+"""From the rows of a cache to batches: select.py, then stream.py, then pack.py."""

@@ -1,146 +1,86 @@
-"""Shards -> packed batches, in one deterministic order given (seed, epoch) that no number of ranks changes.
+"""The order of training: which samples make which step, and which rank trains on which of them.
 
-The order is drawn over row groups: they are permuted, and samples are shuffled inside windows of a few of them, so that
-nothing is read before it is needed and memory does not grow with the cache. One global batch is one optimizer step; it
-is cut into accumulation x ranks micro-batches, before anything is read: a rank reads the row groups of its own samples.
-The state of the stream is one integer: the step. Where row groups come over a network, a step's samples go to the nodes by
-the row groups they are in, and the ranks of a node take turns to fetch them: each rank fetches its share.
+The order is a function of the selection, the seed and the epoch alone. The number of ranks does not change it, nor which
+samples make a step; so a run may continue on another number of ranks. The state of the stream is one integer, the step.
 
-A micro-batch is one packed row without padding: samples stand one after the other, kept apart by position ids that
-start again at 0, with no attention mask and no cache.
+    epoch     all samples once. Row groups are shuffled, and samples are shuffled inside *windows* of a few row groups.
+              So nothing is read long before it is needed, and memory does not grow with the cache.
+    step      the next ``samples_per_step`` samples of the epoch: the global batch of one optimizer step. The last step
+              of an epoch may be shorter.
+    part      a step is divided into accumulation steps x ranks parts of about equally many tokens. Part p is trained
+              on by rank p % ranks, as one packed micro-batch (pack.py).
+
+All of this follows from the lengths of samples, before anything is read. So a rank reads only the row groups that its
+own samples are in. Where row groups come over a network, a step's samples go to the nodes by row group, and the ranks
+of a node share out the fetching.
+
+Shapes: S samples of the whole selection; n samples of a window or a step. A sample is named by its index into the
+selection.
 """
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from kdcache.cache import query
-from kdcache.cache.candidates import Candidates, concatenate
-from kdcache.cache.reader import Cache, Sample
-from kdcache.errors import KDError, UsageError
-from kdcache.models import identity
-from kdcache.storage import Location
+from kdcache.cache.reader import Sample
+from kdcache.errors import KDError
+from trainer.data.pack import Batch, pack
+from trainer.data.read_ahead import read_ahead
+from trainer.data.select import Selection
 
 WINDOW_ROW_GROUPS = 4
-IGNORE = -100  # transformers' label of positions without a loss
-MAX_MASS_BEYOND_HEAD = 1e-3
-
-Batch = dict[str, Tensor]
-_END = object()
 
 
 @dataclass(frozen=True)
-class Units:
-    """The selected samples of several caches: which row group each is in, and how long it is (S samples)."""
+class _Drawn:
+    """Samples in the order of the epoch, and which ranks may train on each."""
 
-    caches: tuple[Cache, ...]
-    groups: tuple[tuple[int, str, int], ...]  # (cache, file, row group)
-    group: np.ndarray  # [S] index into groups; samples of a group are neighbours
-    row: np.ndarray  # [S] row inside the row group
-    tokens: np.ndarray  # [S] prompt + completion
-    completion_tokens: np.ndarray  # [S]
-    too_long: int  # longer than max_length: dropped, or cut
+    samples: np.ndarray  # [n] int64
+    allowed: np.ndarray  # [n, ranks] bool
 
     def __len__(self) -> int:
-        return len(self.group)
+        return len(self.samples)
 
-    @property
-    def remote(self) -> bool:
-        return any(not isinstance(cache.path, Path) for cache in self.caches)
+    def __getitem__(self, part: slice) -> _Drawn:
+        return _Drawn(self.samples[part], self.allowed[part])
 
-    def prefetch(self, groups: np.ndarray) -> None:
-        """Begin to fetch row groups that will be needed soon."""
-        for number in groups.tolist():
-            cache, file, row_group = self.groups[number]
-            self.caches[cache].prefetch(file, row_group)
-
-    def expect(self, groups: np.ndarray) -> None:
-        """Wait until other ranks of this node have fetched row groups; one that does not come is fetched as it is read."""
-        for number in groups.tolist():
-            cache, file, row_group = self.groups[number]
-            self.caches[cache].expect(file, row_group)
-
-    def load(self, picked: np.ndarray, columns: Sequence[str] = ()) -> list[Sample]:
-        """Return the picked samples in that order, with ``columns`` of TOKEN_COLUMNS; each row group is read once."""
-        found: dict[int, Sample] = {}
-        for group in np.unique(self.group[picked]):
-            members = picked[self.group[picked] == group]
-            cache, file, row_group = self.groups[group]
-            samples = self.caches[cache].read(file, row_group, self.row[members], columns)
-            for index, sample in zip(members.tolist(), samples):
-                found[index] = sample.first(int(self.completion_tokens[index]))
-        return [found[index] for index in picked.tolist()]
+    def followed_by(self, other: _Drawn) -> _Drawn:
+        return _Drawn(
+            np.concatenate([self.samples, other.samples]),
+            np.concatenate([self.allowed, other.allowed]),
+        )
 
 
-def select(
-    caches: Sequence[Cache], split: str, where: str | None = None, max_length: int | None = None, cut: bool = False
-) -> Units:
-    """The samples of ``split`` that fulfil ``where``.
+@dataclass(frozen=True)
+class _Reading:
+    """What a rank loads at a time, and the steps that it can train on after it."""
 
-    Those longer than ``max_length`` are dropped whole; with ``cut`` their completions lose what is beyond it, and only
-    those of which nothing would be left are dropped.
-    """
-    groups: list[tuple[int, str, int]] = []
-    columns: list[np.ndarray] = []  # [n, 4]: group, row, tokens, completion tokens
-    too_long = 0
-    for number, cache in enumerate(caches):
-        # table [n, 4]: file, row, prompt, completion. Without a condition no SQL is needed to read three columns.
-        files, table = query.select_samples(cache.path, where, split) if where else cache.lengths(split)
-        if max_length is not None:
-            long = table[:, 2] + table[:, 3] > max_length
-            too_long += int(long.sum())
-            if cut:
-                table[:, 3] = np.minimum(table[:, 3], max_length - table[:, 2])
-                table = table[table[:, 3] > 0]
-            else:
-                table = table[~long]
-        table[:, 2] += table[:, 3]
-        bounds = np.searchsorted(table[:, 0], np.arange(len(files) + 1))
-        for name, first, last in zip(files, bounds, bounds[1:]):
-            part = table[first:last]
-            starts = np.concatenate([[0], np.cumsum(cache.row_groups(name))])
-            row_groups = np.searchsorted(starts, part[:, 1], side="right") - 1
-            columns.append(np.column_stack([len(groups) + row_groups, part[:, 1] - starts[row_groups], part[:, 2:]]))
-            groups.extend((number, name, group) for group in range(len(starts) - 1))
-    merged = np.concatenate(columns) if columns else np.zeros((0, 4))
-    group, row, tokens, completion_tokens = (merged[:, column].astype(np.int32) for column in range(4))
-    return Units(tuple(caches), tuple(groups), group, row, tokens, completion_tokens, too_long)
-
-
-class _Reading(NamedTuple):
-    """What a rank reads at a time."""
-
-    steps: list[list[np.ndarray]]  # its parts of the steps that are complete with it
-    samples: np.ndarray  # to load
-    kept: np.ndarray  # of those loaded, what steps to come may want
-    groups: np.ndarray  # row groups that its node wants
+    steps: list[list[np.ndarray]]  # of each step, the samples of each part of this rank
+    load: np.ndarray  # the samples to load
+    keep: np.ndarray  # the samples to keep in memory after these steps, for steps to come
+    row_groups: np.ndarray  # what any rank of this node needs for these steps
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Micro-batches of one rank, from ``step`` on. Iterating goes on where the last iteration ended.
+    """The micro-batches of one rank, from ``step`` on. A new iteration continues where the last one ended.
 
     Args:
+        head_rows: the size of the student's vocabulary.
         samples_per_step: the global batch, over all ranks and accumulation steps.
         parts: accumulation steps x ranks: how many micro-batches make one step.
-        rank, ranks: this process's.
-        ranks_a_node: how many share a disk, and with it what was fetched of a remote cache.
-        step: the first optimizer step to deliver: all the state there is.
+        rank, ranks: of this process, and how many there are.
+        step: the first optimizer step to deliver, counted over all epochs.
+        ranks_per_node: how many ranks share a disk, and with it what was fetched of a remote cache.
     """
 
     def __init__(
         self,
-        units: Units,
+        selection: Selection,
         head_rows: int,
         samples_per_step: int,
         parts: int = 1,
@@ -148,277 +88,180 @@ class Stream(torch.utils.data.IterableDataset):
         ranks: int = 1,
         seed: int = 0,
         step: int = 0,
-        ranks_a_node: int = 1,
+        ranks_per_node: int = 1,
     ):
-        self.ranks_a_node = ranks_a_node if ranks % ranks_a_node == 0 else 1
-        self.node = rank // self.ranks_a_node
-        self.units, self.head_rows, self.seed, self.step = units, head_rows, seed, step
+        self.ranks_per_node = ranks_per_node if ranks % ranks_per_node == 0 else 1
+        self.selection, self.head_rows, self.seed, self.step = selection, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
-        self.steps_per_epoch = -(-len(units) // samples_per_step)
+        self.steps_per_epoch = -(-len(selection) // samples_per_step)
 
     def __len__(self) -> int:
-        """Micro-batches an epoch, for this rank."""
+        """Return the number of this rank's micro-batches per epoch."""
         return self.steps_per_epoch * self.parts // self.ranks
 
     def __iter__(self) -> Iterator[Batch]:
         return read_ahead(self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        wanted = self.steps_per_epoch
-        while wanted:
-            epoch, first = divmod(self.step, self.steps_per_epoch)
-            before = wanted
-            for mine in self._steps(epoch, first):
-                self.step += 1  # before the parts: a consumer need not come back after the last one
-                for samples in mine:
+        """Yield the micro-batches of as many steps as an epoch has; after a resume, they may span two epochs."""
+        remaining = self.steps_per_epoch
+        while remaining:
+            epoch, first_step = divmod(self.step, self.steps_per_epoch)
+            before = remaining
+            for parts in self._load_steps(epoch, first_step):
+                self.step += 1  # before the batches, because a consumer may not come back after the last one
+                for samples in parts:
                     yield pack(samples, self.head_rows)
-                wanted -= 1
-                if not wanted:
+                remaining -= 1
+                if not remaining:
                     return
-            if wanted == before:  # else this would go round for ever
+            if remaining == before:  # the loop would never end
                 raise KDError("the shards have other samples than were selected: were they replaced meanwhile?", 3)
 
-    def _steps(self, epoch: int, first: int) -> Iterator[list[list[Sample]]]:
-        """This rank's parts of the global batches of an epoch, from the ``first`` on; what lies before is not read."""
-        loaded: dict[int, Sample] = {}
-        readings = self._readings(epoch, first)
-        following = next(readings, None)
-        self._prefetch(following)
-        while following is not None:
-            now, following = following, next(readings, None)
-            self._prefetch(following)
-            if self.units.remote:
-                self.units.expect(np.setdiff1d(self.units.group[now.samples], self._turn(now)))
-            loaded.update(zip(now.samples.tolist(), self.units.load(now.samples)))
-            for parts in now.steps:
-                yield [[loaded[i] for i in part.tolist()] for part in parts]
-            loaded = {i: loaded[i] for i in now.kept.tolist()}
+    def _load_steps(self, epoch: int, first_step: int) -> Iterator[list[list[Sample]]]:
+        """Yield this rank's parts of each step of an epoch, from ``first_step`` on. Earlier steps are not read."""
+        in_memory: dict[int, Sample] = {}
+        readings = self._readings(epoch, first_step)
+        upcoming = next(readings, None)
+        self._prefetch(upcoming)
+        while upcoming is not None:
+            reading, upcoming = upcoming, next(readings, None)
+            self._prefetch(upcoming)  # fetched while the student trains on what this reading loads
+            if self.selection.remote:
+                fetched_by_others = np.setdiff1d(self.selection.row_group[reading.load], self._fetched_here(reading))
+                self.selection.wait(fetched_by_others)
+            in_memory.update(zip(reading.load.tolist(), self.selection.load(reading.load)))
+            for parts in reading.steps:
+                yield [[in_memory[sample] for sample in part.tolist()] for part in parts]
+            in_memory = {sample: in_memory[sample] for sample in reading.keep.tolist()}
 
-    def _readings(self, epoch: int, first: int) -> Iterator[_Reading]:
-        """An epoch window by window. Lengths are known, so steps are divided before anything is read.
+    # How an epoch is read: windows of the order, steps of 6 samples, and what waits between them.
+    #
+    #     windows   |a b c d e f g h i|j k l m|n o p q r s t u|v w|        samples in the order of the epoch
+    #     steps     |a b c d e f|g h i j k l|m n o p q r|s t u v w|        of 6 samples; the last one is short
+    #
+    #     reading 1, at window 1: step 1 is complete.     g h i wait for the window that completes their step.
+    #     reading 2, at window 2: step 2 is complete.     m waits.
+    #     reading 3, at window 3: step 3 is complete.     s t u wait.
+    #                at window 4: no step is complete:    s t u v w wait, and nothing is read.
+    #     reading 4, at the end:  what waits is step 4.
+    #
+    # A reading loads this rank's samples of the complete steps. Of the samples that wait, it is not known yet whose they
+    # are: steps are divided among ranks as a whole. But loading a sample means decoding all of its row group. So if a
+    # waiting sample is in a row group that is decoded now, it is loaded with it and kept in memory. It is dropped later
+    # if its step gives it to another rank. All other waiting samples are loaded when their step is complete.
 
-        A rank reads the row groups that its own samples are in. The last samples of a window are of a step that the next
-        one completes: those that are in a row group just read are kept, and the others are read when it is known whose they are.
-        """
-        units, size = self.units, self.samples_per_step
-        skip = first * size
-        waiting = kept = np.empty(0, dtype=np.int64)  # drawn, not yet in a step; of these, read already
-        ranks = np.empty((0, self.ranks), dtype=bool)  # which may have them
-        for window in chain(self.order(epoch), [None]):
-            if window is not None:
-                if skip >= len(window):
-                    skip -= len(window)
-                    continue
-                waiting = np.concatenate([waiting, window[skip:]])
-                ranks = np.concatenate([ranks, self.allowed(window)[skip:]])
-                skip = 0
-            count = len(waiting) // size if window is not None else -(-len(waiting) // size)
-            steps, mine, nodes = [], [kept[:0]], [kept[:0]]
-            for step, may in ((waiting[i * size :][:size], ranks[i * size :][:size]) for i in range(count)):
-                parts = [step[part] for part in divide(units.tokens[step], self.parts, may)]
-                steps.append(parts[self.rank :: self.ranks])
-                mine += steps[-1]
-                nodes += [part for p, part in enumerate(parts) if p % self.ranks // self.ranks_a_node == self.node]
-            if not steps:  # a step of several windows: nothing is read before it is known whose it is
+    def _readings(self, epoch: int, first_step: int) -> Iterator[_Reading]:
+        """Yield what to load and which steps to make of it, from ``first_step`` of the epoch on. Nothing is read here."""
+        tokens, row_group = self.selection.tokens, self.selection.row_group
+        in_memory = np.empty(0, dtype=np.int64)  # samples that wait and are loaded already
+        for steps, waiting in self._complete_steps(epoch, first_step):
+            of_rank: list[list[np.ndarray]] = []
+            of_node: list[np.ndarray] = []
+            for step in steps:
+                parts = [step.samples[part] for part in divide(tokens[step.samples], self.parts, step.allowed)]
+                of_rank.append(parts[self.rank :: self.ranks])
+                of_node += [part for number, part in enumerate(parts) if self._on_this_node(number % self.ranks)]
+            needed = np.setdiff1d(np.concatenate(list(chain.from_iterable(of_rank))), in_memory)
+
+            decoded_anyway = np.isin(row_group[waiting.samples], row_group[needed])
+            early = waiting.samples[waiting.allowed[:, self.rank] & decoded_anyway]
+            early = np.setdiff1d(early, in_memory)
+            in_memory = np.intersect1d(waiting.samples, np.concatenate([in_memory, early]))
+
+            load = np.concatenate([needed, early])
+            yield _Reading(of_rank, load, in_memory, np.unique(row_group[np.concatenate(of_node)]))
+
+    def _complete_steps(self, epoch: int, first_step: int) -> Iterator[tuple[list[_Drawn], _Drawn]]:
+        """Yield, at each window that completes a step, the steps complete by then and the samples that wait."""
+        size = self.samples_per_step
+        to_skip = first_step * size  # samples of steps that were trained on before a resume
+        waiting = _Drawn(np.empty(0, dtype=np.int64), np.empty((0, self.ranks), dtype=bool))
+        for window in self.order(epoch):
+            if to_skip >= len(window):
+                to_skip -= len(window)
                 continue
-            waiting, ranks = waiting[count * size :], ranks[count * size :]
-            wanted = np.setdiff1d(np.concatenate(mine), kept)
-            also = waiting[ranks[:, self.rank] & np.isin(units.group[waiting], units.group[wanted])]
-            also = np.setdiff1d(also, kept)
-            kept = np.intersect1d(waiting, np.concatenate([kept, also]))
-            groups = np.unique(units.group[np.concatenate(nodes)])
-            yield _Reading(steps, np.concatenate([wanted, also]), kept, groups)
+            waiting = waiting.followed_by(_Drawn(window, self.allowed(window))[to_skip:])
+            to_skip = 0
+            complete = len(waiting) // size * size  # samples
+            if complete:
+                steps = [waiting[start : start + size] for start in range(0, complete, size)]
+                waiting = waiting[complete:]
+                yield steps, waiting
+        if len(waiting):
+            yield [waiting], waiting[:0]
 
     def _prefetch(self, reading: _Reading | None) -> None:
-        if reading is not None and self.units.remote:
-            self.units.prefetch(self._turn(reading))
+        if reading is not None and self.selection.remote:
+            self.selection.prefetch(self._fetched_here(reading))
 
-    def _turn(self, reading: _Reading) -> np.ndarray:
-        """The row groups that this rank fetches for all of its node."""
-        return reading.groups[self.rank % self.ranks_a_node :: self.ranks_a_node]
+    def _fetched_here(self, reading: _Reading) -> np.ndarray:
+        """Return the row groups that this rank fetches for all ranks of its node, which take turns."""
+        return reading.row_groups[self.rank % self.ranks_per_node :: self.ranks_per_node]
+
+    def _on_this_node(self, rank: int) -> bool:
+        return rank // self.ranks_per_node == self.rank // self.ranks_per_node
 
     def allowed(self, window: np.ndarray) -> np.ndarray:
-        """[S, ranks] bool: which ranks may have a window's samples. All of them on one node, or where reading is local.
+        """Return which ranks may train on which samples of a window [n], as [n, ranks] bool.
 
-        Otherwise the window's row groups go round the nodes. Where that cannot be even (three nodes and four row groups),
-        a step would wait for the node that has most, and all may have all.
+        On one node, or where all caches are local, every rank may train on every sample. Else the row groups of the
+        window are assigned to the nodes in turn, so that each node fetches a share of the cache. Where the shares cannot
+        be even (three nodes and four row groups), every step would wait for the node with the largest share; then every
+        rank may train on every sample.
         """
-        ranks, nodes = self.ranks, self.ranks // self.ranks_a_node
-        groups, number = np.unique(self.units.group[window], return_inverse=True)
-        if nodes == 1 or not self.units.remote or (len(groups) % nodes and nodes % len(groups)):
+        ranks, nodes = self.ranks, self.ranks // self.ranks_per_node
+        row_groups, number = np.unique(self.selection.row_group[window], return_inverse=True)
+        uneven = len(row_groups) % nodes and nodes % len(row_groups)
+        if nodes == 1 or not self.selection.remote or uneven:
             return np.ones((len(window), ranks), dtype=bool)
-        least = min(len(groups), nodes)
-        return (number % least)[:, None] == (np.arange(ranks) // self.ranks_a_node % least)[None, :]
+        shares = min(len(row_groups), nodes)
+        node = np.arange(ranks) // self.ranks_per_node
+        return (number % shares)[:, None] == (node % shares)[None, :]
 
     def order(self, epoch: int) -> Iterator[np.ndarray]:
-        """The epoch's sample indices, a window at a time."""
+        """Yield the samples of an epoch in their order, a window [n] at a time."""
         random = np.random.default_rng([self.seed, epoch])
-        bounds = np.searchsorted(self.units.group, np.arange(len(self.units.groups) + 1))
-        groups = random.permutation(len(self.units.groups))
-        for start in range(0, len(groups), WINDOW_ROW_GROUPS):
-            window = np.concatenate(
-                [np.arange(bounds[g], bounds[g + 1]) for g in groups[start : start + WINDOW_ROW_GROUPS]]
-            )
+        count = len(self.selection.row_groups)
+        starts = np.searchsorted(self.selection.row_group, np.arange(count + 1))  # first sample of each row group
+        shuffled = random.permutation(count)
+        for first in range(0, count, WINDOW_ROW_GROUPS):
+            row_groups = shuffled[first : first + WINDOW_ROW_GROUPS]
+            window = np.concatenate([np.arange(starts[group], starts[group + 1]) for group in row_groups])
             if len(window):
                 yield random.permutation(window)
 
 
-def in_order(units: Units, head_rows: int, samples_per_batch: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-    """Batches for evaluation: every sample once, in the cache's order; each rank has a stretch of it, in as many batches."""
-    stretch = -(-len(units) // (ranks * samples_per_batch)) * samples_per_batch
+def divide(tokens: np.ndarray, parts: int, allowed: np.ndarray) -> list[np.ndarray]:
+    """Divide the n samples of a step into parts of about equally many tokens; return the indices (into n) of each part.
+
+    The longest sample is placed first, and each sample goes to the part with the fewest tokens so far.
+
+    Args:
+        tokens: [n] length of each sample.
+        allowed: [n, ranks] bool, which ranks may train on a sample. Part p is of rank p % ranks.
+    """
+    members: list[list[int]] = [[] for _ in range(parts)]
+    tokens_per_part = np.zeros(parts)
+    rank = np.arange(parts) % allowed.shape[1]
+    for sample in np.argsort(-tokens, kind="stable").tolist():  # a stable sort is the same on every rank
+        part = int(np.where(allowed[sample, rank], tokens_per_part, np.inf).argmin())
+        members[part].append(sample)
+        tokens_per_part[part] += tokens[sample]
+    return [np.array(part, dtype=np.int64) for part in members]
+
+
+def in_order(
+    selection: Selection, head_rows: int, samples_per_batch: int, rank: int = 0, ranks: int = 1
+) -> Iterator[Batch]:
+    """Yield batches for evaluation: every sample once, in the cache's order.
+
+    Each rank has one stretch of the samples, and every rank yields the same number of batches; the last may be empty.
+    """
+    stretch = -(-len(selection) // (ranks * samples_per_batch)) * samples_per_batch
 
     def batches() -> Iterator[Batch]:
-        for start in range(rank * stretch, (rank + 1) * stretch, samples_per_batch):
-            yield pack(units.load(np.arange(start, min(start + samples_per_batch, len(units)))), head_rows)
+        for first in range(rank * stretch, (rank + 1) * stretch, samples_per_batch):
+            yield pack(selection.load(np.arange(first, min(first + samples_per_batch, len(selection)))), head_rows)
 
     return read_ahead(batches())
-
-
-def divide(tokens: np.ndarray, parts: int, allowed: np.ndarray) -> list[np.ndarray]:
-    """Which of a step's samples each part has, about as many tokens each: longest first, to the part that has least.
-
-    Part p is of rank p % ranks; ``allowed`` [S, ranks] says which ranks may have a sample.
-    """
-    made: list[list[int]] = [[] for _ in range(parts)]
-    sums = np.zeros(parts)
-    rank = np.arange(parts) % allowed.shape[1]
-    for sample in np.argsort(-tokens, kind="stable").tolist():  # the same on every rank
-        part = int(np.where(allowed[sample, rank], sums, np.inf).argmin())
-        made[part].append(sample)
-        sums[part] += tokens[sample]
-    return [np.array(part, dtype=np.int64) for part in made]
-
-
-def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
-    """The same batches, made in a thread of their own while the ones before are trained on."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def make() -> None:
-        item: Any = _END
-        try:
-            for batch in batches:
-                if not put(batch):
-                    return
-        except BaseException as error:  # raised where the batches are wanted
-            item = error
-        put(item)
-
-    def put(item: Any) -> bool:
-        while not closed.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return True
-        return False
-
-    thread = threading.Thread(target=make, name="kd-batches", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
-        thread.join()
-
-
-def pack(samples: Sequence[Sample], head_rows: int) -> Batch:
-    """One packed row of L tokens, with the candidates of its N supervised positions.
-
-    input_ids, position_ids, labels, shift_labels: (1, L). candidate_ids, candidate_logprobs: (N, K), padded with a
-    candidate of the same position at log-probability -inf; tail_logprobs: (N,). Row n belongs to the n-th position
-    whose shift_label is not -100. An empty list packs to one token without a loss.
-    """
-    if not samples:
-        return _empty()
-    tokens = np.concatenate([ids for s in samples for ids in (s.prompt_ids, s.completion_ids)], dtype=np.int64)
-    if tokens.max() >= head_rows:
-        raise KDError(f"token id {tokens.max()} is beyond the student's vocabulary of {head_rows}; is this its cache?")
-    parts = np.array([[len(s.prompt_ids), len(s.completion_ids)] for s in samples])  # [S, 2]
-    lengths = parts.sum(axis=1)
-    ends = np.cumsum(lengths)
-    has_label = np.repeat(np.tile([False, True], len(samples)), parts.ravel())
-    supervised = np.concatenate([s.supervised for s in samples])
-    candidates = concatenate([s.candidates for s in samples])
-    if not supervised.all():
-        candidates = candidates.where(supervised)
-        has_label[has_label] = supervised
-    labels = np.where(has_label, tokens, IGNORE)
-    shifted = np.append(labels[1:], IGNORE)
-    shifted[ends - 1] = IGNORE  # a sample without a prompt begins with a label
-    ids, logprobs = _rectangle(candidates)
-    tail = candidates.tails
-    if ids.size and ids.max() >= head_rows:
-        ids, logprobs, tail = _fit_to_head(ids, logprobs, tail, head_rows)
-    return {
-        "input_ids": torch.from_numpy(tokens)[None],
-        "position_ids": torch.from_numpy(np.arange(len(tokens)) - np.repeat(ends - lengths, lengths))[None],
-        "labels": torch.from_numpy(labels)[None],
-        "shift_labels": torch.from_numpy(shifted)[None],
-        "candidate_ids": torch.from_numpy(ids),
-        "candidate_logprobs": torch.from_numpy(logprobs),
-        "tail_logprobs": torch.from_numpy(tail),
-    }
-
-
-def _empty() -> Batch:
-    none = torch.full((1, 1), IGNORE)
-    return {
-        "input_ids": torch.zeros((1, 1), dtype=torch.int64),
-        "position_ids": torch.zeros((1, 1), dtype=torch.int64),
-        "labels": none,
-        "shift_labels": none.clone(),
-        "candidate_ids": torch.zeros((0, 1), dtype=torch.int64),
-        "candidate_logprobs": torch.zeros((0, 1)),
-        "tail_logprobs": torch.zeros(0),
-    }
-
-
-def _rectangle(candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
-    """Flat candidates of N positions -> ids (N, K) int64 and log-probabilities (N, K) float32, K the largest count."""
-    ids, logprobs, counts = candidates.ids, candidates.logprobs, candidates.counts
-    width = int(counts.max(initial=1))
-    if len(ids) == len(counts) * width:  # top-k: it is one already
-        return ids.reshape(-1, width).astype(np.int64), logprobs.reshape(-1, width)
-    if not len(ids):  # no position has any: padding alone
-        return np.zeros((len(counts), 1), dtype=np.int64), np.full((len(counts), 1), -np.inf, dtype=np.float32)
-    starts = candidates.starts
-    to = np.arange(len(ids)) + np.repeat(np.arange(len(counts)) * width - starts, counts)
-    wide_ids = np.empty((len(counts), width), dtype=np.int64)
-    wide_ids[:] = ids[np.minimum(starts, len(ids) - 1)][:, None]
-    wide_logprobs = np.full((len(counts), width), -np.inf, dtype=np.float32)
-    wide_ids.ravel()[to] = ids
-    wide_logprobs.ravel()[to] = logprobs
-    return wide_ids, wide_logprobs
-
-
-def _fit_to_head(
-    ids: np.ndarray, logprobs: np.ndarray, tail: np.ndarray, head_rows: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move candidates that the student's head does not have to the tail; refuse it above MAX_MASS_BEYOND_HEAD."""
-    beyond = ids >= head_rows
-    mass = np.where(beyond, np.exp(logprobs), 0).sum(axis=1)
-    if mass.mean() > MAX_MASS_BEYOND_HEAD:
-        raise KDError(
-            f"{mass.mean():.1%} of the teacher's probability is on tokens beyond the student's vocabulary of {head_rows}; "
-            "this student cannot learn from this cache"
-        )
-    with np.errstate(divide="ignore"):
-        tail = np.log(np.exp(tail) + mass).astype(np.float32)
-    kept = np.take_along_axis(ids, beyond.argmin(axis=1)[:, None], axis=1)  # a candidate of the same position
-    inside = np.where(beyond, np.where(kept < head_rows, kept, 0), ids)
-    return inside, np.where(beyond, -np.inf, logprobs).astype(np.float32), tail
-
-
-def open_caches(paths: Sequence[Location]) -> list[Cache]:
-    """The caches to train on together: all of one tokenizer, and none twice."""
-    caches = [Cache(path) for path in paths]
-    for number, cache in enumerate(caches):
-        same = next((other for other in caches[:number] if other.fingerprint == cache.fingerprint), None)
-        if same is not None:
-            raise UsageError(f"--from-cache {cache.path} is {same.path} once more, and its samples would count twice")
-        theirs, first = cache.plan["tokenizer"], caches[0].plan["tokenizer"]
-        if any(theirs.get(name) != first.get(name) for name in identity.SAME_IDS):
-            raise KDError(f"{cache.path} and {caches[0].path} were made with different tokenizers and cannot be mixed")
-    return caches

@@ -13,7 +13,8 @@ import torch
 from kdcache import models
 from kdcache.models.identity import model_folder
 from trainer.distill.plan import Run
-from trainer.loss.fused import rows_of_a_chunk, scale_and_cap
+from trainer.loss.fused import rows_per_chunk
+from trainer.loss.head import scale_and_cap
 from trainer.student import lora as adapters
 
 NF4_BYTES = 0.52  # a weight, with its doubly quantized scale
@@ -45,7 +46,7 @@ def estimate(run: Run) -> dict[str, Any]:
     kept = shape.num_hidden_layers * kept_of_a_layer
     if run.arguments.get("gradient_checkpointing"):
         kept = shape.num_hidden_layers * shape.hidden_size + kept_of_a_layer
-    rows = rows_of_a_chunk(shape.vocab_size, computing, scale_and_cap(shape)[1] is not None)
+    rows = rows_per_chunk(shape.vocab_size, computing, scale_and_cap(shape)[1] is not None)
     parts = {
         "frozen weights": (frozen - in_layers) * weight + in_layers * NF4_BYTES
         if config.load_in_4bit

@@ -24,10 +24,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache.storage import atomic
-from trainer.data.stream import IGNORE, Batch, Stream, in_order
+from trainer.data.pack import IGNORE, Batch, to_device
+from trainer.data.stream import Stream, in_order
 from trainer.distill import card
 from trainer.distill.plan import RUN_FILE, Begun, Report, Run, alone, begin, stop_unless_finite
-from trainer.loss.fused import Head, Losses, distillation_loss, head_of
+from trainer.loss.fused import Losses, distillation_loss
+from trainer.loss.head import Head, head_of
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import for_training
 from trainer.student import lora as adapters
@@ -85,11 +87,6 @@ def losses_of(student: Any, head: Head, batch: dict[str, Tensor], alpha: float, 
     )
 
 
-def detach_loss(student: Any) -> None:
-    """The student's own forward again."""
-    student.__dict__.pop("forward", None)
-
-
 def over_ranks(sums: dict[str, Any], device: torch.device) -> dict[str, float]:
     """The sums of all processes together, where there are several; all must have the same names."""
     if not torch.distributed.is_initialized():
@@ -110,7 +107,7 @@ def measure(student: Any, batches: Iterable[Batch]) -> dict[str, float]:
     totals = dict.fromkeys(("kl", "ce", "agreement", "tokens"), 0.0)
     with torch.no_grad():
         for batch in batches:
-            output = student(**{name: value.to(device) for name, value in batch.items()})
+            output = student(**to_device(batch, device))
             for name in totals:
                 totals[name] += float(output[name])
     student.train(was_training)
@@ -247,7 +244,7 @@ def train(run: Run, report: Report) -> dict[str, Any]:
         ranks=ranks,
         seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
         step=step,
-        ranks_a_node=_ranks_a_node(ranks),
+        ranks_per_node=_ranks_a_node(ranks),
     )
     held_out = None
     if len(run.validation):

@@ -23,8 +23,8 @@ import torch
 
 from kdcache.cache.reader import Cache, Sample, entropy_unstored
 from kdcache.errors import KDError
-from trainer.data.stream import IGNORE, pack
-from trainer.loss.fused import Head, head_of
+from trainer.data.pack import IGNORE, pack, to_device
+from trainer.loss.head import Head, head_of
 from trainer.loss.reference import cells, log_mass_beyond
 from trainer.student.load import load_student
 
@@ -94,7 +94,7 @@ def at_positions(student: Any, head: Head, samples: Sequence[Sample], captured: 
     best. cells: (N, K + 1), the student's probabilities of the stored candidates and of the rest; all others: (N,).
     The samples have their entropies where ``captured`` is given, which is as ``sampled_from`` says.
     """
-    batch = {name: value.to(head.weight.device) for name, value in pack(samples, len(head.weight)).items()}
+    batch = to_device(pack(samples, len(head.weight)), head.weight.device)
     hidden = student.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
     asked = batch["shift_labels"][0] != IGNORE
     hidden, targets = hidden[0][asked], batch["shift_labels"][0][asked]  # (N, D), (N,)
@@ -102,7 +102,11 @@ def at_positions(student: Any, head: Head, samples: Sequence[Sample], captured: 
     for first in range(0, len(targets), ROWS):
         part = slice(first, first + ROWS)
         logits, own = head(hidden[part]), targets[part, None]  # (n, V), (n, 1)
-        ids, log_ps, tails = (batch[name][part] for name in ("candidate_ids", "candidate_logprobs", "tail_logprobs"))
+        ids, log_ps, tails = (
+            batch["candidate_ids"][part],
+            batch["candidate_logprobs"][part],
+            batch["tail_logprobs"][part],
+        )
         log_p, log_q = cells(logits, ids, log_ps, tails)  # (n, K + 1)
         beyond = log_q[:, -1]
         if captured is not None:

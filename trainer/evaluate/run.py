@@ -35,11 +35,11 @@ from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import atomic, folders
-from trainer.data.stream import Units, open_caches, select
+from trainer.data.select import Selection, open_caches, select
 from trainer.evaluate import metrics
 from trainer.evaluate.compare import COPY, EVALUATION_FILE, TEACHER
 from trainer.evaluate.forced import at_positions, sampled_from
-from trainer.loss.fused import head_of
+from trainer.loss.head import head_of
 from trainer.student import generate
 from trainer.student.generate import Ask, Decoding
 from trainer.student.load import cached_stop_ids, check_tokenizer, load_student
@@ -292,7 +292,7 @@ FORCED = pa.schema(
 
 def _forced(
     model: str,
-    units: Units,
+    units: Selection,
     groups: dict[str, str],
     captured: int | None,
     config: EvaluateConfig,
@@ -323,7 +323,7 @@ def _supervised(sample: Sample, column: str) -> np.ndarray:
     return np.array(getattr(sample, column), dtype=np.float64)[sample.supervised]
 
 
-def _forced_teacher(units: Units, groups: dict[str, str]) -> pa.Table:
+def _forced_teacher(units: Selection, groups: dict[str, str]) -> pa.Table:
     """The teacher's own row per sample, from its cached log-probabilities."""
     rows = []
     for first in range(0, len(units), 256):

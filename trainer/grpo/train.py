@@ -31,7 +31,7 @@ from kdcache.errors import KDError, UsageError
 from kdcache.judge import verifiers
 from kdcache.models.identity import model_folder
 from kdcache.storage import Location, atomic
-from trainer.data.stream import select
+from trainer.data.select import select
 from trainer.distill.plan import (
     RUN_FILE,
     Begun,

@@ -1,1 +1,1 @@
-"""Losses on sparse teacher distributions."""
+"""Losses against the teacher distributions of a cache: divergences.py, then reference.py, then fused.py."""

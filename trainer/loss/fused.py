@@ -1,15 +1,15 @@
-"""The distillation loss from the last hidden states, never holding the logits of a batch.
+"""The distillation loss from the last hidden states, without ever holding the logits of a batch.
 
     head = head_of(student)
-    found = distillation_loss(hidden, head.weight, targets, ids, logprobs, tails, alpha=0.5)
-    found.loss.backward()
+    losses = distillation_loss(hidden, head.weight, targets, ids, logprobs, tails, alpha=0.5)
+    losses.loss.backward()
 
-Rows go through the head in chunks. A chunk's logits are turned in place into exponentials and then into their own
-gradient, which is multiplied into the gradients of the hidden states and of the head at once: three head-sized matrix
-products a step, none of them in the backward pass, which only scales (as Liger's fused linear cross-entropy does,
-Hsu et al. 2024, arXiv:2410.10989). What is computed is what losses.py says, and tests hold the two together.
+The logits of a batch are its largest tensor by far, so positions go through the head in chunks, and a chunk's gradients
+are formed at once, in the forward pass. The backward pass only scales them (as in Liger's fused linear cross-entropy,
+Hsu et al. 2024, arXiv:2410.10989). reference.py computes the same on whole logits, and tests hold the two equal.
 
-Shapes: N supervised positions, n of them in a chunk, V the vocabulary, D the hidden size, K candidates; K + 1 cells.
+Shapes: N supervised positions, n of them in a chunk, V the vocabulary, D the hidden size, K candidates. A position has
+K + 1 cells: its candidates, and the bucket of all other tokens (see divergences.py).
 """
 
 from __future__ import annotations
@@ -17,69 +17,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from kdcache.errors import KDError
-from trainer.loss.reference import NOTHING, parse, with_tail
+from trainer.loss.divergences import NOTHING, parse
 
-#: What a chunk's [n, V] buffers may take together. More rows at once make better use of a GPU.
+#: What a chunk's (n, V) buffers may take together. More rows at once make better use of a GPU.
 CHUNK_BYTES = 128 * 2**20
 
-# --- divergences on cells: log_p, log_q (n, K + 1) -> D (n,), and g = dD / d log q of each cell (n, K + 1) -------------
-
-
-def _forward_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    p = log_p.exp()
-    return (p * (log_p - log_q)).sum(-1), -p
-
-
-def _reverse_kl(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    terms = log_q.exp() * (log_q - with_tail(log_p))
-    return terms.sum(-1), terms + log_q.exp()
-
-
-def _jsd(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    terms = 0.5 * log_q.exp() * (log_q - log_m)
-    return (0.5 * log_p.exp() * (log_p - log_m) + terms).sum(-1), terms
-
-
-def _skewed_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
-    p, log_student = log_p.exp(), log_q + math.log1p(-skew)
-    log_m = torch.logaddexp(log_p + math.log(skew), log_student)
-    return (p * (log_p - log_m)).sum(-1), -p * (log_student - log_m).exp()
-
-
-def _tvd(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    q = log_q.exp()
-    difference = q - log_p.exp()
-    return 0.5 * difference.abs().sum(-1), 0.5 * q * difference.sign()
-
-
-OnCells = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-ON_CELLS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-    "skewed_kl": _skewed_kl,
-    "tvd": _tvd,
-}
-
-
-# --- the loss ---------------------------------------------------------------------------------------------------------
+OnCells = Callable[[Tensor, Tensor], Tensor]  # log_p, log_q (n, K + 1) -> divergence (n,)
 
 
 class Losses(NamedTuple):
     """``loss`` is a scalar with a gradient, in nats summed over the N positions; the others are (N,) without one."""
 
     loss: Tensor  # sum of (1 - alpha) ce + alpha divergence
-    ce: Tensor  # -log q(target)
-    divergence: Tensor | None  # None where alpha is 0 and gradients are formed: it would be for nothing
+    ce: Tensor  # -log q(target), nats
+    divergence: Tensor | None  # nats; None where alpha is 0 and gradients are formed, since nothing would use it
     best: Tensor | None  # int64, the student's best token; None where gradients are formed
     confidence: Tensor | None  # log q(best); None where gradients are formed
 
@@ -99,34 +56,31 @@ def distillation_loss(
     softcap: float | None = None,
     chunk_rows: int | None = None,
 ) -> Losses:
-    """Sum over all N positions of (1 - alpha) CE(completion) + alpha D(teacher, student).
+    """Return the sum over all N positions of (1 - alpha) CE(completion) + alpha D(teacher, student), and its parts.
 
-    The teacher's mass beyond the candidates is the bucket of ``losses.cells``. Logits are computed in the dtype of the
-    inputs (or of autocast), all that follows in float32, and the head's gradient is summed in float32 (float64 stays).
-    Gradients are formed in the forward pass, for what requires them, and not under ``torch.no_grad``. The backward
-    pass scales them where they are, so it can run only once.
+    Logits are computed in the dtype of the inputs (or of autocast). All that follows is computed in float32, and the
+    head's gradient is summed in float32 (float64 stays). Gradients are formed in the forward pass, for the inputs that
+    require them, and not under ``torch.no_grad``. The backward pass scales them in place, so it can run only once.
 
     Args:
         hidden: (N, D) the base model's output at the supervised positions. N may be 0.
-        weight, bias, scale, softcap: the head's: (V, D), (V,); see ``Head``.
+        weight, bias, scale, softcap: of the head, (V, D) and (V,); see ``Head``.
         targets: (N,) int64, the completion's next tokens.
-        candidate_ids, candidate_logprobs, tail_logprobs: (N, K), (N, K), (N,) as in ``losses.cells``.
-        divergence: a name in ``losses.DIVERGENCES``, or ``skewed_kl:SKEW``.
-        chunk_rows: how many rows go through the head at once, at most. By default what fits into CHUNK_BYTES.
+        candidate_ids, candidate_logprobs, tail_logprobs: (N, K), (N, K), (N,) as in ``reference.cells``.
+        divergence: as in ``divergences.parse``, for example ``forward_kl`` or ``skewed_kl:0.2``.
+        chunk_rows: the largest number of rows in a chunk. By default as many as fit into CHUNK_BYTES.
     """
     forms_gradients = torch.is_grad_enabled() and (
         hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
-    name, parameters = parse(divergence)
-    on_cells: OnCells | None = partial(ON_CELLS[name], **parameters)
+    on_cells: OnCells | None = parse(divergence).on_cells
     if alpha == 0 and forms_gradients:
         on_cells, candidate_ids, candidate_logprobs = None, candidate_ids[:, :0], candidate_logprobs[:, :0]
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wide = torch.promote_types(dtype, torch.float32)
     log_p = torch.cat([candidate_logprobs, tail_logprobs[:, None]], dim=-1).to(wide).clamp_min(NOTHING)  # (N, K + 1)
-    rows = chunk_rows or rows_of_a_chunk(len(weight), dtype, softcap is not None)
-    chunks = max(1, math.ceil(len(hidden) / rows))
+    chunks = max(1, math.ceil(len(hidden) / (chunk_rows or rows_per_chunk(len(weight), dtype, softcap is not None))))
     task = _Task(
         targets,
         candidate_ids,
@@ -135,7 +89,7 @@ def distillation_loss(
         on_cells,
         scale,
         softcap,
-        rows=max(1, math.ceil(len(hidden) / chunks)),  # of equal size
+        rows=max(1, math.ceil(len(hidden) / chunks)),  # chunks of equal size
         dtype=dtype,
         wide=wide,
         forms_gradients=forms_gradients,
@@ -143,15 +97,15 @@ def distillation_loss(
     return Losses(*_Fused.apply(hidden, weight, bias, task))
 
 
-def rows_of_a_chunk(vocabulary: int, dtype: torch.dtype, capped: bool = False) -> int:
-    """How many rows' buffers fit into CHUNK_BYTES: one in float32, one more in ``dtype``, one more for a cap's slope."""
+def rows_per_chunk(vocabulary: int, dtype: torch.dtype, capped: bool = False) -> int:
+    """Return how many rows fit into CHUNK_BYTES: a buffer in float32, another in ``dtype``, another for a cap's slope."""
     wide = torch.promote_types(dtype, torch.float32)
     return max(1, CHUNK_BYTES // (vocabulary * (wide.itemsize * (1 + capped) + dtype.itemsize * (dtype != wide))))
 
 
 @dataclass(frozen=True)
 class _Task:
-    """What the loss is computed from besides the head and its input."""
+    """What the loss is computed from besides hidden states and head."""
 
     targets: Tensor  # (N,)
     candidate_ids: Tensor  # (N, K)
@@ -160,57 +114,84 @@ class _Task:
     on_cells: OnCells | None  # None: cross-entropy alone, and K is 0
     scale: float
     softcap: float | None
-    rows: int
+    rows: int  # of a chunk
     dtype: torch.dtype  # of the matrix products
     wide: torch.dtype  # of everything else
     forms_gradients: bool
 
 
+@dataclass(frozen=True)
+class _Results:
+    """What the chunks fill in. None: not needed."""
+
+    ce: Tensor  # (N,)
+    divergence: Tensor | None  # (N,)
+    best: Tensor | None  # (N,)
+    confidence: Tensor | None  # (N,)
+    d_hidden: Tensor | None  # (N, D) gradient of the loss
+    d_weight: Tensor | None  # (V, D)
+    d_bias: Tensor | None  # (V,)
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task) -> Any:
-        wanted = [task.forms_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        ce, divergence, best, confidence, gradients = _in_chunks(hidden, weight, bias, task, wanted)
-        loss = (1 - task.alpha) * ce.sum()
-        if task.alpha and divergence is not None:
-            loss = loss + task.alpha * divergence.sum()
-        ctx.save_for_backward(*gradients)
+        needs_gradient = [task.forms_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        results = _in_chunks(hidden, weight, bias, task, needs_gradient)
+        loss = (1 - task.alpha) * results.ce.sum()
+        if task.alpha and results.divergence is not None:
+            loss = loss + task.alpha * results.divergence.sum()
+        ctx.save_for_backward(results.d_hidden, results.d_weight, results.d_bias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(*(x for x in (ce, divergence, best, confidence) if x is not None))
-        return loss, ce, divergence, best, confidence
+        per_position = results.ce, results.divergence, results.best, results.confidence
+        ctx.mark_non_differentiable(*(x for x in per_position if x is not None))
+        return loss, *per_position
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, *_: Any) -> Any:
-        # In place: the head's gradient is the largest tensor there is. (A second backward pass is refused by autograd.)
+        # In place, because the head's gradient is the largest tensor there is. Autograd refuses a second backward pass.
         scaled = (None if g is None else g.mul_(loss_gradient) for g in ctx.saved_tensors)
         return *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes)), None
 
 
+# One chunk of n rows. All of it happens in one (n, V) buffer x, which every step overwrites, so that never more than a
+# chunk's logits are held:
+#
+#     hidden[chunk] (n, D)
+#          |
+#          |  product 1: hidden weight^T
+#          v
+#     x = raw logits ---- _scale_and_cap ----> x = logits
+#                                                   |
+#                                                   |  _to_gradient: ce and divergence of the n rows, from x;
+#                                                   v                then x becomes its own gradient
+#                                              x = d loss / d logits
+#                                                   |
+#                                                   |  times the slope of the cap
+#                                                   v
+#                                              x = d loss / d raw logits
+#                                                   |
+#                        product 2: x weight        |        product 3: x^T hidden
+#                    d_hidden[chunk] (n, D) <-------+-------> added to d_weight (V, D)
+#
+# In half precision, the products read and write a second buffer of that dtype (``narrow``), and x is float32.
+
+
 def _in_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task, wanted: Sequence[bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, tuple[Tensor | None, ...]]:
-    """ce, divergence, best, confidence (N,) each, and the gradients of hidden (N, D), weight (V, D) and bias (V,)."""
-    count, vocabulary = len(hidden), len(weight)
-    dtype, wide = task.dtype, task.wide
-    narrow_weight, narrow_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task, needs_gradient: Sequence[bool]
+) -> _Results:
+    """Send all rows through the head, chunk by chunk. ``needs_gradient``: of hidden, weight and bias."""
+    results = _empty_results(hidden, weight, bias, task, needs_gradient)
+    narrow_weight, narrow_bias = weight.to(task.dtype), None if bias is None else bias.to(task.dtype)
+    narrow_buffer = hidden.new_empty(min(task.rows, len(hidden)), len(weight), dtype=task.dtype)  # (n, V)
+    wide_buffer = narrow_buffer if task.dtype == task.wide else torch.empty_like(narrow_buffer, dtype=task.wide)
 
-    ce = hidden.new_empty(count, dtype=wide)
-    divergence = None if task.on_cells is None else torch.empty_like(ce)
-    best = None if task.forms_gradients else torch.empty_like(ce, dtype=torch.int64)
-    confidence = None if task.forms_gradients else torch.empty_like(ce)
-    d_hidden = torch.empty_like(hidden) if wanted[0] else None
-    d_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-    d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+    for first in range(0, len(hidden), task.rows):
+        chunk = slice(first, first + task.rows)
+        h, targets = hidden[chunk].to(task.dtype), task.targets[chunk]  # (n, D), (n,)
+        narrow, x = narrow_buffer[: len(h)], wide_buffer[: len(h)]  # the last chunk may be shorter
 
-    # [n, V] buffers, used over and over: the products read and write ``narrow``, the rest is done in ``x``.
-    narrow_buffer = hidden.new_empty(min(task.rows, count), vocabulary, dtype=dtype)
-    wide_buffer = narrow_buffer if dtype == wide else torch.empty_like(narrow_buffer, dtype=wide)
-
-    for first in range(0, count, task.rows):
-        part = slice(first, first + task.rows)
-        h, ids, targets = hidden[part].to(dtype), task.candidate_ids[part], task.targets[part]
-        narrow, x = narrow_buffer[: len(h)], wide_buffer[: len(h)]
         if narrow_bias is None:
             torch.mm(h, narrow_weight.t(), out=narrow)
         else:
@@ -218,34 +199,50 @@ def _in_chunks(
         if x is not narrow:
             x.copy_(narrow)
         slope = _scale_and_cap(x, task.scale, task.softcap)
-        if best is not None and confidence is not None:
-            top, best[part] = x.max(dim=-1)
-            confidence[part] = top - x.gather(1, targets[:, None])[:, 0]  # log q(best) / q(target)
 
-        ce[part], found = _to_gradient(x, targets, ids, task.log_p[part], task)
-        if divergence is not None and found is not None:
-            divergence[part] = found
-        if confidence is not None:
-            confidence[part] -= ce[part]
-        if not task.forms_gradients:
-            continue
-        if slope is not None:
-            x.mul_(slope)
-        if d_bias is not None:
-            d_bias += x.sum(dim=0)
-        if x is not narrow:
-            narrow.copy_(x)
-        if d_hidden is not None:
-            d_hidden[part] = narrow @ narrow_weight
-        if d_weight is not None and dtype == wide:
-            d_weight.addmm_(narrow.t(), h)
-        elif d_weight is not None:
-            d_weight += narrow.t() @ h
-    return ce, divergence, best, confidence, (d_hidden, d_weight, d_bias)
+        # The best logit is read now, because _to_gradient leaves no logits: confidence = log q(target) + best - target.
+        if results.best is not None and results.confidence is not None:
+            best_logits, results.best[chunk] = x.max(dim=-1)
+            results.confidence[chunk] = best_logits - x.gather(1, targets[:, None])[:, 0]
+        results.ce[chunk], divergence = _to_gradient(x, targets, task.candidate_ids[chunk], task.log_p[chunk], task)
+        if results.divergence is not None and divergence is not None:
+            results.divergence[chunk] = divergence
+        if results.confidence is not None:
+            results.confidence[chunk] -= results.ce[chunk]
+
+        if task.forms_gradients:
+            if slope is not None:
+                x.mul_(slope)
+            if results.d_bias is not None:
+                results.d_bias.add_(x.sum(dim=0))
+            if x is not narrow:
+                narrow.copy_(x)
+            if results.d_hidden is not None:
+                results.d_hidden[chunk] = narrow @ narrow_weight
+            if results.d_weight is not None and task.dtype == task.wide:
+                results.d_weight.addmm_(narrow.t(), h)
+            elif results.d_weight is not None:
+                results.d_weight.add_(narrow.t() @ h)  # the sum over chunks stays in float32
+    return results
+
+
+def _empty_results(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, task: _Task, needs_gradient: Sequence[bool]
+) -> _Results:
+    ce = hidden.new_empty(len(hidden), dtype=task.wide)
+    return _Results(
+        ce,
+        divergence=None if task.on_cells is None else torch.empty_like(ce),
+        best=None if task.forms_gradients else torch.empty_like(ce, dtype=torch.int64),
+        confidence=None if task.forms_gradients else torch.empty_like(ce),
+        d_hidden=torch.empty_like(hidden) if needs_gradient[0] else None,
+        d_weight=torch.zeros_like(weight, dtype=task.wide) if needs_gradient[1] else None,
+        d_bias=torch.zeros_like(bias, dtype=task.wide) if bias is not None and needs_gradient[2] else None,
+    )
 
 
 def _scale_and_cap(x: Tensor, scale: float, softcap: float | None) -> Tensor | None:
-    """The logits as the model has them, in place; and the derivative of the cap (n, V), where there is one."""
+    """Turn raw logits x (n, V) into the model's logits, in place. Return the slope of the cap (n, V), if there is one."""
     if softcap is None:
         if scale != 1:
             x.mul_(scale)
@@ -257,32 +254,37 @@ def _scale_and_cap(x: Tensor, scale: float, softcap: float | None) -> Tensor | N
 
 
 def _to_gradient(x: Tensor, targets: Tensor, ids: Tensor, log_p: Tensor, task: _Task) -> tuple[Tensor, Tensor | None]:
-    """ce and divergence (n,) of logits x (n, V), which become the loss's gradient on them, times ``scale``, in place.
+    """Return ce and divergence (n,) of logits x (n, V), and turn x into ``scale`` times the loss's gradient on it.
 
-    What is computed per cell is (n, K + 1) and small. Only five passes go over x: maximum, subtract, exp, sum, multiply.
-    Outside the candidates the gradient is one factor a row times the softmax over the non-candidates, since
-    q_v = s softmax_v. That softmax has its own maximum, so s keeps all its digits however small it is.
+    Only five passes go over x: maximum, subtract, exp, sum, multiply. Everything else is per cell, (n, K + 1), and small.
+
+    With g_c = dD / d log q_c for each cell and G the sum of all g, the gradient of D on the logit of candidate k is
+    g_k - q_k G, and on the logit of any other token v it is q_v (g_bucket / s - G), where s is the bucket's mass. There,
+    q_v / s is the softmax over the non-candidates alone, which is what x holds after the first four passes. It has a
+    maximum of its own, so log s keeps all its digits however small s is.
     """
     real = log_p[:, :-1] > NOTHING  # (n, K) not padding
-    own = x.gather(1, ids)  # (n, K)
+    candidate_logits = x.gather(1, ids)  # (n, K)
     target_logits = x.gather(1, targets[:, None])  # (n, 1)
 
-    # The candidates leave x; but where a position has none, its ids mean nothing and keep their logits.
-    x.scatter_(1, ids, own.masked_fill(real.any(dim=-1, keepdim=True), -math.inf))
+    # Take the candidates out of x. The ids of a position without candidates mean nothing and keep their logits.
+    x.scatter_(1, ids, candidate_logits.masked_fill(real.any(dim=-1, keepdim=True), -math.inf))
     top = x.amax(dim=-1, keepdim=True).clamp_min(NOTHING)
     x.sub_(top).exp_()
     total = x.sum(dim=-1, keepdim=True)  # (n, 1) at least 1; 0 where every token is a candidate
 
-    own = own.masked_fill(~real, NOTHING)
-    log_rest = top + total.log()
-    log_z = torch.logaddexp(log_rest, own.logsumexp(dim=-1, keepdim=True))  # (n, 1) over the whole vocabulary
+    candidate_logits = candidate_logits.masked_fill(~real, NOTHING)
+    log_rest = top + total.log()  # (n, 1)
+    log_z = torch.logaddexp(log_rest, candidate_logits.logsumexp(dim=-1, keepdim=True))  # (n, 1) over all tokens
     ce = (log_z - target_logits)[:, 0]
-    log_q = (torch.cat([own, log_rest], dim=-1) - log_z).clamp_min(NOTHING)  # (n, K + 1)
-    divergence, g = (None, torch.zeros_like(log_q)) if task.on_cells is None else task.on_cells(log_p, log_q)
+    log_q = (torch.cat([candidate_logits, log_rest], dim=-1) - log_z).clamp_min(NOTHING)  # (n, K + 1)
     if not task.forms_gradients:
-        return ce, divergence
+        return ce, None if task.on_cells is None else task.on_cells(log_p, log_q)
+    divergence, g = None, torch.zeros_like(log_q)
+    if task.on_cells is not None:
+        divergence, g = value_and_gradient(task.on_cells, log_p, log_q)
 
-    # a CE + b D: a (q - 1 at the target), and b times what losses.py says: g_k - q_k G, and q_v (g_bucket / s - G).
+    # The gradient of a CE is a q_v, and a (q_v - 1) at the target: a cell's share of it joins that of b D.
     a, b = task.scale * (1 - task.alpha), task.scale * task.alpha
     on_q = a - b * g.sum(dim=-1, keepdim=True)  # (n, 1)
     on_cells = log_q.exp() * on_q + b * g  # (n, K + 1)
@@ -292,79 +294,11 @@ def _to_gradient(x: Tensor, targets: Tensor, ids: Tensor, log_p: Tensor, task: _
     return ce, divergence
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-#: What configurations call the factor on the logits (Cohere, Falcon-H1; Granite divides by it) and their cap (Gemma).
-SCALES = ("logit_scale", "lm_head_multiplier")
-DIVISORS = ("logits_scaling",)
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
-
-
-@dataclass(frozen=True)
-class Head:
-    """A student's last layer: logits = cap(scale (hidden weight^T + bias)), where cap(x) = softcap tanh(x / softcap)."""
-
-    linear: torch.nn.Linear
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        return self.linear.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.linear.bias
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> logits (..., V), float32 (float64 stays), by autograd's own means."""
-        logits = self.linear(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def head_of(student: Any) -> Head:
-    """The head of a transformers model. KDError where it is not understood.
-
-    A LoRA or quantized head is refused: its weight is not the matrix it multiplies by. What the configuration says is
-    tried on two tokens against the model's own logits, as families use the same words for other things.
-    """
-    name, linear = type(student).__name__, student.get_output_embeddings()
-    if type(linear) is not torch.nn.Linear:
-        raise KDError(
-            f"{name} has a head of the class {type(linear).__module__}.{type(linear).__name__}; expected torch.nn.Linear. "
-            "Leave the head out of the quantization, and out of LoRA's target_modules and modules_to_save"
-        )
-    scale, softcap = scale_and_cap(student.config.get_text_config())
-    head = Head(linear, scale, softcap)
-    difference = _difference(student, head)
-    if not difference < 0.02:
-        raise KDError(
-            f"{name} does something to its logits that is not known here: its own are {difference:.0%} off those of its "
-            f"last layer with scale {scale:g} and softcap {softcap}; distillation would train it for other logits"
-        )
-    return head
-
-
-def scale_and_cap(config: Any) -> tuple[float, float | None]:
-    """What a configuration says of its head: the factor on the logits, and their cap."""
-    scale = 1.0
-    for key in (*SCALES, *DIVISORS):
-        value = getattr(config, key, None)
-        if isinstance(value, int | float):
-            scale *= 1 / value if key in DIVISORS else value
-    return scale, next((getattr(config, key) for key in SOFTCAPS if getattr(config, key, None)), None)
-
-
-@torch.no_grad()
-def _difference(student: Any, head: Head) -> float:
-    """How far the head's logits of two tokens are from the model's own, relative to the largest."""
-    was_training = student.training
-    student.eval()
-    ids = torch.tensor([[0, 1]], device=head.weight.device)
-    theirs = type(student).forward(student, input_ids=ids, use_cache=False).logits.float()
-    ours = head(student.base_model(input_ids=ids, use_cache=False)[0]).float()
-    student.train(was_training)
-    if ours.shape != theirs.shape:
-        return math.inf
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-6))
+def value_and_gradient(on_cells: OnCells, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a divergence (n,) and its derivative by ``log_q`` (n, K + 1), also where autograd is switched off."""
+    leaf = log_q.detach().requires_grad_()
+    # Without hooks that do nothing, those of gradient checkpointing would see this small graph and run forward() again.
+    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+        divergence = on_cells(log_p, leaf)
+        (gradient,) = torch.autograd.grad(divergence.sum(), leaf)
+    return divergence.detach(), gradient

@@ -26,7 +26,7 @@ from kdcache import machine, models
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.models import identity
 from kdcache.storage import atomic, folders
-from trainer.data.stream import Units, open_caches, select
+from trainer.data.select import Selection, open_caches, select
 from trainer.evaluate import compare
 from trainer.evaluate.run import EvaluateConfig, evaluate
 from trainer.quantize import footprint
@@ -68,8 +68,8 @@ class Plan:
     config: QuantizeConfig
     dtype: str  # of the student, and of what stays
     group_size: int  # of w4a16
-    train: Units | None
-    test: Units | None
+    train: Selection | None
+    test: Selection | None
     record: dict[str, Any]
     sizes: dict[str, int]
 
@@ -201,7 +201,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
         made.rmdir()
 
 
-def calibration(units: Units) -> torch.Tensor:
+def calibration(units: Selection) -> torch.Tensor:
     """Prompts and completions of the train split, end to end, cut into [rows, tokens]: spread over all of the split."""
     random = np.random.default_rng(0)
     wanted = CALIBRATION_ROWS * CALIBRATION_TOKENS

@@ -1,1 +1,1 @@
-"""Students: loaded, made, adapted, and asked."""
+"""Students: load one, make one, train one with LoRA, let one answer."""

@@ -1,4 +1,4 @@
-"""Talk to a student: its answer as it is generated."""
+"""Talk to a student, and see each answer while it is generated."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from kdcache.bounds import check_sampling
 from kdcache.errors import KDError, first_line
 from kdcache.models import identity
 from kdcache.prompts.tokenize import Prompts
-from trainer.distill.plan import RUN_FILE
+from kdcache.storage import folders
 from trainer.student.load import load_student, stop_ids
 
 
 class _Streamer(TextIteratorStreamer):
-    """An answer's text as it comes, without the prompt and without the id that ends it; tags that are special tokens stay."""
+    """Yields an answer's text piece by piece, without the prompt and without the ids that end an answer.
+
+    Other special tokens stay, because tags around a line of thought may be special tokens.
+    """
 
     def __init__(self, tokenizer: Any, stops: list[int]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -28,28 +31,35 @@ class _Streamer(TextIteratorStreamer):
         if self.next_tokens_are_prompt:
             super().put(value)
             return
-        kept = value[~torch.isin(value, self._stops.to(value.device))]
-        if len(kept):
-            super().put(kept)
+        ids = value[~torch.isin(value, self._stops.to(value.device))]
+        if len(ids):
+            super().put(ids)
 
 
 class Conversation:
-    """Keeps the turns; ``answer`` yields pieces of text."""
+    """A conversation with a student, which remembers all turns.
+
+    Args:
+        student: a folder, a Hub id or ``embedded``.
+        system: the system prompt; None for none.
+        temperature: 0 is greedy.
+        bos: as in kdcache.prompts.tokenize.BOS. None: as in the student's training, if it was trained by kd.
+    """
 
     def __init__(
         self, student: str, system: str | None, temperature: float, max_new_tokens: int, bos: str | None = None
     ):
-        """``bos``: as in kdcache.prompts.tokenize.BOS; None: as the student's training was told, where it was."""
         check_sampling(temperature, None)
         self.model, self.tokenizer = load_student(student, "float32" if not torch.cuda.is_available() else "auto")
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         folder = identity.model_folder(student)
-        bos = bos or identity.read_json(folder, RUN_FILE).get("bos") or "auto"
+        bos = bos or identity.read_json(folder, folders.RUN.marker).get("bos") or "auto"
         self.prompts = Prompts(folder, self.tokenizer, bos=bos)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
 
     def answer(self, text: str) -> Iterator[str]:
+        """Yield the answer to the user's next turn in pieces of text. KDError if the student fails."""
         self.messages.append({"role": "user", "content": text})
         ids = torch.tensor([self.prompts.prompt_ids(self.prompts.render(self.messages))], device=self.model.device)
         stops = stop_ids(self.model, self.tokenizer, self.prompts.facts.stop_ids)
@@ -65,13 +75,13 @@ class Conversation:
             "pad_token_id": self.prompts.end_of_turn,
             "streamer": streamer,
         }
-        failed: list[Exception] = []
+        errors: list[Exception] = []  # of the thread
 
         def generate() -> None:
             try:
                 self.model.generate(ids, **arguments)
             except Exception as error:
-                failed.append(error)
+                errors.append(error)
                 streamer.end()
 
         thread = Thread(target=generate, daemon=True)
@@ -81,6 +91,6 @@ class Conversation:
             pieces.append(piece)
             yield piece
         thread.join()
-        if failed:
-            raise KDError(f"the student could not answer: {first_line(failed[0])}")
+        if errors:
+            raise KDError(f"the student could not answer: {first_line(errors[0])}")
         self.messages.append({"role": "assistant", "content": "".join(pieces)})

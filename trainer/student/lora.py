@@ -1,4 +1,4 @@
-"""LoRA and QLoRA through peft: low-rank matrices are trained beside frozen (or 4-bit) weights, and merged at the end."""
+"""LoRA and QLoRA through peft: low-rank matrices are trained beside frozen weights, and merged into them at the end."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 from kdcache import models
 from kdcache.errors import UsageError, first_line
-from trainer.distill.plan import StudentConfig
+from trainer.student.config import StudentConfig
 from trainer.student.load import answer_as_cached, load_student
 
-FOLDER = "adapter"  # of a run: the low-rank matrices by themselves
+FOLDER = "adapter"  # in a run's folder: the low-rank matrices alone
 
 
 def add(student: Any, config: StudentConfig) -> Any:
-    """The student as peft wraps it, with its head left as it is; the student itself without ``lora_r``."""
+    """Return the student with low-rank matrices on all target layers but the head; without ``lora_r``, the student itself.
+
+    Raises:
+        UsageError: the student has no layer of the name ``lora_target_modules``.
+    """
     if config.lora_r is None:
         return student
     import peft
@@ -39,8 +43,8 @@ def add(student: Any, config: StudentConfig) -> Any:
 def _keep_trainable(student: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights when the student is measured between two steps.
 
-    On a CPU with bfloat16 instructions it does, for inference, and what is packed has no gradient: the layers below would
-    be trained no further, without an error.
+    On a CPU with bfloat16 instructions, it repacks them for inference. No gradient passes through repacked weights, so
+    all layers below them would stop learning, without an error.
     """
     for module in student.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -48,9 +52,10 @@ def _keep_trainable(student: Any) -> None:
 
 
 def merge(config: StudentConfig, adapter: Path, out: Path, plan: dict[str, Any]) -> None:
-    """Save the whole student with ``adapter`` added to its weights. They are read anew: 4-bit ones would lose by it.
+    """Save the whole student to ``out`` with the low-rank matrices of the folder ``adapter`` added to its weights.
 
-    ``plan`` is the cache's: the folder answers as it says.
+    The weights are loaded again in full precision, because adding to 4-bit weights would round the sums. ``plan`` is the
+    cache's, for ``answer_as_cached``.
     """
     student, tokenizer = load_student(config.student, config.dtype)
     answer_as_cached(student, tokenizer, plan)

@@ -18,7 +18,7 @@ from kdcache.errors import KDError
 from kdcache.judge import rewards_file as judging
 from kdcache.printable import printable
 from kdcache.storage import digests, seal
-from trainer.data.stream import select
+from trainer.data.select import select
 from trainer.evaluate import run as evaluate
 
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -31,7 +31,7 @@ from kdcache.errors import KDError
 from kdcache.judge import rewards_file as judging
 from kdcache.paths import resource_folder
 from kdcache.storage import atomic, seal
-from trainer.data import stream as batches
+from trainer.data.select import select as select_samples
 from trainer.evaluate import run as evaluate
 from trainer.grpo import train as grpo
 
@@ -401,8 +401,9 @@ def test_only_the_views_asked_for_are_made(tiny_cache):
 def chooses_and_reads(cache):
     """How many samples SQL counts, training chooses, and the reader has."""
     [(counted,)] = query.run(cache, "SELECT count(*) FROM samples JOIN shards USING (file) WHERE tokens > 0")[1]
-    units = [batches.select([Cache(cache)], split) for split in SPLITS]
-    return counted, sum(map(len, units)), sum(len(unit.load(np.arange(len(unit)))) for unit in units)
+    selections = [select_samples([Cache(cache)], split) for split in SPLITS]
+    loaded = sum(len(selection.load(np.arange(len(selection)))) for selection in selections)
+    return counted, sum(map(len, selections)), loaded
 
 
 @pytest.mark.parametrize("name", ["a[b]c", "a[", "a*c", "a?c", "[!a]", "it's", "two words", "*", "a\\c", "%41{x}"])
@@ -582,7 +583,7 @@ def test_a_condition_that_cannot_be_asked_is_explained_in_a_sentence(where, sent
 
 
 ASKING = {
-    "train": lambda cache, where: batches.select([Cache(cache)], "train", where),
+    "train": lambda cache, where: select_samples([Cache(cache)], "train", where),
     "the student's card": lambda cache, where: query.sources(cache, where),
     "evaluate": lambda cache, where: evaluate._prompts(evaluate.EvaluateConfig((), (cache,), cache, where=where)),
     "grpo": lambda cache, where: grpo._choose(cache, Cache(cache).plan, where),

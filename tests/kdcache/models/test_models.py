@@ -15,7 +15,7 @@ from kdcache.errors import KDError
 from kdcache.teachers import EngineOptions
 from kdcache.teachers.vllm import _arguments
 from trainer.quantize import quantize
-from trainer.student import load as student
+from trainer.student import make
 from trainer.student.chat import Conversation
 
 #: What a folder's own code does here: it leaves a file, then is the model that it derives from.
@@ -59,7 +59,7 @@ def load_all(folder):
 USES = {
     "load": load_all,
     "chat": lambda folder: Conversation(str(folder), None, 0.0, 4),
-    "init-student": lambda folder: student.init_student(str(folder), folder.parent / "out"),
+    "init-student": lambda folder: make.init_student(str(folder), folder.parent / "out"),
     "quantize": lambda folder: quantize.prepare(quantize.QuantizeConfig(str(folder), folder.parent / "nf4")),
 }
 

@@ -15,12 +15,12 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.teachers import Sampling
-from trainer.data import stream as batches
+from trainer.data.select import open_caches
 from trainer.evaluate import compare, metrics
 from trainer.evaluate import run as evaluation
 from trainer.evaluate.run import EvaluateConfig, evaluate
 from trainer.student.generate import Ask
-from trainer.student.load import parse_layers
+from trainer.student.make import parse_layers
 
 
 def rows_of(done) -> dict[tuple[str, str], dict]:
@@ -34,7 +34,7 @@ def rows_of(done) -> dict[tuple[str, str], dict]:
 @pytest.fixture(scope="module")
 def half(tiny_model, tmp_path_factory) -> str:
     """The first of the teacher's two layers."""
-    from trainer.student.load import init_student
+    from trainer.student.make import init_student
 
     out = tmp_path_factory.mktemp("students") / "half"
     init_student(tiny_model, out, "1")
@@ -351,7 +351,7 @@ def test_the_best_of_several_references_counts(referenced, tiny_model):
 def test_one_cache_named_twice_is_refused(tiny_cache, tmp_path):
     again = shutil.copytree(tiny_cache, tmp_path / "again")
     with pytest.raises(KDError, match="its samples would count twice"):
-        batches.open_caches([tiny_cache, again])
+        open_caches([tiny_cache, again])
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The fused loss against the readable reference: the same values and gradients, without the logits of the batch."""
+"""The fused loss against the readable reference: equal values and gradients, without the logits of the batch."""
 
 import dataclasses
 
@@ -12,9 +12,11 @@ from torch.utils.checkpoint import checkpoint
 from kdcache.errors import KDError
 from trainer.loss import fused
 from trainer.loss import reference as losses
+from trainer.loss.divergences import DIVERGENCES as KINDS
+from trainer.loss.head import head_of
 
 INF = float("inf")
-DIVERGENCES = [*losses.DIVERGENCES, "skewed_kl:0.4"]
+DIVERGENCES = [*KINDS, "skewed_kl:0.4"]
 
 
 @dataclasses.dataclass
@@ -38,14 +40,14 @@ class Case:
         }
 
     def fused(self, alpha=0.5, divergence="forward_kl", chunk_rows=None, dtype=torch.float64):
-        """The result and the gradients that exist."""
+        """Return the losses, and the gradients of hidden, weight and bias (where there is one)."""
         leaves = self.leaves(dtype)
-        found = fused.distillation_loss(
+        result = fused.distillation_loss(
             leaves["hidden"], leaves["weight"], self.targets, self.ids, self.logprobs.to(dtype), self.tails.to(dtype),
             alpha, divergence, leaves["bias"], self.scale, self.softcap, chunk_rows,
         )  # fmt: skip
-        found.loss.mul(1 / 7).backward()
-        return found, {name: x.grad for name, x in leaves.items() if x is not None}
+        result.loss.mul(1 / 7).backward()
+        return result, {name: x.grad for name, x in leaves.items() if x is not None}
 
     def reference(self, alpha=0.5, divergence="forward_kl", dtype=torch.float64):
         leaves = self.leaves(dtype)
@@ -53,17 +55,16 @@ class Case:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         ce = losses.cross_entropy(logits, self.targets)
-        name, parameters = losses.parse(divergence)
-        d = losses.DIVERGENCES[name](logits, self.ids, self.logprobs.to(dtype), self.tails.to(dtype), **parameters)
+        d = losses.divergence(divergence, logits, self.ids, self.logprobs.to(dtype), self.tails.to(dtype))
         loss = (1 - alpha) * ce.sum() + alpha * d.sum()
         loss.mul(1 / 7).backward()
         confidence, best = logits.log_softmax(-1).max(-1)
-        found = fused.Losses(loss, ce, d, best, confidence)
-        return found, {name: x.grad for name, x in leaves.items() if x is not None}
+        result = fused.Losses(loss, ce, d, best, confidence)
+        return result, {name: x.grad for name, x in leaves.items() if x is not None}
 
 
 def make(seed=0, n=6, v=30, d=4, k=5, ragged=False, bias=False, scale=1.0, softcap=None) -> Case:
-    """A random teacher's top k (ragged: any number of them, 0 too, padded as ``batches.pack`` does) and a student."""
+    """Return a student and a random teacher's top k, or with ``ragged`` 0 to k candidates, padded as ``pack`` pads them."""
     random = torch.Generator().manual_seed(seed)
     full = torch.log_softmax(3 * torch.randn(n, v, generator=random, dtype=torch.float64), -1)
     logprobs, ids = full.topk(k, dim=-1)
@@ -141,8 +142,8 @@ def test_a_position_without_candidates_has_no_divergence_and_no_gradient_of_it(d
     case = make(4)
     case.logprobs[2], case.tails[2] = -INF, 0.0
     assert_same(case, divergence=divergence)
-    found, gradients = case.fused(1.0, divergence)
-    assert found.divergence[2].abs() < 1e-15 and gradients["hidden"][2].abs().max() < 1e-15
+    result, gradients = case.fused(1.0, divergence)
+    assert result.divergence[2].abs() < 1e-15 and gradients["hidden"][2].abs().max() < 1e-15
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -156,23 +157,11 @@ def test_gradcheck(divergence, softcap):
         ).loss
 
     bias = torch.randn(9, dtype=torch.float64, requires_grad=True)
-    # Checkpointed, since gradcheck runs the backward pass twice, and ours is for once: so it is formed anew.
+    # Checkpointed, because gradcheck runs the backward pass twice and ours runs once: so the loss is formed again.
     assert torch.autograd.gradcheck(
         lambda *leaves: checkpoint(loss, *leaves, use_reentrant=False),
         (case.hidden.requires_grad_(), case.weight.requires_grad_(), bias),
     )
-
-
-@pytest.mark.parametrize("name", fused.ON_CELLS)
-def test_the_closed_forms_are_the_derivatives_of_their_values(name):
-    log_p, log_q = torch.log_softmax(torch.randn(2, 5, 4, dtype=torch.float64), -1)
-    log_q.requires_grad_()
-    value, g = fused.ON_CELLS[name](log_p, log_q)
-    torch.testing.assert_close(g.detach(), torch.autograd.grad(value.sum(), log_q)[0])
-
-
-def test_every_divergence_has_both_forms():
-    assert fused.ON_CELLS.keys() == losses.DIVERGENCES.keys()
 
 
 def test_with_every_token_a_candidate_it_is_ordinary_full_vocabulary_distillation():
@@ -182,8 +171,8 @@ def test_with_every_token_a_candidate_it_is_ordinary_full_vocabulary_distillatio
     teacher = torch.empty_like(logits).scatter_(1, case.ids, case.logprobs)
     dense = torch.nn.functional.kl_div(torch.log_softmax(logits, -1), teacher, log_target=True, reduction="sum")
     dense.mul(1 / 7).backward()
-    found, gradients = case.fused(alpha=1.0)
-    torch.testing.assert_close(found.loss, dense)
+    result, gradients = case.fused(alpha=1.0)
+    torch.testing.assert_close(result.loss, dense)
     torch.testing.assert_close(gradients["hidden"], leaves["hidden"].grad)
     torch.testing.assert_close(gradients["weight"], leaves["weight"].grad)
 
@@ -207,20 +196,20 @@ def test_a_small_tail_keeps_its_digits_where_one_minus_the_sum_loses_them(tail):
     tails = teacher[:, k:].logsumexp(-1).float()
 
     exact = logits.double().requires_grad_()
-    value = losses.forward_kl(exact, ids, logprobs.double(), tails.double())
+    value = losses.divergence("forward_kl", exact, ids, logprobs.double(), tails.double())
     value.sum().backward()
     outside = exact.grad[:, k:]
 
-    hidden = logits.clone().requires_grad_()  # the head is the identity: the logits are just these
-    found = fused.distillation_loss(hidden, torch.eye(v), torch.zeros(n, dtype=int), ids, logprobs, tails, 1.0)
-    found.loss.backward()
+    hidden = logits.clone().requires_grad_()  # the head is the identity matrix, so these are the logits
+    result = fused.distillation_loss(hidden, torch.eye(v), torch.zeros(n, dtype=int), ids, logprobs, tails, 1.0)
+    result.loss.backward()
     q = torch.softmax(logits, -1)
     naive = q[:, k:] * (1 - tails.exp()[:, None] / (1 - q[:, :k].sum(-1, keepdim=True)))
 
     error = (hidden.grad[:, k:] - outside).norm() / outside.norm()
     assert error < 5e-6
     assert (naive - outside).norm() / outside.norm() > 10 * error
-    torch.testing.assert_close(found.divergence.double(), value.detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.divergence.double(), value.detach(), rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_so_sure_that_float32_has_no_number_for_the_rest_stays_finite_and_right():
@@ -228,15 +217,15 @@ def test_a_student_so_sure_that_float32_has_no_number_for_the_rest_stays_finite_
     logits[0, 3] = 200.0  # s = 49 exp(-200)
     hidden = logits.requires_grad_()
     teacher = torch.tensor([[3]]), torch.tensor([[0.9]]).log(), torch.tensor([0.1]).log()
-    found = fused.distillation_loss(hidden, torch.eye(50), torch.tensor([3]), *teacher, 1.0)
-    found.loss.backward()
+    result = fused.distillation_loss(hidden, torch.eye(50), torch.tensor([3]), *teacher, 1.0)
+    result.loss.backward()
     exact = logits.detach().double().requires_grad_()
-    losses.forward_kl(exact, teacher[0], teacher[1].double(), teacher[2].double()).sum().backward()
+    losses.divergence("forward_kl", exact, teacher[0], teacher[1].double(), teacher[2].double()).sum().backward()
     torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients_are_no_worse_than_the_reference_has_them(dtype):
+def test_half_precision_gradients_are_no_worse_than_those_of_the_reference(dtype):
     case = make(8, n=96, v=1500, d=48, k=16)
     case.hidden, case.weight = case.hidden.to(dtype).double(), (0.3 * case.weight).to(dtype).double()
     exact = case.reference()[1]
@@ -252,8 +241,8 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         products = Recorder()
         with products:
-            found, gradients = case.fused(dtype=torch.float32)
-    assert products.dtypes["mm"] == {torch.bfloat16} and found.loss.dtype == torch.float32
+            result, gradients = case.fused(dtype=torch.float32)
+    assert products.dtypes["mm"] == {torch.bfloat16} and result.loss.dtype == torch.float32
     for name, gradient in gradients.items():
         assert gradient.dtype == torch.float32
         assert (gradient - exact[name]).norm() < 0.02 * exact[name].norm()
@@ -263,7 +252,7 @@ def test_autocast_multiplies_in_bfloat16_and_keeps_float32_gradients():
 
 
 class Recorder(TorchDispatchMode):
-    """The largest tensor that any operation gave, in elements, and the matrix products."""
+    """Records the largest result of any operation, in elements, and the matrix products."""
 
     def __init__(self):
         super().__init__()
@@ -303,23 +292,23 @@ def test_the_default_chunk_keeps_to_its_budget(monkeypatch, dtype, softcap, rows
     assert recorded.largest == rows * 1000
 
 
-def test_without_gradients_none_are_formed_and_the_best_token_is_told():
+def test_under_no_grad_no_gradients_are_formed_and_the_best_token_is_returned():
     case = make(11, n=20, ragged=True)
     expected = case.reference(0.0)[0]
     case.hidden.requires_grad_()
     case.weight.requires_grad_()
     with torch.no_grad(), Recorder() as recorded:
-        found = fused.distillation_loss(
+        result = fused.distillation_loss(
             case.hidden, case.weight, case.targets, case.ids, case.logprobs, case.tails, 0.0, chunk_rows=5
         )
-    assert recorded.products == 4 and not found.loss.requires_grad
-    for ours, theirs in zip(found, expected):
+    assert recorded.products == 4 and not result.loss.requires_grad
+    for ours, theirs in zip(result, expected):
         torch.testing.assert_close(ours, theirs.detach(), atol=1e-10, rtol=1e-10)
 
 
 def test_cross_entropy_alone_does_not_look_at_the_candidates():
-    found, _ = make(12).fused(alpha=0.0)
-    assert found.divergence is None and found.best is None and found.confidence is None
+    result, _ = make(12).fused(alpha=0.0)
+    assert result.divergence is None and result.best is None and result.confidence is None
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -328,24 +317,24 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(frozen):
     leaves = {"hidden": case.hidden.clone(), "weight": case.weight.clone()}
     other = leaves["weight" if frozen == "hidden" else "hidden"].requires_grad_()
     with Recorder() as recorded:
-        found = fused.distillation_loss(
+        result = fused.distillation_loss(
             **leaves, targets=case.targets, candidate_ids=case.ids, candidate_logprobs=case.logprobs,
             tail_logprobs=case.tails, alpha=0.5,
         )  # fmt: skip
-        found.loss.mul(1 / 7).backward()
+        result.loss.mul(1 / 7).backward()
     assert recorded.products == 2 and leaves[frozen].grad is None
     torch.testing.assert_close(other.grad, case.reference()[1]["weight" if frozen == "hidden" else "hidden"])
 
 
-def test_no_positions_give_zero_with_zero_gradients_for_all():
-    found, gradients = make(14, n=0, bias=True).fused()
-    assert found.loss == 0 and len(found.ce) == len(found.divergence) == 0
+def test_without_positions_the_loss_and_all_gradients_are_zero():
+    result, gradients = make(14, n=0, bias=True).fused()
+    assert result.loss == 0 and len(result.ce) == len(result.divergence) == 0
     assert all((gradient == 0).all() for gradient in gradients.values()) and gradients["weight"].shape == (30, 4)
 
 
 def test_a_tied_head_gets_both_gradients():
     case = make(15)
-    found = []
+    gradients = []
     for use_fused in (True, False):
         embedding = case.weight.clone().requires_grad_()
         hidden = torch.tanh(embedding[case.targets])
@@ -355,19 +344,40 @@ def test_a_tied_head_gets_both_gradients():
             loss = fused.distillation_loss(hidden, embedding, *arguments, 0.5).loss
         else:
             logits = hidden @ embedding.T
-            loss = 0.5 * (losses.cross_entropy(logits, case.targets) + losses.forward_kl(logits, *arguments[1:])).sum()
+            loss = (
+                0.5
+                * (
+                    losses.cross_entropy(logits, case.targets) + losses.divergence("forward_kl", logits, *arguments[1:])
+                ).sum()
+            )
         loss.backward()
-        found.append(embedding.grad)
-    torch.testing.assert_close(*found)
+        gradients.append(embedding.grad)
+    torch.testing.assert_close(*gradients)
 
 
-def test_a_second_backward_pass_is_refused_not_wrong():
+def test_a_second_backward_pass_is_refused():
     case = make(16)
     hidden = case.hidden.requires_grad_()
     loss = fused.distillation_loss(hidden, case.weight, case.targets, case.ids, case.logprobs, case.tails, 0.5).loss
     loss.mul(2.0).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_under_gradient_checkpointing_the_loss_is_formed_twice_not_thrice():
+    case = make(18)
+    with Recorder() as recorded:
+        loss = checkpoint(
+            lambda hidden: (
+                fused.distillation_loss(
+                    hidden, case.weight, case.targets, case.ids, case.logprobs, case.tails, 0.5
+                ).loss
+            ),
+            case.hidden.requires_grad_(),
+            use_reentrant=False,
+        )
+        loss.backward()
+    assert recorded.products == 2 * 2  # the weight is frozen, so the loss takes two products
 
 
 # --- heads -------------------------------------------------------------------------------------------------------------
@@ -398,15 +408,15 @@ def model_of(family: str, **changes):
         ("HyperCLOVAX", {}, 1.0, None),
     ],
 )
-def test_a_familys_head_gives_its_own_logits_and_their_gradients(family, changes, scale, softcap):
+def test_the_head_of_a_family_gives_the_logits_of_its_models_and_their_gradients(family, changes, scale, softcap):
     student, case = model_of(family, **changes), make(17, n=7, v=60)
-    head = fused.head_of(student)
+    head = head_of(student)
     assert (head.scale, head.softcap) == (pytest.approx(scale), softcap) and student.training
     input_ids = torch.randint(1, 60, (1, 7))
 
     logits = student(input_ids=input_ids, use_cache=False).logits[0]
     teacher = (case.ids, case.logprobs, case.tails)
-    loss = 0.5 * (losses.cross_entropy(logits, case.targets) + losses.forward_kl(logits, *teacher)).sum()
+    loss = 0.5 * (losses.cross_entropy(logits, case.targets) + losses.divergence("forward_kl", logits, *teacher)).sum()
     theirs = torch.autograd.grad(loss, list(student.parameters()))
 
     hidden = student.base_model(input_ids=input_ids, use_cache=False)[0][0]
@@ -418,15 +428,15 @@ def test_a_familys_head_gives_its_own_logits_and_their_gradients(family, changes
     torch.testing.assert_close(torch.autograd.grad(ours, list(student.parameters())), theirs)
 
 
-def test_a_head_that_is_not_understood_is_refused_by_name():
+def test_a_head_that_kd_does_not_know_is_refused_by_name():
     import peft
 
     with pytest.raises(KDError, match=r"HyperCLOVAXForCausalLM .* scale 0\.25"):  # multiplies where Granite divides
-        fused.head_of(model_of("HyperCLOVAX", logits_scaling=4.0))
+        head_of(model_of("HyperCLOVAX", logits_scaling=4.0))
     student = model_of("Llama")
     student.add_adapter(peft.LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(KDError, match=r"peft\.tuners\.lora\.layer\.Linear"):
-        fused.head_of(student)
+        head_of(student)
     student = model_of("Llama")
     student.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
-    assert not fused.head_of(student).weight.requires_grad
+    assert not head_of(student).weight.requires_grad

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trainer.distill.plan import TrainConfig
 from trainer.student import lora as adapters
+from trainer.student.config import StudentConfig
 from trainer.student.load import load_student
 
 IDS = torch.arange(5, 37)[None]
@@ -25,7 +25,7 @@ def model(tiny_model, tmp_path_factory) -> str:
 
 
 def gradients(model: str, measured_before: bool) -> dict[str, torch.Tensor]:
-    config = TrainConfig((), model, Path("unused"), lora_r=4, load_in_4bit=True, dtype="bfloat16")
+    config = StudentConfig((), model, Path("unused"), lora_r=4, load_in_4bit=True, dtype="bfloat16")
     torch.manual_seed(0)
     student, _ = load_student(model, "bfloat16", "nf4")
     student = adapters.add(student, config)
