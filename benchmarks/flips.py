@@ -31,6 +31,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
 from trainer.data.stream import in_order, select
 from trainer.evaluate import run as evaluate
+from trainer.evaluate.config import EvaluateConfig
 from trainer.grpo import train as grpo
 
 LEAST = 20
@@ -109,7 +110,7 @@ def train(cache: Path) -> str:
 
 def evaluation(cache: Path) -> str:
     """What is read of a test split beside the batches, and what kd grpo chooses."""
-    config = evaluate.EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
+    config = EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
     opened = Cache(cache)
     read = [
         evaluate._prompts(config),

@@ -13,13 +13,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from kdcache.errors import KDError, Unstoppable
 from kdcache.printable import json_text, printable
+from kdcache.progress import Progress
 
 
 def note(text: str) -> None:
@@ -34,15 +34,6 @@ def say(text: str) -> None:
 def is_first_rank() -> bool:
     """Whether this process speaks: under torchrun one does."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def introduce(resolved: Any) -> None:
-    """What a training run (``trainer.distill.plan.Run`` or ``trainer.grpo.train.GrpoRun``) says before its first step."""
-    note_device()
-    facts = resolved.facts().items()
-    note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
-    for text in resolved.notes:
-        note(text)
 
 
 def note_device() -> None:
@@ -150,46 +141,62 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 class ProgressLine:
-    """One line on a terminal; elsewhere a line every ten seconds. The last state is always shown."""
+    """Shows the progress of work on stderr: one line on a terminal, elsewhere a line every ten seconds.
 
-    def __init__(self, unit: str):
-        self.unit = unit
-        self.unshown: tuple[int, int, str, float | None] | None = None
+        with ProgressLine() as line:
+            integrity.verify(cache, line.show)
+
+    The last progress is always shown.
+    """
+
+    def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
-        self.last = 0.0
+        self.begun = False  # whether anything was reported
+        self._skipped: Progress | None = None  # the last progress, unless it is on the screen
+        self._written = 0.0  # seconds on the monotonic clock
 
-    def show(self, done: int, total: int, middle: str, eta_seconds: float | None) -> None:
-        now = time.monotonic()
-        if done < total and now - self.last < (0.2 if self.terminal else 10):
-            self.unshown = done, total, middle, eta_seconds
-            return
-        self.last = now
-        self._write(done, total, middle, eta_seconds)
+    def __enter__(self) -> ProgressLine:
+        return self
 
-    def _write(self, done: int, total: int, middle: str, eta_seconds: float | None) -> None:
-        self.unshown = None
-        eta = (
-            ""
-            if eta_seconds is None or done >= total
-            else f"  ETA {int(eta_seconds // 60)}:{int(eta_seconds % 60):02d}"
-        )
-        text = printable(f"{done:,}/{total:,} {self.unit}  {middle}{eta}")
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def show(self, progress: Progress) -> None:
+        self.begun = True
+        due = self._written + (0.2 if self.terminal else 10)
+        if progress.done >= progress.total or time.monotonic() >= due:
+            self._write(progress)
+        else:
+            self._skipped = progress
+
+    def close(self) -> None:
+        """Show the last progress and end its line."""
+        if self._skipped is not None:
+            self._write(self._skipped)
+        if self.terminal and self._written:
+            sys.stderr.write("\n")
+        self._written = 0.0
+
+    def _write(self, progress: Progress) -> None:
+        self._written, self._skipped = time.monotonic(), None
+        left = progress.seconds_left if progress.done < progress.total else None
+        text = f"{progress.done:,}/{progress.total:,} {progress.unit}  {progress.note}{time_left(left)}"
+        text = printable(text.rstrip())
         sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else text + "\n")
         sys.stderr.flush()
 
-    def close(self) -> None:
-        if self.unshown:
-            self._write(*self.unshown)
-        if self.terminal and self.last:
-            sys.stderr.write("\n")
+
+def time_left(seconds: float | None) -> str:
+    """Return the end of a line of progress, as in "  ETA 1:05" (minutes and seconds); nothing for None."""
+    return "" if seconds is None else f"  ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 class CtrlC:
-    """The first Ctrl-C only sets ``asked``, once there is something to finish; the second, or an early one, stops."""
+    """The first Ctrl-C only sets ``requested``, once there is something to finish; the second, or an early one, stops."""
 
     def __init__(self, begun: Callable[[], bool]):
         self.begun = begun
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> CtrlC:
         self.before = signal.signal(signal.SIGINT, self._handle)
@@ -199,22 +206,10 @@ class CtrlC:
         signal.signal(signal.SIGINT, self.before)
 
     def _handle(self, *_: object) -> None:
-        if self.asked or not self.begun():
+        if self.requested or not self.begun():
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         sys.stderr.write("\nfinishing the shards that are begun; Ctrl-C again stops at once\n")
-
-
-class StepLine:
-    """A line a logged step of a training, with the time that is left at the speed so far."""
-
-    def __init__(self, checkpoint: str | None):
-        self.first = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
-        self.begun = time.monotonic()
-
-    def __call__(self, step: int, steps: int, shown: str) -> None:
-        seconds = (time.monotonic() - self.begun) / max(step - self.first, 1) * (steps - step)
-        note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
 
 
 def warn_of_unsafe(unsafe_exec: bool) -> None:

@@ -7,20 +7,21 @@ from pathlib import Path
 import click
 
 from kdcache.commands.console import print_facts, say
-from kdcache.commands.options import CONTEXT, PATH, json_option
+from kdcache.commands.options import PATH, json_option
 
 
-@click.command("push", context_settings=CONTEXT)
+@click.command("push")
 @click.argument("folder", type=PATH)
 @click.argument("repo_id", metavar="REPO")
 @click.option("--public", is_flag=True, help="Make the repository public [default: private].")
-@click.option("--dry-run", is_flag=True, help="Print what would go; send nothing.")
+@click.option("--dry-run", is_flag=True, help="Print what would be uploaded; upload nothing.")
 @json_option
 def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool) -> None:
-    """Upload a cache (as a data set) or a student (as a model) to the Hugging Face Hub, with its card.
+    """Upload a cache or a student to the Hugging Face Hub.
 
-    Checkpoints, optimizer states and set-aside shards stay here. The options that a cache or run was made with go along, and
-    paths among them; so do prompts and answers of the data set: check its licence and the teacher's before --public.
+    A cache becomes a data set and a student becomes a model, each with its card. Checkpoints, optimizer states and set-aside
+    shards are not uploaded. The options of the capture or the run are uploaded, including paths, and so are the prompts and
+    answers of the data set: check its licence and the teacher's before you use --public.
 
     \b
     kd push data/qwen my-name/qwen-cache --dry-run

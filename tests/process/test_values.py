@@ -308,11 +308,12 @@ def test_bos_is_in_the_fingerprint_where_it_was_chosen(small_model, tmp_path):
 def test_a_student_of_a_cache_with_bos_is_asked_with_it(small_model, tmp_path):
     from trainer.distill import plan as run
     from trainer.distill import trainer as distill
+    from trainer.distill.config import TrainConfig
     from trainer.student.chat import Conversation
 
     plan = small_plan(small_model, tmp_path, bos="add")
     capture.run(plan)
-    config = run.TrainConfig((tmp_path / "out",), small_model, tmp_path / "run", arguments={"max_steps": 1})
+    config = TrainConfig((tmp_path / "out",), small_model, tmp_path / "run", arguments={"max_steps": 1})
     distill.train(run.prepare(config), lambda *_: None)
     assert Cache(tmp_path / "out").plan["fields"]["bos"] == "add"
     assert Conversation(str(tmp_path / "run"), None, 0.0, 1).prompts.prompt_ids("a") == [1, 4]

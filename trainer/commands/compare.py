@@ -7,16 +7,16 @@ from pathlib import Path
 import click
 
 from kdcache.commands.console import note, print_markdown, print_table
-from kdcache.commands.options import CONTEXT, PATH, json_option
+from kdcache.commands.options import PATH, json_option
 from kdcache.printable import json_text
 
 
-@click.command("compare", context_settings=CONTEXT)
+@click.command("compare")
 @click.argument("evaluations", nargs=-1, required=True, type=PATH)
-@click.option("--against", help="Label of a model to take the differences to, as in --against sft.")
-@click.option("--metric", "metrics", multiple=True, help="Show this metric alone; give it again for several.")
+@click.option("--against", help="Label of a model; also show the differences from it, as in --against sft.")
+@click.option("--metric", "metrics", multiple=True, help="Show only this metric; repeat it for several.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--out", type=PATH, help="Folder of comparison.json and .csv [default: the first].")
+@click.option("--out", type=PATH, help="Folder of comparison.json and .csv [default: the first evaluation].")
 @json_option
 def compare(
     evaluations: tuple[Path, ...],
@@ -26,10 +26,10 @@ def compare(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """What each student retained of the teacher, with 95% intervals, from what kd evaluate measured.
+    """Compare students with the teacher, with intervals.
 
-    Retention is the student's value over the teacher's, on the same prompts and at the same temperature; models that
-    were measured on others are refused. Intervals resample the problems, and runs of one label.
+    The values are those that kd evaluate measured. Retention is the student's value divided by the teacher's, on the same prompts and at the same temperature; models that
+    were measured on other prompts are refused. The 95% intervals come from resampling the problems, and the runs of one label.
 
     \b
     kd compare data/evaluation

@@ -14,28 +14,29 @@ import click
 
 from kdcache import quiet
 from kdcache.commands.console import note
-from kdcache.commands.options import CONTEXT, LOCATION, NAME_OR_PATH, trust_option
+from kdcache.commands.options import LOCATION, NAME_OR_PATH, trust_option
 
 
-@click.command("view", context_settings=CONTEXT)
+@click.command("view")
 @click.argument("cache", type=LOCATION)
 @click.option("--sample", help="Open this sample_id first.")
 @click.option(
     "--student",
     type=NAME_OR_PATH,
-    help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed.",
+    help="Show this student (a folder or Hub id) beside the teacher. It is loaded when it is first needed.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
+    "--port", type=click.IntRange(0, 65535), help="Port of the page [default: 8470, or a free port if it is taken]."
 )
-@click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
+@click.option("--no-browser", is_flag=True, help="Print the address; open no browser.")
 @trust_option
 def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
-    """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
+    """Look at a cache in the browser.
 
-    Search, and sort by uncertainty, surprise, length or reward. With --student, shade by the student's KL to the teacher
-    instead, and see both side by side. The page comes from this process, on 127.0.0.1; nothing leaves the machine, and
-    the teacher is not loaded. Ctrl-C ends it.
+    The page shows the samples, with each token shaded by the teacher's uncertainty, and the other tokens that the teacher
+    considered. Search, and sort by uncertainty, surprise, length or reward. With --student, tokens are shaded by the
+    student's KL from the teacher instead, and both stand side by side. This process serves the page on 127.0.0.1; nothing
+    leaves the machine, and the teacher is not loaded. Ctrl-C ends it.
 
     \b
     kd view data/demo/cache

@@ -10,74 +10,31 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import yaml
 from transformers import TrainerCallback, TrainingArguments
 
 from kdcache import machine
 from kdcache.cache.format import FORMAT_VERSION, differing_fields
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
-from kdcache.storage import Location, atomic, folders
+from kdcache.storage import atomic, folders
 from trainer.data.stream import Units, open_caches, select
+from trainer.distill.config import TrainConfig
 from trainer.loss import reference as losses
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
 from trainer.run.checkpoints import Resume
+from trainer.student.config import StudentConfig
 from trainer.student.load import check_tokenizer, quantized_by
 
 RUN_FILE = folders.RUN.marker
 CONFIG_FILE = "run.yaml"
 METHODS = ("kd", "sft")
 SAMPLES_PER_DEVICE = 8
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """What every training of a student is asked for; ``arguments`` are its library's, by their own names."""
-
-    from_cache: tuple[Location, ...]
-    student: str
-    output_dir: Path
-    where: str | None = None
-    dtype: str = "float32"
-    lora_r: int | None = None
-    lora_alpha: int | None = None
-    lora_dropout: float = 0.0
-    lora_target_modules: str = "all-linear"
-    load_in_4bit: bool = False
-    overwrite: bool = False
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-    #: Where things are, and what does not change the result.
-    places: ClassVar[tuple[str, ...]] = ("from_cache", "output_dir", "overwrite")
-
-    def as_json(self) -> dict[str, Any]:
-        """What makes the result what it is."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in self.places}
-
-    def as_yaml(self) -> str:
-        """For ``--config``."""
-        options = {**self.as_json(), "from_cache": [str(path) for path in self.from_cache]}
-        options |= options.pop("arguments")
-        return yaml.safe_dump({k: v for k, v in options.items() if v is not None}, sort_keys=False)
-
-
-@dataclass(frozen=True)
-class TrainConfig(StudentConfig):
-    """What ``kd train`` was asked for; ``arguments`` are TrainingArguments."""
-
-    method: str = "kd"
-    alpha: float = 0.5
-    divergence: str = "forward_kl"
-    max_length: int = 2048
-    too_long: str = "drop"
-    evals_per_epoch: int = 4
-    early_stopping_patience: int | None = None
 
 
 @dataclass(frozen=True)
