@@ -29,15 +29,15 @@ def push(folder: Path, repo_id: str, public: bool, dry_run: bool, as_json: bool)
     """
     from kdcache.cache import publish
 
-    asked = publish.prepare(folder, repo_id, private=not public)
+    upload = publish.prepare(folder, repo_id, private=not public)
     facts = {
-        "repository": f"{repo_id} ({asked.repo_type}, {'private' if asked.private else 'public'})",
-        "files": len(asked.files),
-        "bytes": sum(asked.files.values()),
+        "repository": f"{repo_id} ({upload.repo_type}, {'private' if upload.private else 'public'})",
+        "files": len(upload.files),
+        "bytes": sum(upload.files.values()),
     }
     if dry_run and not as_json:
-        for name, size in asked.files.items():
+        for name, size in upload.files.items():
             say(f"{size:>15,}  {name}")
     if not dry_run:
-        facts["url"] = publish.push(asked)
-    print_facts(facts | ({"names": list(asked.files)} if as_json else {}), as_json)
+        facts["url"] = publish.push(upload)
+    print_facts(facts | ({"names": list(upload.files)} if as_json else {}), as_json)

@@ -1,4 +1,4 @@
-"""`kd chat` lets a student be tried by hand."""
+"""`kd chat` is a chat with a student, on a terminal or through a pipe."""
 
 from __future__ import annotations
 

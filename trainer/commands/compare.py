@@ -1,4 +1,4 @@
-"""`kd compare` says what each student retained of the teacher, with intervals."""
+"""`kd compare` shows how much of the teacher's quality each student retained, with intervals."""
 
 from __future__ import annotations
 
@@ -37,18 +37,17 @@ def compare(
     """
     from trainer.evaluate import compare as comparison
 
-    found = comparison.rows(evaluations, against)
-    unknown = [name for name in metrics if name not in {row["metric"] for row in found}]
-    if unknown:
-        there = ", ".join(dict.fromkeys(row["metric"] for row in found))
-        raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {there}")
-    written = comparison.write(found, out or evaluations[0])
-    if all(row["interval"] is None for row in found):
-        note("no intervals: the split holds fewer than five problems, and resampling so few says little of others")
+    rows = comparison.rows(evaluations, against)
+    measured = list(dict.fromkeys(row["metric"] for row in rows))
+    if unknown := [name for name in metrics if name not in measured]:
+        raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {', '.join(measured)}")
+    written = comparison.write(rows, out or evaluations[0])
+    if all(row["interval"] is None for row in rows):
+        note("no intervals: the split holds fewer than five problems, and resampling so few says little about others")
     if metrics:
-        found = [row for row in found if row["metric"] in metrics]
+        rows = [row for row in rows if row["metric"] in metrics]
     if as_json:
-        click.echo(json_text(found, indent=2))
+        click.echo(json_text(rows, indent=2))
     else:
-        (print_markdown if markdown else print_table)(*comparison.long(found))
+        (print_markdown if markdown else print_table)(*comparison.long(rows))
         note(f"written: {', '.join(map(str, written))}")

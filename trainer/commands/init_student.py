@@ -1,4 +1,4 @@
-"""`kd init-student` makes a student: a checkpoint as it is, or some of the teacher's own layers."""
+"""`kd init-student` makes a student from a model, or from some of its layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`kd report` writes one page on what was trained, what it kept of the teacher and what it cost."""
+"""`kd report` writes one page about runs, evaluations and quantized students."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
     quiet.libraries()
     from trainer.report import gather as reporting
 
-    found = reporting.find(folders, cache)
-    page = reporting.write(found, out, note)
+    results = reporting.find(folders, cache)
+    page = reporting.write(results, out, note)
     print_facts(
         {
             "report": str(page),
-            "runs": len(found.runs),
-            "evaluations": len(found.evaluations),
-            "quantized": len(found.quantized),
-            "cache": str(found.cache) if found.cache else None,
+            "runs": len(results.runs),
+            "evaluations": len(results.evaluations),
+            "quantized": len(results.quantized),
+            "cache": str(results.cache) if results.cache else None,
         },
         as_json,
     )

@@ -69,7 +69,7 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
             if open_browser and (
                 sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
             ):
-                import webbrowser  # without a display it would start a text browser in this very terminal
+                import webbrowser  # without a display it would start a text browser in this terminal
 
                 webbrowser.open(leaving.enter_context(_address_file(server.url)))
             with contextlib.suppress(KeyboardInterrupt):
@@ -78,7 +78,10 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
 
 @contextlib.contextmanager
 def _address_file(url: str) -> Iterator[str]:
-    """A file that leads to ``url``, for this user's eyes alone: a browser's arguments are everybody's to read."""
+    """Yield the address of a file that leads to ``url`` and that only this user can read.
+
+    Other users of this machine can read a browser's arguments, and ``url`` holds a secret.
+    """
     with tempfile.TemporaryDirectory(prefix="kd-view-") as folder:  # mode 0700
         path = Path(folder) / "view.html"
         path.write_text(f'<meta http-equiv="refresh" content="0; url={url}">', encoding="utf-8")
