@@ -1,4 +1,4 @@
-"""What samples and models write reaches a terminal as text, and nothing that it obeys."""
+"""Text of samples and models reaches a terminal as text: it holds nothing that a terminal obeys."""
 
 import csv
 import io
@@ -68,7 +68,7 @@ def test_json_has_no_character_that_a_terminal_obeys_and_the_same_values():
 
 
 SQL = "SELECT sample_id, prompt, completion AS \"\x1b[2J\", {{'k': prompt}} AS s, MAP {{'\x9b': 1}} AS m FROM samples{}"
-ASKED = {
+COMMANDS = {
     "a table": ("sql", "{cache}", SQL.format("")),
     "json": ("sql", "{cache}", SQL.format(""), "--json"),
     "a query that fails": ("sql", "{cache}", "SELECT error(sample_id) FROM samples"),
@@ -81,7 +81,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("arguments", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_nothing_that_is_printed_for_people_is_obeyed_by_a_terminal(arguments, hostile_cache, kd_here, capsys):
     kd_here(*(argument.replace("{cache}", str(hostile_cache)) for argument in arguments))
     out, err = capsys.readouterr()
