@@ -28,11 +28,10 @@ class Option:
 
     help: str
     flag: str | None = None  # None: the field's name, with dashes
-    low: float | None = None  # least allowed value
-    high: float | None = None  # largest allowed value
-    below: float | None = None  # first value that is too large, instead of ``high``
-    choices: tuple[str, ...] = ()
-    metavar: str | None = None
+    low: float | None = None  # least allowed number
+    below: float | None = None  # numbers must be below this
+    choices: tuple[str, ...] = ()  # allowed texts; empty: all
+    metavar: str | None = None  # how --help names the value
     parse: Callable[[str], Any] | None = None  # text to value, for types of our own; raises UsageError
 
     def name(self, field: dataclasses.Field[Any]) -> str:
@@ -40,9 +39,21 @@ class Option:
         return self.flag.removeprefix("--").replace("-", "_") if self.flag else field.name
 
 
-def option(default: Any, text: str, **details: Any) -> Any:
-    """Return a dataclass field that is an option with the help ``text``; ``details`` are other fields of ``Option``."""
-    return dataclasses.field(default=default, metadata={"option": Option(text, **details)})
+def option(
+    default: Any,
+    text: str,
+    *,
+    flag: str | None = None,
+    low: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    parse: Callable[[str], Any] | None = None,
+) -> Any:
+    """Return a dataclass field that is an option: its default, its help text, and the other fields of ``Option``."""
+    return dataclasses.field(
+        default=default, metadata={"option": Option(text, flag, low, below, choices, metavar, parse)}
+    )
 
 
 def option_of(field: dataclasses.Field[Any]) -> Option | None:

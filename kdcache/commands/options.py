@@ -165,8 +165,7 @@ def _click_type(annotation: str, option: Option) -> click.ParamType:
     if option.low is None:
         return TYPES[annotation]
     number = click.IntRange if annotation == "int" else FiniteRange
-    most = option.high if option.below is None else option.below
-    return number(option.low, most, max_open=option.below is not None)  # type: ignore[arg-type]
+    return number(option.low, option.below, max_open=option.below is not None)  # type: ignore[arg-type]
 
 
 # --- options that several commands share ------------------------------------------------------------------------------

@@ -34,9 +34,7 @@ class StudentConfig:
     lora_target_modules: str = option(
         "all-linear", "Names of the layers that get LoRA, with commas; all-linear: every linear layer but the head."
     )
-    load_in_4bit: bool = option(
-        False, "QLoRA: keep the frozen weights in 4 bits (NF4, bitsandbytes). Needs --lora-r.", flag="--load-in-4bit"
-    )
+    load_in_4bit: bool = option(False, "QLoRA: keep the frozen weights in 4 bits (NF4, bitsandbytes). Needs --lora-r.")
     overwrite: bool = option(False, "Delete a run that is already there.")
     arguments: dict[str, Any] = field(default_factory=dict)
 
