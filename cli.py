@@ -1,8 +1,8 @@
-"""`kd`: which commands there are, each in a file of kdcache/commands or trainer/commands, imported when it is asked for.
+"""The `kd` program: a table of its commands, each a file in kdcache/commands or trainer/commands that is imported on demand.
 
-They parse, call and print. No logic there, and heavy imports only inside commands.
+Commands parse, call and print. They hold no logic, and import heavy libraries inside their functions.
 
-Data goes to stdout, everything else to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 bad shards found,
+Data goes to stdout, everything else to stderr. Exit codes: 0 success, 1 failure, 2 wrong usage, 3 bad shards found,
 130 interrupted.
 """
 
@@ -33,7 +33,7 @@ COMMANDS = {
     "push": "kdcache.commands.push:push",
     "view": "trainer.commands.view:view",
     "chat": "trainer.commands.chat:chat",
-    "demo": "kdcache.commands.demo:demo",
+    "demo": "kdcache.commands.run:demo",
     "run": "kdcache.commands.run:run_recipe",
 }
 
@@ -44,20 +44,20 @@ def kd() -> None:
     """Run the teacher once; distil as often as you like.
 
     \b
-    kd cache-teacher   phase one: a teacher's log-probabilities and samples -> a Parquet cache
-    kd sql             ask SQL of the cache, and kd view: look at it in the browser
-    kd train           phase two: a student from the cache alone
-    kd grpo            reinforcement learning on the cache's prompts and verifiers
-    kd evaluate        what the students kept, and kd compare: of the teacher, with intervals
-    kd quantize        a student in 4 or 8 bits, measured before and after
-    kd report          all of it on one page
-    kd run             an experiment of recipes/, from the cache to the page
-    kd demo            all of it, on this machine, in a quarter of an hour
+    # phase one: the teacher writes a cache
+    kd cache-teacher --examples builtin --out data/cache
+    kd view data/cache
+    # phase two: a student learns from the cache alone
+    kd init-student --keep-layers 20 --out data/student
+    kd train --from-cache data/cache --student data/student --output-dir data/kd
+    kd evaluate data/student data/kd --from-cache data/cache
+    # both, on this machine, in about a quarter of an hour
+    kd demo
     """
 
 
 def main() -> None:
-    """The `kd` command: user errors become one sentence and an exit code."""
+    """Run `kd`. User errors become one sentence and an exit code."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.exit(exit_code(lambda: kd(prog_name="kd", standalone_mode=False)))
 

@@ -26,7 +26,8 @@ from shared import hardware, ratio
 
 from kdcache import teachers
 from kdcache.capture import run as capture
-from kdcache.capture.plan import CaptureConfig, Plan
+from kdcache.capture.config import CaptureConfig
+from kdcache.capture.plan import Plan
 from kdcache.teachers import Sampling
 from kdcache.teachers.collector import ArrayCollector
 

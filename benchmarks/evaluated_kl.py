@@ -23,7 +23,8 @@ import torch
 from shared import hardware, say
 
 from kdcache.capture import run as capture
-from kdcache.capture.plan import CaptureConfig, Plan
+from kdcache.capture.config import CaptureConfig
+from kdcache.capture.plan import Plan
 from kdcache.machine import cpu, versions
 from kdcache.models import embedded
 from kdcache.storage import atomic

@@ -32,6 +32,7 @@ from kdcache.errors import KDError
 from trainer.data.select import select
 from trainer.data.stream import in_order
 from trainer.evaluate import run as evaluate
+from trainer.evaluate.config import EvaluateConfig
 from trainer.grpo import train as grpo
 
 LEAST = 20
@@ -110,7 +111,7 @@ def train(cache: Path) -> str:
 
 def evaluation(cache: Path) -> str:
     """What is read of a test split beside the batches, and what kd grpo chooses."""
-    config = evaluate.EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
+    config = EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
     opened = Cache(cache)
     read = [
         evaluate._prompts(config),

@@ -46,6 +46,7 @@ from benchmarks.shared import hardware, say
 from kdcache import machine
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
+from trainer.distill.config import TrainConfig
 from trainer.run import checkpoints
 from trainer.student.load import load_student
 
@@ -273,9 +274,7 @@ def moments(method: str, cache: Path, student: Path, scratch: Path, chance: rand
         distill.DistillTrainer._save_checkpoint = forked  # type: ignore[method-assign]
         arguments = {"max_steps": 3, "eval_steps": 1, "per_device_train_batch_size": 4, "report_to": "none"}
         arguments |= {"save_total_limit": 1, "eval_strategy": "no"}  # no checkpoint is kept for being the best
-        config = run.TrainConfig(
-            (cache,), str(student), out, arguments=arguments, lora_r=4 if method == "LoRA" else None
-        )
+        config = TrainConfig((cache,), str(student), out, arguments=arguments, lora_r=4 if method == "LoRA" else None)
         distill.train(run.prepare(config), lambda *_: None)
         return 1
 

@@ -172,7 +172,8 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
     if what == "plan":
         import transformers  # noqa: F401
 
-        from kdcache.capture.plan import CaptureConfig, Plan
+        from kdcache.capture.config import CaptureConfig
+        from kdcache.capture.plan import Plan
     elif what == "loader":
         import trainer.data.select
         import trainer.data.stream

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kdcache.capture.plan import CaptureConfig, Plan
+from kdcache.capture.config import CaptureConfig
+from kdcache.capture.plan import Plan
 from kdcache.teachers import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from kdcache.cache.manifest import WAY_OUT
 from kdcache.cache.old_policy import OldPolicy, is_old
 from kdcache.errors import KDError, first_line
 from kdcache.printable import printable
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.storage import Location, digests, lock, seal
 
 #: How far candidates + tail may be from 1: what rounding does to a position's total (docs/format.md).
@@ -48,9 +49,7 @@ REWARDS_WAY_OUT = "run: kd cache verify --repair on the cache, then kd verify-an
 # --- before a file is read --------------------------------------------------------------------------------------------
 
 
-def readable_shards(
-    cache: Location, split: str | None = None, progress: digests.Progress = lambda done, total: None
-) -> list[str]:
+def readable_shards(cache: Location, split: str | None = None, progress: ShowProgress = silent) -> list[str]:
     """The shards that are there (of one split), by name and in the order of their names, each proved to be what was written.
 
     The plan says which there are: a file that it does not know is not among them. KDError (3) for one that is damaged or
@@ -197,7 +196,7 @@ class Report:
         self.problems.setdefault(name, []).append(problem)
 
 
-def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, total: None) -> Report:
+def verify(cache: Location, progress: ShowProgress = silent) -> Report:
     """Look at everything in a cache. Shards in which nothing is wrong are recorded as verified in manifest.json.
 
     Plan, manifest and vocabulary come first: where the plan is damaged, nothing can be said of a shard.
@@ -221,7 +220,7 @@ def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, 
     rejected: list[dict[str, Any]] = []
     records: dict[str, digests.Record] = {}
     for done, name in enumerate(planned):
-        progress(done, len(planned))
+        progress(Progress(done, len(planned), "shards"))
         if name.removeprefix("data/") not in there:
             report.missing.append(name)
             continue
@@ -242,7 +241,7 @@ def verify(cache: Location, progress: Callable[[int, int], None] = lambda done, 
             report.unprotected.append(name)
         report.rows, report.completion_tokens = report.rows + look.rows, report.completion_tokens + look.tokens
         rejected += look.rejected
-    progress(len(planned), len(planned))
+    progress(Progress(len(planned), len(planned), "shards"))
     report.notes = old.sentences() if old is not None else []
     for name, sample_id, count in ids.duplicates(cache):
         report.add(name, f"sample_id {sample_id!r} stands {count} times in the cache")

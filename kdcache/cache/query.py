@@ -29,7 +29,8 @@ from kdcache.cache.format import SPLITS
 from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, Unstoppable, UsageError, first_line
 from kdcache.paths import resource_folder
-from kdcache.storage import Location, digests
+from kdcache.progress import ShowProgress, silent
+from kdcache.storage import Location
 
 VIEWS = (
     *("vocab", "rewards", "samples", "positions", "candidates", "shards"),
@@ -57,7 +58,7 @@ def connect(
     memory_limit: str | None = None,
     views: Sequence[str] = VIEWS,
     split: str | None = None,
-    progress: digests.Progress = lambda done, total: None,
+    progress: ShowProgress = silent,
 ) -> duckdb.DuckDBPyConnection:
     """An in-memory database with ``views`` over ``cache``, which can reach no other file.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,19 @@ from kdcache.bounds import MOST_SAMPLES, MOST_SEED, check_sampling, check_whole
 from kdcache.cache import manifest, sparsify
 from kdcache.cache.format import FORMAT_VERSION, PRECISIONS, SPLITS, differing_fields, fingerprint, split_of
 from kdcache.cache.layout import shard_name
+from kdcache.capture.config import CaptureConfig
 from kdcache.errors import KDError, UsageError
 from kdcache.examples import load as examples
 from kdcache.examples import near_duplicates as splits
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
-from kdcache.examples.types import BadRow, Columns, Example
+from kdcache.examples.types import BadRow, Example
 from kdcache.hashing import request_seed, stable_hash
 from kdcache.judge import verifiers
 from kdcache.models import embedded, identity
 from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, Asked, Prompts
-from kdcache.storage import Location, folders, seal
+from kdcache.storage import folders, seal
 from kdcache.storage.folders import CACHE
-from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
+from kdcache.teachers import EngineOptions, Request, resolve_dtype, runs_on_gpu
 
 MODES = ("score", "sample", "both")
 
@@ -85,42 +86,6 @@ FINGERPRINTED_TEMPLATE = (
     *("chat_template", "writes_answers", "begins_with_bos", "generation_prompt", "before_answer", "opens_thought"),
     *("trims", "after_answer", "end_of_turn", "end_is_named", "stop_ids"),
 )
-
-
-@dataclass(frozen=True)
-class CaptureConfig:
-    """Everything that ``kd cache-teacher`` was asked for."""
-
-    out: Location
-    teacher: str = "embedded"
-    revision: str | None = None
-    examples: str = "builtin"
-    data_path: str | None = None
-    prompt_format: str = "chat"
-    columns: Columns = field(default_factory=Columns)
-    limit: int | None = None
-    shuffle: bool = False
-    mode: str = "score"
-    samples: int = 1
-    sampling: Sampling = field(default_factory=Sampling)
-    sparsify: str = "threshold:0.02"
-    capture_k: int | None = None
-    precision: str = "q8"
-    seed: int = 0
-    rows_per_shard: int = 512
-    split_ratios: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    near_duplicates: str = "drop"
-    engine: str = "vllm"
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    bos: str = "auto"
-    reasoning: bool = False
-    verify: bool = True
-    unsafe_exec: bool = False
-    overwrite: bool = False
-    strict: bool = False
-    plan_slice: tuple[int, int] | None = None  # (index from 0, count): this process's share of the shards
-    engine_extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

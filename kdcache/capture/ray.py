@@ -30,6 +30,7 @@ from kdcache.capture.run import Progress
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
+from kdcache.progress import ShowProgress, silent
 from kdcache.storage import folders
 from kdcache.teachers import Say, Teacher, load, runs_on_gpu
 
@@ -164,7 +165,7 @@ class Worker:
 def run(
     plan: Plan,
     workers: Workers,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: ShowProgress = silent,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:

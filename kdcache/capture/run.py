@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from kdcache import machine, storage
+from kdcache import progress as kdprogress
 from kdcache.cache import manifest, sparsify, writer
 from kdcache.cache.format import FORMAT_VERSION, SPLITS
 from kdcache.capture.plan import Plan, Sample, Shard
@@ -32,6 +33,7 @@ from kdcache.examples.types import BadRow
 from kdcache.judge import rewards_file as judging
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox, Workers
+from kdcache.progress import ShowProgress, silent
 from kdcache.prompts.tokenize import vocab_table, whole_turn
 from kdcache.storage import Location, atomic, folders, lock
 from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
@@ -65,6 +67,14 @@ class Progress:
             return None
         return (time.monotonic() - self.started) / self.samples_done * max(self.samples - self.samples_done, 0)
 
+    def shown(self) -> kdprogress.Progress:
+        """Return what users see of it."""
+        shards = f"shard {min(self.shards_done + 1, self.shards)}/{self.shards}"
+        if self.workers or self.lost:
+            shards += f"  {self.workers} workers" + (f" ({self.lost} lost)" if self.lost else "")
+        text = f"{shards}  {self.tokens_per_second:,.0f} tokens/s"
+        return kdprogress.Progress(self.samples_done, self.samples, "samples", text, self.eta_seconds)
+
 
 @dataclass
 class OpenShard:
@@ -80,7 +90,7 @@ class OpenShard:
 
 def run(
     plan: Plan,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: ShowProgress = silent,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
@@ -96,7 +106,7 @@ def run(
 
 def run_slice(
     plan: Plan,
-    progress: Callable[[Progress], None] = lambda _: None,
+    progress: ShowProgress = silent,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def run_slice(
     }
 
 
-def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> Progress:
+def _work(plan: Plan, progress: ShowProgress, stop: Callable[[], bool], say: Say) -> Progress:
     """Write the shards that are this process's and are missing."""
     check_folder(plan)
     todo = plan.todo()
@@ -138,12 +148,12 @@ def _work(plan: Plan, progress: Callable[[Progress], None], stop: Callable[[], b
     return state
 
 
-def begun(plan: Plan, progress: Callable[[Progress], None]) -> Callable[[Progress], None]:
+def begun(plan: Plan, progress: ShowProgress) -> Callable[[Progress], None]:
     """``progress`` that also deletes the old cache, which was set aside, at the first answer."""
 
     def shown(state: Progress) -> None:
         folders.drop(plan.config.out)
-        progress(state)
+        progress(state.shown())
 
     return shown
 

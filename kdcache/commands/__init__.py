@@ -1,1 +1,1 @@
-"""One file per command of phase one and of the cache, and what all commands share; cli.py says which there are."""
+"""One file per command of phase one and of the cache, and what all commands share. cli.py has the list of commands."""

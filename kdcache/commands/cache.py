@@ -1,4 +1,4 @@
-"""`kd cache info` sums up a cache, and `kd cache verify` looks at every byte of it."""
+"""`kd cache info` summarises a cache, and `kd cache verify` checks every byte of it."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from pathlib import Path
 import click
 
 from kdcache.commands.console import ProgressLine, note, print_facts, say
-from kdcache.commands.options import CONTEXT, LOCATION, json_option
+from kdcache.commands.options import LOCATION, json_option
 
 
-@click.group("cache", context_settings=CONTEXT)
+@click.group("cache")
 def cache_group() -> None:
-    """Look after a cache."""
+    """Inspect a cache.
+
+    \b
+    kd cache info data/cache
+    kd cache verify data/cache
+    """
 
 
 @cache_group.command("info")
 @click.argument("cache", type=LOCATION)
 @json_option
 def cache_info(cache: Path, as_json: bool) -> None:
-    """Sum up a cache: teacher, samples, tokens, bytes a token, and what is missing.
+    """Summarise a cache: its teacher, sizes and missing shards.
 
-    Where the shards have changed, manifest.json, README.md and rejected.jsonl are written anew.
+    If the shards have changed, manifest.json, README.md and rejected.jsonl are rebuilt.
 
     \b
     kd cache info data/cache
@@ -33,10 +38,12 @@ def cache_info(cache: Path, as_json: bool) -> None:
 
 @cache_group.command("verify")
 @click.argument("cache", type=LOCATION)
-@click.option("--repair", is_flag=True, help="Move bad files to CACHE/set-aside, so that the next capture redoes them.")
+@click.option(
+    "--repair", is_flag=True, help="Move bad files to CACHE/set-aside, so that the next capture writes them again."
+)
 @json_option
 def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
-    """Look at every byte and every number of a cache. Exit code 3 if anything is wrong or missing.
+    """Check every byte and every number of a cache. The exit code is 3 if anything is wrong or missing.
 
     \b
     kd cache verify data/cache
@@ -45,9 +52,8 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
     from kdcache.cache import integrity
     from kdcache.cache.layout import REWARDS_FILE
 
-    line = ProgressLine("shards")
-    report = integrity.verify(cache, lambda done, total: line.show(done, total, "", None))
-    line.close()
+    with ProgressLine() as line:
+        report = integrity.verify(cache, line.show)
     if repair and not report.sound:
         integrity.repair(report)
     facts = {
@@ -69,7 +75,7 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
             say(f"missing  {name}")
         print_facts(facts, as_json)
     if report.unvouched:
-        note(f"{report.unvouched} shards are in no manifest yet; kd cache info records them")
+        note(f"{report.unvouched} shards are not in the manifest yet; to record them: kd cache info {cache}")
     if report.unprotected:
         first = f"(the first is {report.unprotected[0]})"
         note(f"not protected: {len(report.unprotected)} files are from before files had checksums of their own {first}")
@@ -81,9 +87,9 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
         return
     to_capture = report.missing or [name for name in report.set_aside if name != REWARDS_FILE]
     if to_capture:
-        note("run the same kd cache-teacher command again: it redoes what is missing, and nothing else")
+        note("run the same kd cache-teacher command again: it writes the missing shards, and nothing else")
     if REWARDS_FILE in report.set_aside:
-        note("run kd verify-answers again: it makes the rewards anew")
+        note("run kd verify-answers again: it rebuilds the rewards")
     if report.problems and not repair:
-        note("--repair sets the bad files aside, so that they can be made again")
+        note("--repair sets the bad files aside, so that they can be written again")
     raise SystemExit(3)

@@ -1,4 +1,4 @@
-"""What commands print: data on stdout, everything else on stderr, and errors as one sentence and an exit code."""
+"""What commands print: data on stdout, everything else on stderr, and an error as one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -13,51 +13,44 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from kdcache.errors import KDError, Unstoppable
 from kdcache.printable import json_text, printable
+from kdcache.progress import Progress
 
 
 def note(text: str) -> None:
+    """Print lines for people on stderr."""
     click.echo(printable(text, keep="\n\t"), err=True)
 
 
 def say(text: str) -> None:
-    """Lines for people on stdout. Data for programs (JSON, CSV) goes its own way."""
+    """Print lines for people on stdout. Data for programs (JSON, CSV) is not printed with this."""
     click.echo(printable(text, keep="\n\t"))
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks: under torchrun one does."""
+    """Return whether this process prints: of the processes that torchrun started together, one does."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def introduce(resolved: Any) -> None:
-    """What a training run (``trainer.distill.plan.Run`` or ``trainer.grpo.train.GrpoRun``) says before its first step."""
-    note_device()
-    facts = resolved.facts().items()
-    note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))
-    for text in resolved.notes:
-        note(text)
-
-
 def note_device() -> None:
-    """The first line of whatever computes: on which device, and why not on a GPU that is there."""
+    """Print the device that will compute and, if a GPU is not used, why."""
     from kdcache import machine
 
     note(f"on {machine.chosen()}")
 
 
 def _plain(value: Any) -> Any:
+    """Return a value that JSON has no type for as text; bytes in hexadecimal."""
     return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity, and no key but text: a tail of -inf becomes null."""
+    """Return a value that JSON can hold: -inf (of an empty tail) and NaN become null, and keys become text."""
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     if isinstance(value, dict):
@@ -66,6 +59,7 @@ def _finite(value: Any) -> Any:
 
 
 def _cell(value: Any, width: int) -> str:
+    """Return a value as the text of a table cell, at most ``width`` characters."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -77,6 +71,7 @@ def _cell(value: Any, width: int) -> str:
 def print_rows(
     names: Sequence[str], rows: Iterable[Sequence[Any]], as_csv: bool, as_json: bool, width: int = 64
 ) -> None:
+    """Print rows as JSON lines, as CSV, or as a table whose cells have at most ``width`` characters."""
     if as_json:
         for row in rows:
             click.echo(json_text(dict(zip(names, map(_finite, row))), default=_plain))
@@ -89,9 +84,10 @@ def print_rows(
 
 
 class _CsvLines:
-    """Takes rows that end in CR LF, so that a cell with one of the two is quoted, and ends them in LF.
+    """A file for csv.writer that prints its rows to stdout, each ended by LF.
 
-    In a file or a pipe CSV is exact; on a terminal it is looked at.
+    The writer itself must end rows with CR LF, because it quotes only cells that contain a character of the line ending.
+    In a file or a pipe the CSV is exact; on a terminal, control characters are escaped.
     """
 
     def __init__(self) -> None:
@@ -104,18 +100,20 @@ class _CsvLines:
 
 @contextlib.contextmanager
 def reader_may_leave() -> Iterator[None]:
-    """A closed pipe, as of `| head`, is no error: what is left is not printed."""
+    """Make a closed pipe, as with `| head`, no error: the remaining output is dropped."""
     try:
         yield
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout again at exit
 
 
-WIDTHS_FROM = 1000  # rows that the widths of a table's columns are taken from: the others are not held in memory
+#: The first rows of a table, whose cells decide the widths of its columns. Later rows are not held in memory.
+WIDTHS_FROM = 1000
 
 
 def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int = 64) -> None:
+    """Print a table with aligned columns; columns of numbers are aligned to the right."""
     rest = iter(rows)
     first = list(itertools.islice(rest, WIDTHS_FROM))
     names = [printable(name) for name in names]
@@ -133,11 +131,13 @@ def print_table(names: Sequence[str], rows: Iterable[Sequence[Any]], width: int 
 
 
 def print_markdown(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table in Markdown."""
     for line in (names, ["---"] * len(names), *([_cell(value, 200) for value in row] for row in rows)):
         click.echo(f"| {' | '.join(line)} |")
 
 
 def print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    """Print one fact per line, or all of them as a JSON object."""
     if as_json:
         click.echo(json_text(facts, indent=2, default=_plain))
         return
@@ -150,46 +150,66 @@ def print_facts(facts: dict[str, Any], as_json: bool) -> None:
 
 
 class ProgressLine:
-    """One line on a terminal; elsewhere a line every ten seconds. The last state is always shown."""
+    """Shows the progress of work on stderr: one line on a terminal, elsewhere a line every ten seconds.
 
-    def __init__(self, unit: str):
-        self.unit = unit
-        self.unshown: tuple[int, int, str, float | None] | None = None
+        with ProgressLine() as line:
+            integrity.verify(cache, line.show)
+
+    The last progress is always shown.
+    """
+
+    def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
-        self.last = 0.0
+        self.begun = False  # whether anything was reported
+        self._skipped: Progress | None = None  # the last progress, unless it is on the screen
+        self._written = 0.0  # seconds on the monotonic clock
 
-    def show(self, done: int, total: int, middle: str, eta_seconds: float | None) -> None:
-        now = time.monotonic()
-        if done < total and now - self.last < (0.2 if self.terminal else 10):
-            self.unshown = done, total, middle, eta_seconds
-            return
-        self.last = now
-        self._write(done, total, middle, eta_seconds)
+    def __enter__(self) -> ProgressLine:
+        return self
 
-    def _write(self, done: int, total: int, middle: str, eta_seconds: float | None) -> None:
-        self.unshown = None
-        eta = (
-            ""
-            if eta_seconds is None or done >= total
-            else f"  ETA {int(eta_seconds // 60)}:{int(eta_seconds % 60):02d}"
-        )
-        text = printable(f"{done:,}/{total:,} {self.unit}  {middle}{eta}")
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def show(self, progress: Progress) -> None:
+        self.begun = True
+        due = self._written + (0.2 if self.terminal else 10)
+        if progress.done >= progress.total or time.monotonic() >= due:
+            self._write(progress)
+        else:
+            self._skipped = progress
+
+    def close(self) -> None:
+        """Show the last progress and end its line."""
+        if self._skipped is not None:
+            self._write(self._skipped)
+        if self.terminal and self._written:
+            sys.stderr.write("\n")
+        self._written = 0.0
+
+    def _write(self, progress: Progress) -> None:
+        self._written, self._skipped = time.monotonic(), None
+        left = progress.seconds_left if progress.done < progress.total else None
+        text = f"{progress.done:,}/{progress.total:,} {progress.unit}  {progress.note}{time_left(left)}"
+        text = printable(text.rstrip())
         sys.stderr.write(f"\r\x1b[K{text}" if self.terminal else text + "\n")
         sys.stderr.flush()
 
-    def close(self) -> None:
-        if self.unshown:
-            self._write(*self.unshown)
-        if self.terminal and self.last:
-            sys.stderr.write("\n")
+
+def time_left(seconds: float | None) -> str:
+    """Return the end of a line of progress, as in "  ETA 1:05" (minutes and seconds); nothing for None."""
+    return "" if seconds is None else f"  ETA {int(seconds // 60)}:{int(seconds % 60):02d}"
 
 
 class CtrlC:
-    """The first Ctrl-C only sets ``asked``, once there is something to finish; the second, or an early one, stops."""
+    """Lets a command finish what it has begun at the first Ctrl-C, and stops it at the second.
+
+    The first Ctrl-C only sets ``requested``, for the command to look at. Before ``begun`` returns True there is nothing to
+    finish, and even the first one raises KeyboardInterrupt.
+    """
 
     def __init__(self, begun: Callable[[], bool]):
         self.begun = begun
-        self.asked = False
+        self.requested = False
 
     def __enter__(self) -> CtrlC:
         self.before = signal.signal(signal.SIGINT, self._handle)
@@ -199,47 +219,39 @@ class CtrlC:
         signal.signal(signal.SIGINT, self.before)
 
     def _handle(self, *_: object) -> None:
-        if self.asked or not self.begun():
+        if self.requested or not self.begun():
             raise KeyboardInterrupt
-        self.asked = True
-        sys.stderr.write("\nfinishing the shards that are begun; Ctrl-C again stops at once\n")
-
-
-class StepLine:
-    """A line a logged step of a training, with the time that is left at the speed so far."""
-
-    def __init__(self, checkpoint: str | None):
-        self.first = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
-        self.begun = time.monotonic()
-
-    def __call__(self, step: int, steps: int, shown: str) -> None:
-        seconds = (time.monotonic() - self.begun) / max(step - self.first, 1) * (steps - step)
-        note(f"step {step}/{steps}  {shown}  ETA {int(seconds // 60)}:{int(seconds % 60):02d}")
+        self.requested = True
+        sys.stderr.write("\nfinishing the shards that were started; Ctrl-C again stops at once\n")
 
 
 def warn_of_unsafe(unsafe_exec: bool) -> None:
+    """Warn of --unsafe-exec, in red."""
     if unsafe_exec:
         click.secho(
-            "warning: --unsafe-exec runs what a model wrote, with your rights and no sandbox", fg="red", err=True
+            "warning: --unsafe-exec runs programs that a model wrote, with your permissions and without a sandbox",
+            fg="red",
+            err=True,
         )
 
 
 def this_command() -> str:
-    """What was typed, to be run again; without --overwrite, which would delete what is to be continued."""
+    """Return this command line for running it again, without --overwrite, which would delete the results so far."""
     return shlex.join(["kd", *(argument for argument in sys.argv[1:] if argument != "--overwrite")])
 
 
 def _let_first_rank_speak() -> None:
-    """Wait in another rank than the first: an error that all meet is printed once, as torchrun ends the others by then.
+    """Wait, in every rank but the first, long enough for torchrun to end this process.
 
-    One that a single rank meets, such as a file that its machine lacks, is printed by that rank.
+    An error that all ranks meet is then printed once, by the first rank. An error that only this rank meets, such as a
+    missing file on its machine, is still printed, after the wait.
     """
     if not is_first_rank():
         time.sleep(30)
 
 
 def exit_code(command: Callable[[], Any]) -> int:
-    """Run ``command``: user errors become one sentence and an exit code."""
+    """Run ``command`` and return its exit code. A user's error is printed as one sentence."""
     try:
         command()
     except click.exceptions.Abort:
@@ -248,7 +260,7 @@ def exit_code(command: Callable[[], Any]) -> int:
         note("DuckDB does not react to Ctrl-C in this query: kd ends without waiting for it")
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        os._exit(130)  # an exit in good order would wait for what does not end
+        os._exit(130)  # a regular exit would wait for DuckDB's threads
     except KeyboardInterrupt:
         code = 130
     except click.ClickException as error:

@@ -1,4 +1,4 @@
-"""A click group whose commands are imported when they are asked for."""
+"""A click group that imports a command when it is used."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import click
 
 
 class LazyGroup(click.Group):
-    """Commands by name, each as "module:attribute"."""
+    """A group with commands by name, each as "module:attribute"."""
 
     def __init__(self, name: str | None = None, *, table: Mapping[str, str], **options: Any):
         super().__init__(name, _Commands(table), **options)
 
 
 class _Commands(UserDict[str, Any]):
-    """As click asks for them: names without an import, and a command with its module's."""
+    """The commands as click reads them: names need no import; reading a command imports its module."""
 
     def __getitem__(self, name: str) -> click.Command:
-        found = super().__getitem__(name)
-        if isinstance(found, str):
-            module, _, attribute = found.partition(":")
-            found = self[name] = getattr(import_module(module), attribute)
-        return found
+        command = super().__getitem__(name)
+        if isinstance(command, str):
+            module, _, attribute = command.partition(":")
+            command = self[name] = getattr(import_module(module), attribute)
+        return command

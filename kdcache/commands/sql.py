@@ -1,4 +1,4 @@
-"""`kd sql` asks SQL of a cache, and has a prompt for a terminal."""
+"""`kd sql` runs SQL queries on a cache; on a terminal it has a prompt."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from kdcache.commands.console import ProgressLine, note, print_rows, reader_may_
 from kdcache.commands.options import LOCATION, PathType, json_option
 from kdcache.errors import KDError
 
+#: A check of fewer megabytes takes less than about a second, and is not worth a line.
+SHOWN_MEGABYTES = 2000
+
 
 class _SQLCommand(click.Command):
-    """Takes a query that begins with a comment for what it is, not for an option."""
+    """A command whose query may begin with an SQL comment (``--``), which is not an option."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(context, [f"\n{arg}" if arg.startswith(("-- ", "--\n")) else arg for arg in args])
@@ -27,13 +30,15 @@ class _SQLCommand(click.Command):
 @click.argument("cache", type=LOCATION, required=False)
 @click.argument("query", required=False)
 @click.option("--file", type=PathType(exists=True, dir_okay=False), help="Read the query from a file.")
-@click.option("--list", "list_views", is_flag=True, help="List the views, with what each answers.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV, exact in a file or a pipe.")
+@click.option("--list", "list_views", is_flag=True, help="List the views, and what each answers.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV; numbers and texts are exact in a file or a pipe.")
 @json_option
 def sql(
     cache: Path | None, query: str | None, file: Path | None, list_views: bool, as_csv: bool, as_json: bool
 ) -> None:
-    """Ask SQL of a cache, in DuckDB's dialect. Without a QUERY it is read from stdin; a terminal gets a prompt.
+    """Run SQL queries on a cache, in DuckDB's dialect.
+
+    Without QUERY, the query is read from stdin; a terminal gets a prompt.
 
     \b
     kd sql data/cache --list
@@ -56,14 +61,8 @@ def sql(
         if cache is None:
             raise click.UsageError("Missing argument 'CACHE'.")
         text = _query_text(query, file)
-        line = ProgressLine("MB of shards checked")
-
-        def checked(done: int, total: int) -> None:
-            if total > 2e9:  # a second or more
-                line.show(done // 10**6, total // 10**6, "", None)
-
-        connection = queries.connect(cache, progress=checked)
-        line.close()
+        with ProgressLine() as line:
+            connection = queries.connect(cache, progress=lambda p: line.show(p) if p.total > SHOWN_MEGABYTES else None)
         if unplanned := queries.unplanned_files(cache):
             first = f"(the first is {unplanned[0]})"
             note(
@@ -71,7 +70,7 @@ def sql(
             )
         if missing := queries.missing_shards(cache):
             shards = "1 shard is" if len(missing) == 1 else f"{len(missing)} shards are"
-            note(f"warning: {shards} missing (the first is {missing[0]}); what is asked is answered without them")
+            note(f"warning: {shards} missing (the first is {missing[0]}); the answers leave them out")
         if text is not None:
             show(*queries.stream(connection, text))
         else:
@@ -79,7 +78,7 @@ def sql(
 
 
 def _query_text(query: str | None, file: Path | None) -> str | None:
-    """The query as given, from a file or from stdin; None if it is to be typed."""
+    """Return the query, from the arguments, a file or stdin; None if it will be typed at a prompt."""
     if query is not None and file is not None:
         raise click.UsageError("give a QUERY or --file, not both")
     if query is None and file is None and sys.stdin.isatty():
@@ -98,10 +97,10 @@ def _query_text(query: str | None, file: Path | None) -> str | None:
 
 
 def _sql_prompt(answer: Callable[[str], None], show_views: Callable[[], None], complete: Callable[[str], bool]) -> None:
-    """Answer what is typed, each query up to its semicolon, until Ctrl-D. Ctrl-C drops what was begun."""
+    """Answer each query that is typed, up to its semicolon, until Ctrl-D. Ctrl-C drops an unfinished query."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its history and editing)
-    hint = "A query ends with a semicolon; .views lists what can be asked, Ctrl-D leaves."
+    hint = "A query ends with a semicolon; .views lists the views, Ctrl-D leaves."
     note(hint)
     text = ""
     while True:

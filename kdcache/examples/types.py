@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from kdcache.settings import option
+
 
 @dataclass(frozen=True)
 class Example:
@@ -44,6 +46,10 @@ class BadRow:
 class Columns:
     """How a table's columns are called, and the system prompt to put in front."""
 
-    prompt: str | None = None
-    completion: str | None = None
-    system: str | None = None
+    prompt: str | None = option(
+        None, "Column of the prompts, if it is not `prompt` or `messages`.", flag="--prompt-column"
+    )
+    completion: str | None = option(
+        None, "Column of the given answers, if it is not `completion`.", flag="--completion-column"
+    )
+    system: str | None = option(None, "System prompt to put before every prompt.")

@@ -9,7 +9,6 @@ those that were found at capture. It is replaced whole, every minute: interrupte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +19,7 @@ from kdcache.cache import integrity, query, writer
 from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import Location, lock
 
@@ -34,7 +34,7 @@ def verify_answers(
     renew: bool = False,
     unsafe: bool = False,
     where: str | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: ShowProgress = silent,
 ) -> dict[str, Any]:
     """Judge the samples that have a verifier and no reward yet (``renew``: all that have one), and count the verdicts."""
     with lock.held(cache):
@@ -62,7 +62,7 @@ def verify_answers(
                 row = {"sample_id": sample["sample_id"], "reward": verdict.reward, "reason": verdict.reason}
                 known[sample["sample_id"]] = row
                 counts["not_judged" if verdict.reward is None else "right" if verdict.reward >= 1 else "wrong"] += 1
-            progress(min(first + AT_ONCE, len(todo)), len(todo))
+            progress(Progress(min(first + AT_ONCE, len(todo)), len(todo), "answers"))
             if time.monotonic() - saved > SAVE_SECONDS:
                 _write(cache, known)
                 saved = time.monotonic()

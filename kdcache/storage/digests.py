@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from kdcache.paths import home
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.storage import atomic, lock
 from kdcache.storage.seal import Digest, digest
 
@@ -26,12 +27,11 @@ DAYS = 7
 #: A file that changed within so many seconds may change again in the same tick of its clock: it is not remembered.
 SETTLED_SECONDS = 2.0
 
-Progress = Callable[[int, int], None]  # bytes done, of how many
 Record = list[Any]  # of a state of a file: its identity, when it was read, sha256, sealed
 _Records = dict[str, Record]  # by name
 
 
-def of_files(cache: Path, names: Sequence[str], progress: Progress = lambda done, total: None) -> dict[str, Digest]:
+def of_files(cache: Path, names: Sequence[str], progress: ShowProgress = silent) -> dict[str, Digest]:
     """The digest of each named file of a cache; what is not remembered is read, in parallel.
 
     Of several processes one reads, and the others wait for what it remembers. OSError for a file that cannot be read.
@@ -52,7 +52,7 @@ def of_files(cache: Path, names: Sequence[str], progress: Progress = lambda done
                 for name, made in zip(todo, pool.map(lambda name: digest(cache / name), todo)):
                     found[name] = record(identities[name], made)
                     done += identities[name][0]
-                    progress(done, total)
+                    progress(Progress(done // 10**6, total // 10**6, "MB of shards checked"))
             _write(store, cache, _load(store) | _settled(found))
             records = records | found
     return {name: Digest(*records[name][-2:]) for name in names}

@@ -12,20 +12,24 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kdcache.errors import UsageError
+from kdcache.settings import option
+
+if TYPE_CHECKING:  # `kd --help` imports this module
+    import numpy as np
 
 ENGINES = ("vllm", "transformers")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 256
+    temperature: float = option(
+        1.0, "Temperature of sampling; 0 is greedy. Stored log-probabilities are always at temperature 1."
+    )
+    top_p: float = option(1.0, "Sample from the most probable tokens that together have this probability.")
+    max_tokens: int = option(256, "Most tokens of a sampled answer.")
 
 
 @dataclass(frozen=True)

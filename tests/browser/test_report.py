@@ -14,7 +14,9 @@ from helpers import capture_plan, run_kd
 from kdcache.capture import run as capture
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
-from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.distill.config import TrainConfig
+from trainer.evaluate.config import EvaluateConfig
+from trainer.evaluate.run import evaluate
 from trainer.student.make import init_student
 
 HOSTILE = (
@@ -40,7 +42,7 @@ def work(tiny_model, tmp_path_factory) -> Path:
     init_student(tiny_model, folder / "student", "1")
     for method in ("kd", "sft"):
         arguments = {"learning_rate": 1e-3, "max_steps": 6, "report_to": "none", "logging_steps": 1}
-        config = run.TrainConfig(
+        config = TrainConfig(
             ((folder / "cache"),),
             str(folder / "student"),
             folder / method,

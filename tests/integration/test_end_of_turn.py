@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 from kdcache.cache import integrity, query
 from kdcache.capture import plan as plans
 from kdcache.capture import run as capture
-from kdcache.capture.plan import CaptureConfig, Plan
+from kdcache.capture.config import CaptureConfig
+from kdcache.capture.plan import Plan
 
 pytestmark = pytest.mark.integration
 

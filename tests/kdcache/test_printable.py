@@ -1,4 +1,4 @@
-"""What samples and models write reaches a terminal as text, and nothing that it obeys."""
+"""Text of samples and models reaches a terminal as text: it holds nothing that a terminal obeys."""
 
 import csv
 import io
@@ -15,6 +15,7 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from kdcache.commands.console import ProgressLine
 from kdcache.printable import json_text, printable
+from kdcache.progress import Progress
 
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 HOSTILE = {
@@ -67,7 +68,7 @@ def test_json_has_no_character_that_a_terminal_obeys_and_the_same_values():
 
 
 SQL = "SELECT sample_id, prompt, completion AS \"\x1b[2J\", {{'k': prompt}} AS s, MAP {{'\x9b': 1}} AS m FROM samples{}"
-ASKED = {
+COMMANDS = {
     "a table": ("sql", "{cache}", SQL.format("")),
     "json": ("sql", "{cache}", SQL.format(""), "--json"),
     "a query that fails": ("sql", "{cache}", "SELECT error(sample_id) FROM samples"),
@@ -80,7 +81,7 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("arguments", ASKED.values(), ids=ASKED)
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
 def test_nothing_that_is_printed_for_people_is_obeyed_by_a_terminal(arguments, hostile_cache, kd_here, capsys):
     kd_here(*(argument.replace("{cache}", str(hostile_cache)) for argument in arguments))
     out, err = capsys.readouterr()
@@ -113,6 +114,6 @@ def test_the_first_rejected_row_and_the_progress_are_safe(tiny_model, tmp_path, 
 
 
 def test_a_line_of_progress_is_safe(capsys):
-    line = ProgressLine("done")
-    line.show(1, 1, "\x1b[2Jlabel: answers", None)
-    assert capsys.readouterr().err == "1/1 done  \\x1b[2Jlabel: answers\n"
+    with ProgressLine() as line:
+        line.show(Progress(1, 1, "answers", "\x1b[2Jlabel: generated"))
+    assert capsys.readouterr().err == "1/1 answers  \\x1b[2Jlabel: generated\n"

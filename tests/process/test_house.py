@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from helpers import ROOT
 
 #: The rooms from the lowest to the highest: a module imports from its own room and from those before it.

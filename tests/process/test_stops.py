@@ -12,6 +12,7 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
+from trainer.distill.config import TrainConfig
 from trainer.student.chat import Conversation
 
 QUESTION, ANSWER = "Is it dry in Lima?", "Yes, it is."
@@ -65,7 +66,7 @@ def cache(teacher, tmp_path_factory) -> Path:
 
 def trained(base, cache, out, steps, lora_r=None) -> str:
     arguments = {"max_steps": steps, "learning_rate": 2e-2, "report_to": "none", "save_strategy": "no"}
-    config = run.TrainConfig((cache,), str(base), out, method="sft", lora_r=lora_r, arguments=arguments)
+    config = TrainConfig((cache,), str(base), out, method="sft", lora_r=lora_r, arguments=arguments)
     distill.train(run.prepare(config), lambda *_: None)
     return str(out)
 

@@ -1,4 +1,4 @@
-"""Values that make no sense: each is one sentence, before anything is made. In one process, through the real commands."""
+"""Values that make no sense are refused in one sentence, before anything is written: through the real commands, in one process."""
 
 import json
 import os
@@ -20,30 +20,30 @@ ABSURD = ("nan", "inf", "-1", "0", "1e99", "", str(10**30), "9" * 5000)
 
 
 def refused(arguments) -> str | None:
-    """Why a command line was refused, in a sentence or two; None if it was not."""
+    """Return why a command line was refused, in a sentence or two; None if it was accepted."""
     try:
         command.main([str(argument) for argument in arguments], prog_name="kd", standalone_mode=False)
     except click.ClickException as error:
-        said = error.format_message()
+        message = error.format_message()
     except KDError as error:
         assert error.exit_code in (1, 2)
-        said = str(error)
-    except OSError as error:  # what the system says of a path, which main() prints
-        said = error.strerror
+        message = str(error)
+    except OSError as error:  # the system's message about a path, which main() prints
+        message = error.strerror
     else:
         return None
-    assert said.strip() and len(said.splitlines()) == 1
-    return said
+    assert message.strip() and len(message.splitlines()) == 1
+    return message
 
 
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory) -> str:
-    """Eight tokens, two of them special, no chat template; it loads in milliseconds."""
+    """Return a model of eight tokens, without a chat template; it loads in milliseconds."""
     return make_model(tmp_path_factory.mktemp("models") / "small")
 
 
 def make_model(folder: Path, adds_bos: bool = False, head_rows: int | None = None, **changes) -> str:
-    """A random Llama whose words are a, b, c, d and whose tokenizer names a BOS, which it may add."""
+    """Save a random Llama whose words are a, b, c, d and whose tokenizer names a BOS, which it may add."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -161,10 +161,10 @@ def test_evaluate_refuses_an_empty_model_or_label(small_cache, tmp_path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cache-teacher", "evaluate"])
-def test_every_option_takes_or_refuses_every_absurd_value_in_a_sentence(
+def test_every_option_accepts_or_refuses_every_absurd_value_in_a_sentence(
     small_model, small_cache, tmp_path, monkeypatch, name
 ):
-    """What is refused leaves nothing, and what is taken works; nothing ends in a traceback."""
+    """A refused value leaves no file behind, and an accepted one works; neither ends in a traceback."""
     for parameter in options_of(name):
         for number, value in enumerate(ABSURD):
             folder = tmp_path / f"{parameter.name}-{number}"
@@ -201,16 +201,16 @@ HALF = "\ud83d"
 )
 def test_half_a_surrogate_in_any_column_is_a_rejected_row_that_is_named(small_model, tmp_path, column):
     good = {"prompt": "a b", "completion": "c"}
-    found = capture.run(small_plan(small_model, tmp_path, good, good | {"id": "x", column: f"a {HALF}"}))
+    manifest = capture.run(small_plan(small_model, tmp_path, good, good | {"id": "x", column: f"a {HALF}"}))
     [rejected] = [json.loads(line) for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
-    assert found["rows"] == 1 and f"its {column} is not valid Unicode" in rejected["reason"]
+    assert manifest["rows"] == 1 and f"its {column} is not valid Unicode" in rejected["reason"]
 
 
 def test_a_row_that_is_bad_for_another_reason_may_have_half_a_surrogate_in_its_id(small_model, tmp_path):
-    found = capture.run(
+    manifest = capture.run(
         small_plan(small_model, tmp_path, {"prompt": "a b", "completion": "c"}, {"id": HALF, "prompt": ""})
     )
-    assert found["rejected"] == 1 and r"\ud83d" in (tmp_path / "out/rejected.jsonl").read_text()
+    assert manifest["rejected"] == 1 and r"\ud83d" in (tmp_path / "out/rejected.jsonl").read_text()
 
 
 @pytest.mark.parametrize("levels", [101, 990, 100_000])
@@ -245,9 +245,9 @@ def test_a_token_beyond_the_models_vocabulary_rejects_its_row_alone(tmp_path):
         {"prompt": "a", "completion": "d"},
         {"prompt": "b c", "completion": "a"},
     ]
-    found = capture.run(small_plan(model, tmp_path, *rows, near_duplicates="keep"))
+    manifest = capture.run(small_plan(model, tmp_path, *rows, near_duplicates="keep"))
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
-    assert found["rows"] == 1 and [r[:18] for r in reasons] == ["prompt: token 7, i", "completion: token "]
+    assert manifest["rows"] == 1 and [r[:18] for r in reasons] == ["prompt: token 7, i", "completion: token "]
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
@@ -308,11 +308,12 @@ def test_bos_is_in_the_fingerprint_where_it_was_chosen(small_model, tmp_path):
 def test_a_student_of_a_cache_with_bos_is_asked_with_it(small_model, tmp_path):
     from trainer.distill import plan as run
     from trainer.distill import trainer as distill
+    from trainer.distill.config import TrainConfig
     from trainer.student.chat import Conversation
 
     plan = small_plan(small_model, tmp_path, bos="add")
     capture.run(plan)
-    config = run.TrainConfig((tmp_path / "out",), small_model, tmp_path / "run", arguments={"max_steps": 1})
+    config = TrainConfig((tmp_path / "out",), small_model, tmp_path / "run", arguments={"max_steps": 1})
     distill.train(run.prepare(config), lambda *_: None)
     assert Cache(tmp_path / "out").plan["fields"]["bos"] == "add"
     assert Conversation(str(tmp_path / "run"), None, 0.0, 1).prompts.prompt_ids("a") == [1, 4]

@@ -1,1 +1,1 @@
-"""One file per command of phase two; cli.py says which there are."""
+"""One file per command of phase two. cli.py has the list of commands."""

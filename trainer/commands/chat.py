@@ -1,4 +1,4 @@
-"""`kd chat` lets a student be tried by hand."""
+"""`kd chat` is a chat with a student, on a terminal or through a pipe."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import click
 
 from kdcache import quiet
 from kdcache.commands.console import note, note_device
-from kdcache.commands.options import CONTEXT, NAME_OR_PATH, trust_option
+from kdcache.commands.options import NAME_OR_PATH, trust_option
 from kdcache.printable import printable
 
 
-@click.command("chat", context_settings=CONTEXT)
+@click.command("chat")
 @click.argument("student", type=NAME_OR_PATH)
 @click.option("--system", help="System prompt.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Temperature of sampling; 0 is greedy.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Most tokens of an answer."
+)
 @click.option(
     "--bos",
     type=click.Choice(["auto", "add", "never"]),
-    help="What stands before a prompt, as in kd cache-teacher [default: as the student was trained].",
+    help="What a prompt begins with, as in kd cache-teacher [default: as the student was trained].",
 )
 @trust_option
 def chat(student: str, system: str | None, temperature: float, max_new_tokens: int, bos: str | None) -> None:
-    """Try a student by hand: one line, one answer; an empty line or Ctrl-D ends.
+    """Chat with a student.
+
+    Each line gets an answer; an empty line or Ctrl-D ends the chat.
 
     \b
     kd chat data/kd

@@ -1,4 +1,4 @@
-"""`kd compare` says what each student retained of the teacher, with intervals."""
+"""`kd compare` shows how much of the teacher's quality each student retained, with intervals."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 import click
 
 from kdcache.commands.console import note, print_markdown, print_table
-from kdcache.commands.options import CONTEXT, PATH, json_option
+from kdcache.commands.options import PATH, json_option
 from kdcache.printable import json_text
 
 
-@click.command("compare", context_settings=CONTEXT)
+@click.command("compare")
 @click.argument("evaluations", nargs=-1, required=True, type=PATH)
-@click.option("--against", help="Label of a model to take the differences to, as in --against sft.")
-@click.option("--metric", "metrics", multiple=True, help="Show this metric alone; give it again for several.")
+@click.option("--against", help="Label of a model; also show the differences from it, as in --against sft.")
+@click.option("--metric", "metrics", multiple=True, help="Show only this metric; repeat it for several.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
-@click.option("--out", type=PATH, help="Folder of comparison.json and .csv [default: the first].")
+@click.option("--out", type=PATH, help="Folder of comparison.json and .csv [default: the first evaluation].")
 @json_option
 def compare(
     evaluations: tuple[Path, ...],
@@ -26,10 +26,10 @@ def compare(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """What each student retained of the teacher, with 95% intervals, from what kd evaluate measured.
+    """Compare students with the teacher, with intervals.
 
-    Retention is the student's value over the teacher's, on the same prompts and at the same temperature; models that
-    were measured on others are refused. Intervals resample the problems, and runs of one label.
+    The values are those that kd evaluate measured. Retention is the student's value divided by the teacher's, on the same prompts and at the same temperature; models that
+    were measured on other prompts are refused. The 95% intervals come from resampling the problems, and the runs of one label.
 
     \b
     kd compare data/evaluation
@@ -37,18 +37,17 @@ def compare(
     """
     from trainer.evaluate import compare as comparison
 
-    found = comparison.rows(evaluations, against)
-    unknown = [name for name in metrics if name not in {row["metric"] for row in found}]
-    if unknown:
-        there = ", ".join(dict.fromkeys(row["metric"] for row in found))
-        raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {there}")
-    written = comparison.write(found, out or evaluations[0])
-    if all(row["interval"] is None for row in found):
-        note("no intervals: the split holds fewer than five problems, and resampling so few says little of others")
+    rows = comparison.rows(evaluations, against)
+    measured = list(dict.fromkeys(row["metric"] for row in rows))
+    if unknown := [name for name in metrics if name not in measured]:
+        raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {', '.join(measured)}")
+    written = comparison.write(rows, out or evaluations[0])
+    if all(row["interval"] is None for row in rows):
+        note("no intervals: the split holds fewer than five problems, and resampling so few says little about others")
     if metrics:
-        found = [row for row in found if row["metric"] in metrics]
+        rows = [row for row in rows if row["metric"] in metrics]
     if as_json:
-        click.echo(json_text(found, indent=2))
+        click.echo(json_text(rows, indent=2))
     else:
-        (print_markdown if markdown else print_table)(*comparison.long(found))
+        (print_markdown if markdown else print_table)(*comparison.long(rows))
         note(f"written: {', '.join(map(str, written))}")

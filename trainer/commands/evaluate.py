@@ -2,102 +2,54 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from kdcache import quiet
 from kdcache.commands.console import ProgressLine, note, note_device, print_table, warn_of_unsafe
-from kdcache.commands.options import (
-    CONTEXT,
-    NAME_OR_PATH,
-    PATH,
-    from_cache_option,
-    json_option,
-    max_length_option,
-    trust_option,
-    unsafe_option,
-    where_option,
-)
+from kdcache.commands.options import NAME_OR_PATH, config_from, json_option, options_of, trust_option
 from kdcache.printable import json_text
+from trainer.evaluate.config import EvaluateConfig
 
 
-@click.command("evaluate", context_settings=CONTEXT)
+@click.command("evaluate")
 @click.argument("models", nargs=-1, required=True, type=NAME_OR_PATH)
-@from_cache_option
-@click.option("--split", type=click.Choice(["train", "validation", "test"]), default="test", show_default=True)
-@where_option
-@max_length_option
-@click.option(
-    "--generate",
-    type=click.IntRange(0),
-    help="Generate answers for N prompts; 0 for none, and no Rouge-L [default: all].",
-)
-@click.option(
-    "--temperature",
-    "temperatures",
-    type=click.FloatRange(0),
-    multiple=True,
-    help="Of generated answers, 0 is greedy; give it again for several [default: the teacher's in the cache, else 0].",
-)
-@click.option("--top-p", type=float, help="Nucleus of sampling [default: the teacher's].")
-@click.option(
-    "--seeds",
-    type=click.IntRange(1),
-    help="Answers a prompt, at temperatures above 0 [default: as many as the teacher's].",
-)
-@click.option(
-    "--max-new-tokens", type=click.IntRange(1), help="Longest generated answer [default: the teacher's, else 128]."
-)
-@click.option(
-    "--engine",
-    type=click.Choice(["auto", "vllm", "transformers"]),
-    default="auto",
-    show_default=True,
-    help="What generates; auto is vLLM where it is installed.",
-)
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
-@unsafe_option
-@click.option(
-    "--out",
-    type=PATH,
-    default=Path("data/evaluation"),
-    show_default=True,
-    help="Folder of what is measured, for kd compare; what is there with the same settings is not measured again.",
-)
+@options_of(EvaluateConfig)
 @trust_option
 @json_option
 def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Measure students on a cache's held-out split, beside the teacher, whose row comes from the cache.
+    """Measure students on a cache's held-out split.
 
-    A model is a folder or a Hub id, or LABEL=MODEL; models of one label count as runs (training seeds) of a kind.
+    The table also has a row for the teacher, which comes from the cache. A model is a folder or a Hub id, or LABEL=MODEL; models with the same label count as runs (training seeds) of one kind.
 
     \b
-    kl          nats a token to the teacher, bucket form     agreement   with the teacher's best token
-    ce          of the completions, nats a token             ece         calibration error of the best token
-    rougeL      F1 with the reference: words of any script, no stemming; rougeL_teacher: with the teacher's own answer
-    exact       the reference, word for word                 pass@K      right by the row's verifier (tests are run)
+    kl          KL divergence from the teacher in nats per token, bucket form
+    ce          cross-entropy of the completions in nats per token
+    agreement   share of positions whose most probable token is the teacher's
+    ece         calibration error of the most probable token
+    rougeL      F1 with the reference, on words of any script, without stemming;
+                rougeL_teacher is the same with the teacher's own answer as the reference
+    exact       share of answers that equal the reference
+    pass@K      share of prompts with a right answer among K, judged by the row's verifier
 
     \b
     kd evaluate data/student data/sft data/kd --from-cache data/cache
-    kd evaluate before=data/student kd=data/kd-0 kd=data/kd-1 --from-cache data/cache --temperature 0 --temperature 1
+    kd evaluate before=data/student kd=data/kd-0 kd=data/kd-1 --from-cache data/cache --temperature 1
     kd compare data/evaluation
     """
     quiet.libraries()
-    from trainer.evaluate import compare as comparison
+    from trainer.evaluate import compare
     from trainer.evaluate import run as evaluation
 
     warn_of_unsafe(options["unsafe_exec"])
-    line = ProgressLine("done")
-    config = evaluation.EvaluateConfig(models=tuple(map(evaluation.label_of, models)), **options)
+    config = config_from(EvaluateConfig, options, models=tuple(map(evaluation.label_of, models)))
     note_device()
-    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None), note)
-    line.close()
-    found = comparison.rows([out])
+    with ProgressLine() as line:
+        out = evaluation.evaluate(config, line.show, note)
+    rows = compare.rows([out])
     if as_json:
-        click.echo(json_text(found, indent=2))
+        click.echo(json_text(rows, indent=2))
     else:
-        print_table(*comparison.wide(found))
+        print_table(*compare.wide(rows))
         note(f"intervals and retention: kd compare {out}")

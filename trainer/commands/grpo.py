@@ -1,121 +1,75 @@
-"""`kd grpo` does reinforcement learning on the cache's prompts, judged by their verifiers."""
+"""`kd grpo` trains a student by reinforcement learning on the cache's prompts, with their verifiers as the reward."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from kdcache import quiet
-from kdcache.commands.console import StepLine, introduce, is_first_rank, note, print_facts, this_command, warn_of_unsafe
-from kdcache.commands.options import (
-    EXTRA_OPTIONS,
-    NAME_OR_PATH,
-    PATH,
-    config_option,
-    from_cache_option,
-    json_option,
-    library_extra,
-    lora_options,
-    trust_option,
-    unsafe_option,
-)
+from kdcache.commands.console import is_first_rank, print_facts, warn_of_unsafe
+from kdcache.commands.options import config_from, config_option, json_option, options_of, trust_option
+from kdcache.commands.passthrough import Library, PassThrough
+from trainer.commands.training import StepLine, interruptible, introduce
+from trainer.grpo.config import GrpoConfig
+
+#: What is printed of a logged step, and its name in the line.
+SHOWN = {
+    "reward": "reward",
+    "rewards/correctness/mean": "right",
+    "rewards/form/mean": "form",
+    "completions/mean_length": "tokens",
+    "entropy": "entropy",
+    "kl": "kl",
+}
 
 
-@click.command("grpo", context_settings=EXTRA_OPTIONS)
+def grpo_arguments(_: Mapping[str, Any]) -> Library:
+    from trainer.grpo import train
+
+    return Library("trl.GRPOConfig", frozenset(train.argument_names()))
+
+
+@click.command("grpo", cls=PassThrough, library=grpo_arguments)
 @config_option
-@from_cache_option
-@click.option("--student", type=NAME_OR_PATH, required=True, help="Hub id or folder of the student to start from.")
-@click.option("--output-dir", type=PATH, required=True, help="Folder of the run.")
-@click.option(
-    "--where",
-    help="SQL condition on the view prompts [default: success > 0 AND success < 1, the prompts that the teacher's own answers "
-    "got right sometimes].",
-)
-@click.option(
-    "--guide",
-    type=click.Choice(["prefix"]),
-    help="Begin a falling share of each group's answers with the first half of a right answer from the cache.",
-)
-@click.option(
-    "--teacher-weight",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Weight, at most 0.5, of one more reward: the teacher's probability of the answer's tokens, for as long as an answer in "
-    "the cache begins alike.",
-)
-@click.option(
-    "--guards/--no-guards", default=True, show_default=True, help="Stop a run that has collapsed, saying how."
-)
-@click.option(
-    "--guard-window", type=click.IntRange(2), default=20, show_default=True, help="Steps that a guard looks at."
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of the student's weights.",
-)
-@lora_options
-@unsafe_option
-@click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
-@click.option("--dry-run", is_flag=True, help="Print what would be learnt from; train nothing.")
+@options_of(GrpoConfig)
+@click.option("--dry-run", is_flag=True, help="Print which prompts would be used; train nothing.")
 @trust_option
 @json_option
 @click.pass_context
-def grpo(context: click.Context, **options: Any) -> None:
-    """Reinforcement learning (GRPO) on the cache's prompts, judged by their verifiers. The teacher is never loaded.
+def grpo(context: click.Context, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Train by reinforcement learning (GRPO) on a cache.
 
-    The reward is 1 for a right answer (tests are run in a sandbox) and 0.1 for one in the form asked for; an answer that is
-    cut off gets nothing. Other options are trl.GRPOConfig's, by their names: --num-generations 8, --max-completion-length 512,
-    --beta 0.04, --learning-rate 1e-6, --max-steps 200, --use-vllm, --report-to tensorboard, ...
+    The prompts' verifiers judge the answers: the reward is 1 for a right answer (tests run in a sandbox) and 0.1 for the
+    requested form; an answer that is cut off gets nothing. The teacher is never loaded.
+
+    \b
+    Other options are those of trl.GRPOConfig, by their names: --num-generations 8,
+    --max-completion-length 512, --beta 0.04, --learning-rate 1e-6, --max-steps 200, --use-vllm,
+    --report-to tensorboard, ...
 
     \b
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --max-steps 100
-    kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --guide prefix --where "success > 0"
+    kd grpo --from-cache data/cache --student data/kd --output-dir data/guided --guide prefix
     """
     quiet.libraries()
     from trainer.grpo import train as reinforcement
 
-    first_rank = is_first_rank()
-    warn_of_unsafe(options["unsafe_exec"] and first_rank)
-    extra = grpo_extra(context)
-    config = reinforcement.GrpoConfig(
-        arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
-    )
-    resolved = reinforcement.prepare(config)
-    if options["dry_run"]:
-        print_facts(resolved.facts(), options["as_json"])
+    warn_of_unsafe(options["unsafe_exec"] and is_first_rank())
+    run = reinforcement.prepare(config_from(GrpoConfig, options, arguments=grpo.library_options(context)))
+    if dry_run:
+        print_facts(run.facts(), as_json)
         return
-    if first_rank:
-        introduce(resolved)
-    show = StepLine(resolved.checkpoint)
+    if is_first_rank():
+        introduce(run.facts(), run.notes)
+    line = StepLine(run.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
-        names = {
-            "reward": "reward",
-            "rewards/correctness/mean": "right",
-            "rewards/form/mean": "form",
-            "rewards/likeness/mean": "likeness",
-            "completions/mean_length": "tokens",
-            "entropy": "entropy",
-            "kl": "kl",
-        }
-        show(step, steps, "  ".join(f"{short} {float(logs[k]):.3g}" for k, short in names.items() if k in logs))
+        metrics = {short: float(logs[name]) for name, short in SHOWN.items() if name in logs}
+        line.show(step, steps, "  ".join(f"{short} {value:.3g}" for short, value in metrics.items()))
 
-    try:
-        found = reinforcement.train(resolved, report)
-    except KeyboardInterrupt:
-        if first_rank:
-            note(f"interrupted. To continue at the last checkpoint:\n  {this_command()}")
-        raise
-    if first_rank:
-        print_facts(found, options["as_json"])
-
-
-def grpo_extra(context: click.Context) -> dict[str, Any]:
-    from trainer.grpo import train as grpo
-
-    return library_extra(context, grpo.argument_names(), "trl.GRPOConfig")
+    with interruptible():
+        facts = reinforcement.train(run, report)
+    if is_first_rank():
+        print_facts(facts, as_json)

@@ -1,4 +1,4 @@
-"""`kd init-student` makes a student: a checkpoint as it is, or some of the teacher's own layers."""
+"""`kd init-student` makes a student from a model, or from some of its layers."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import click
 
 from kdcache import quiet
 from kdcache.commands.console import print_facts
-from kdcache.commands.options import CONTEXT, NAME_OR_PATH, PATH, json_option, trust_option
+from kdcache.commands.options import NAME_OR_PATH, PATH, json_option, trust_option
 
 
-@click.command("init-student", context_settings=CONTEXT)
+@click.command("init-student")
 @click.option(
     "--from",
     "base",
     type=NAME_OR_PATH,
     default="embedded",
     show_default=True,
-    help="Hub id, model folder, or `embedded`: a checkpoint, or the teacher to take layers of.",
+    help="Hub id, model folder, or `embedded`: the checkpoint, or the teacher whose layers are kept.",
 )
 @click.option(
-    "--keep-layers", help="Layers to keep: a number (evenly spread), or a list like 0-4,6,8-29 [default: all]."
+    "--keep-layers", help="Layers to keep: how many (evenly spaced), or a list like 0-4,6,8-29 [default: all]."
 )
 @click.option("--out", type=PATH, required=True, help="Folder of the student.")
 @click.option("--overwrite", is_flag=True, help="Replace a student that this command made.")
 @trust_option
 @json_option
 def init_student(base: str, keep_layers: str | None, out: Path, overwrite: bool, as_json: bool) -> None:
-    """Make a student: a checkpoint as it is, or some of the teacher's own layers.
+    """Make a student from a model, or some of its layers.
 
     \b
     kd init-student --from embedded --keep-layers 20 --out data/student

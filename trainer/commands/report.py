@@ -1,4 +1,4 @@
-"""`kd report` writes one page on what was trained, what it kept of the teacher and what it cost."""
+"""`kd report` writes one page about runs, evaluations and quantized students."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import click
 
 from kdcache import quiet
 from kdcache.commands.console import note, print_facts
-from kdcache.commands.options import CONTEXT, LOCATION, PATH, json_option
+from kdcache.commands.options import LOCATION, PATH, json_option
 
 
-@click.command("report", context_settings=CONTEXT)
+@click.command("report")
 @click.argument("folders", metavar="FOLDER...", nargs=-1, required=True, type=PATH)
-@click.option("--cache", type=LOCATION, help="The cache they come from [default: the one among the folders].")
+@click.option("--cache", type=LOCATION, help="Cache of the runs and evaluations [default: the one in the folders].")
 @click.option(
     "--out",
     type=PATH,
@@ -23,9 +23,11 @@ from kdcache.commands.options import CONTEXT, LOCATION, PATH, json_option
 )
 @json_option
 def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bool) -> None:
-    """One page on what was trained, what it kept of the teacher and what it cost. It opens anywhere, without a network.
+    """Write a page about runs and evaluations.
 
-    FOLDER is a run, an evaluation or a quantized student, or a folder that holds some, as kd run and kd demo leave it.
+    It shows what was trained, how much of the teacher's quality was kept and what it cost. The page is a single file that
+    opens without a network. FOLDER is a run, an evaluation or a quantized student, or a folder that contains some, such as
+    the output of kd run and kd demo.
 
     \b
     kd report data/demo --out data/demo/report
@@ -34,15 +36,15 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
     quiet.libraries()
     from trainer.report import gather as reporting
 
-    found = reporting.find(folders, cache)
-    page = reporting.write(found, out, note)
+    results = reporting.find(folders, cache)
+    page = reporting.write(results, out, note)
     print_facts(
         {
             "report": str(page),
-            "runs": len(found.runs),
-            "evaluations": len(found.evaluations),
-            "quantized": len(found.quantized),
-            "cache": str(found.cache) if found.cache else None,
+            "runs": len(results.runs),
+            "evaluations": len(results.evaluations),
+            "quantized": len(results.quantized),
+            "cache": str(results.cache) if results.cache else None,
         },
         as_json,
     )

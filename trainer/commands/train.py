@@ -2,131 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from kdcache import quiet
-from kdcache.commands.console import StepLine, introduce, is_first_rank, note, print_facts, this_command
-from kdcache.commands.options import (
-    EXTRA_OPTIONS,
-    NAME_OR_PATH,
-    PATH,
-    config_option,
-    from_cache_option,
-    json_option,
-    library_extra,
-    lora_options,
-    max_length_option,
-    trust_option,
-    where_option,
-)
+from kdcache.commands.console import is_first_rank, print_facts
+from kdcache.commands.options import config_from, config_option, json_option, options_of, trust_option
+from kdcache.commands.passthrough import Library, PassThrough
+from trainer.commands.training import StepLine, interruptible, introduce
+from trainer.distill.config import TrainConfig
 
 
-@click.command("train", context_settings=EXTRA_OPTIONS)
+def training_arguments(_: Mapping[str, Any]) -> Library:
+    from trainer.distill import plan
+
+    return Library("TrainingArguments", frozenset(plan.training_argument_names()), plan.RENAMED)
+
+
+@click.command("train", cls=PassThrough, library=training_arguments)
 @config_option
-@from_cache_option
-@click.option("--student", type=NAME_OR_PATH, required=True, help="Hub id or folder of the student to start from.")
-@click.option("--output-dir", type=PATH, required=True, help="Folder of the run.")
-@click.option(
-    "--method",
-    type=click.Choice(["kd", "sft"]),
-    default="kd",
-    show_default=True,
-    help="Distillation, or plain fine-tuning on the same completions.",
-)
-@click.option(
-    "--alpha",
-    type=float,
-    default=0.5,
-    show_default=True,
-    help="Loss = (1 - alpha) cross-entropy + alpha divergence from the teacher.",
-)
-@click.option(
-    "--divergence",
-    default="forward_kl",
-    show_default=True,
-    help="forward_kl (any cache); on topk caches also reverse_kl, jsd, skewed_kl[:SKEW], tvd.",
-)
-@where_option
-@max_length_option
-@click.option(
-    "--too-long",
-    type=click.Choice(["drop", "cut"]),
-    default="drop",
-    show_default=True,
-    help="What becomes of longer samples: dropped, or their completions cut at --max-length (with no end of turn).",
-)
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    show_default=True,
-    help="Of the student's weights (--bf16 keeps them in float32 and computes in bfloat16).",
-)
-@lora_options
-@click.option(
-    "--evals-per-epoch",
-    type=click.IntRange(1),
-    default=4,
-    show_default=True,
-    help="How often the validation split is measured and a checkpoint kept.",
-)
-@click.option(
-    "--early-stopping-patience", type=click.IntRange(1), help="Stop after N measurements without a better one."
-)
-@click.option("--overwrite", is_flag=True, help="Delete a run that is already there.")
+@options_of(TrainConfig)
 @click.option("--dry-run", is_flag=True, help="Print samples, tokens, steps and memory; train nothing.")
 @trust_option
 @json_option
 @click.pass_context
-def train(context: click.Context, **options: Any) -> None:
+def train(context: click.Context, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train a student from the cache alone (phase two). The teacher is never loaded.
 
-    Run the same command again after an interruption: it continues at the last whole checkpoint. Other options are
-    transformers.TrainingArguments', by their names: --learning-rate 1e-4, --num-train-epochs 1,
-    --per-device-train-batch-size 8, --gradient-accumulation-steps 4, --bf16, --report-to tensorboard, ...
+    Run the same command again after an interruption: it continues from the last complete checkpoint.
+
+    \b
+    Other options are those of transformers.TrainingArguments, by their names: --learning-rate 1e-4,
+    --num-train-epochs 1, --per-device-train-batch-size 8, --gradient-accumulation-steps 4, --bf16,
+    --report-to tensorboard, ...
 
     \b
     kd train --from-cache data/cache --student data/student --output-dir data/kd --learning-rate 2e-4
     """
     quiet.libraries()
-    from trainer.distill import plan as run
+    from trainer.distill import plan
 
-    extra = train_extra(context)
-    config = run.TrainConfig(
-        arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
-    )
-    resolved = run.prepare(config)
-    if options["dry_run"]:
-        from trainer.distill import estimate as memory
+    run = plan.prepare(config_from(TrainConfig, options, arguments=train.library_options(context)))
+    if dry_run:
+        from trainer.distill import estimate
 
-        print_facts(resolved.facts() | memory.estimate(resolved), options["as_json"])
+        print_facts(run.facts() | estimate.estimate(run), as_json)
         return
-    first_rank = is_first_rank()
-    if first_rank:
-        introduce(resolved)
+    if is_first_rank():
+        introduce(run.facts(), run.notes)
     from trainer.distill import trainer as distill
 
-    show = StepLine(resolved.checkpoint)
+    line = StepLine(run.checkpoint)
+    hidden = ("epoch", "tokens", "seconds")
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
-        hidden = ("epoch", "tokens", "seconds")
-        show(
-            step, steps, "  ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, float) and k not in hidden)
-        )
+        metrics = {name: value for name, value in logs.items() if isinstance(value, float) and name not in hidden}
+        line.show(step, steps, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
-    try:
-        found = distill.train(resolved, report)
-    except KeyboardInterrupt:
-        if first_rank:
-            note(f"interrupted. To continue at the last checkpoint:\n  {this_command()}")
-        raise
-    if first_rank:
-        print_facts(found, options["as_json"])
-
-
-def train_extra(context: click.Context) -> dict[str, Any]:
-    from trainer.distill import plan as run
-
-    return library_extra(context, run.training_argument_names(), "TrainingArguments", run.RENAMED)
+    with interruptible():
+        facts = distill.train(run, report)
+    if is_first_rank():
+        print_facts(facts, as_json)

@@ -14,28 +14,29 @@ import click
 
 from kdcache import quiet
 from kdcache.commands.console import note
-from kdcache.commands.options import CONTEXT, LOCATION, NAME_OR_PATH, trust_option
+from kdcache.commands.options import LOCATION, NAME_OR_PATH, trust_option
 
 
-@click.command("view", context_settings=CONTEXT)
+@click.command("view")
 @click.argument("cache", type=LOCATION)
 @click.option("--sample", help="Open this sample_id first.")
 @click.option(
     "--student",
     type=NAME_OR_PATH,
-    help="Show this student (a folder or Hub id) beside the teacher; it is loaded when it is first needed.",
+    help="Show this student (a folder or Hub id) beside the teacher. It is loaded when it is first needed.",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), help="Listen here [default: 8470, or a free one where that is taken]."
+    "--port", type=click.IntRange(0, 65535), help="Port of the page [default: 8470, or a free port if it is taken]."
 )
-@click.option("--no-browser", is_flag=True, help="Print the address alone, and open no browser.")
+@click.option("--no-browser", is_flag=True, help="Print the address; open no browser.")
 @trust_option
 def view(cache: Path, sample: str | None, student: str | None, port: int | None, no_browser: bool) -> None:
-    """Look at a cache in the browser: its samples, each token shaded by how unsure the teacher was, and what else it could have said.
+    """Look at a cache in the browser.
 
-    Search, and sort by uncertainty, surprise, length or reward. With --student, shade by the student's KL to the teacher
-    instead, and see both side by side. The page comes from this process, on 127.0.0.1; nothing leaves the machine, and
-    the teacher is not loaded. Ctrl-C ends it.
+    The page shows the samples, with each token shaded by the teacher's uncertainty, and the other tokens that the teacher
+    considered. Search, and sort by uncertainty, surprise, length or reward. With --student, tokens are shaded by the
+    student's KL from the teacher instead, and both stand side by side. This process serves the page on 127.0.0.1; nothing
+    leaves the machine, and the teacher is not loaded. Ctrl-C ends it.
 
     \b
     kd view data/demo/cache
@@ -68,7 +69,7 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
             if open_browser and (
                 sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
             ):
-                import webbrowser  # without a display it would start a text browser in this very terminal
+                import webbrowser  # without a display it would start a text browser in this terminal
 
                 webbrowser.open(leaving.enter_context(_address_file(server.url)))
             with contextlib.suppress(KeyboardInterrupt):
@@ -77,7 +78,10 @@ def _serve(viewed: Any, student: Any, port: int | None, sample: str | None, open
 
 @contextlib.contextmanager
 def _address_file(url: str) -> Iterator[str]:
-    """A file that leads to ``url``, for this user's eyes alone: a browser's arguments are everybody's to read."""
+    """Yield the address of a file that leads to ``url`` and that only this user can read.
+
+    Other users of this machine can read a browser's arguments, and ``url`` holds a secret.
+    """
     with tempfile.TemporaryDirectory(prefix="kd-view-") as folder:  # mode 0700
         path = Path(folder) / "view.html"
         path.write_text(f'<meta http-equiv="refresh" content="0; url={url}">', encoding="utf-8")

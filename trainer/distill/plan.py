@@ -23,6 +23,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import atomic, folders
 from trainer.data.select import Selection, open_caches, select
+from trainer.distill.config import TrainConfig
 from trainer.loss import divergences
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
@@ -34,19 +35,6 @@ RUN_FILE = folders.RUN.marker
 CONFIG_FILE = "run.yaml"
 METHODS = ("kd", "sft")
 SAMPLES_PER_DEVICE = 8
-
-
-@dataclass(frozen=True)
-class TrainConfig(StudentConfig):
-    """What ``kd train`` was asked for; ``arguments`` are TrainingArguments."""
-
-    method: str = "kd"
-    alpha: float = 0.5
-    divergence: str = "forward_kl"
-    max_length: int = 2048
-    too_long: str = "drop"
-    evals_per_epoch: int = 4
-    early_stopping_patience: int | None = None
 
 
 @dataclass(frozen=True)

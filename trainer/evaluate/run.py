@@ -33,39 +33,18 @@ from kdcache.errors import KDError, UsageError
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import atomic, folders
 from trainer.data.select import Selection, open_caches, select
 from trainer.evaluate import metrics
 from trainer.evaluate.compare import COPY, EVALUATION_FILE, TEACHER
+from trainer.evaluate.config import EvaluateConfig
 from trainer.evaluate.forced import at_positions, sampled_from
 from trainer.loss.head import head_of
 from trainer.student import generate
 from trainer.student.generate import Ask, Decoding
 from trainer.student.load import cached_stop_ids, check_tokenizer, load_student
-
-Progress = Callable[[str, int, int], None]  # what, done, of how many
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """``models``: (label, folder or Hub id); those of one label are runs of a kind. None: as the teacher was sampled."""
-
-    models: tuple[tuple[str, str], ...]
-    from_cache: tuple[Path, ...]
-    out: Path
-    split: str = "test"
-    where: str | None = None
-    max_length: int = 2048
-    batch_size: int = 8
-    generate: int | None = None  # prompts to generate for; None: all, 0: none
-    temperatures: tuple[float, ...] = ()
-    top_p: float | None = None
-    seeds: int | None = None  # answers a prompt, at temperatures above 0
-    max_new_tokens: int | None = None
-    dtype: str = "float32"
-    engine: str = "auto"
-    unsafe_exec: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,7 @@ def label_of(argument: str) -> tuple[str, str]:
 
 
 def evaluate(
-    config: EvaluateConfig, progress: Progress = lambda *_: None, say: Callable[[str], None] = lambda _: None
+    config: EvaluateConfig, progress: ShowProgress = silent, say: Callable[[str], None] = lambda _: None
 ) -> Path:
     """Measure what is not measured yet; returns the folder, whose evaluation.json names the parts.
 
@@ -111,7 +90,7 @@ def evaluate(
         return _evaluate(config, progress, say)
 
 
-def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], None]) -> Path:
+def _evaluate(config: EvaluateConfig, progress: ShowProgress, say: Callable[[str], None]) -> Path:
     if config.split not in SPLITS:
         raise KDError(f"--split {config.split}: expected one of {', '.join(SPLITS)}", 2)
     caches = open_caches(config.from_cache)
@@ -151,11 +130,11 @@ def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], N
         return _judge(prompts, asked, texts, is_teacher, sandbox)
 
     def of_model(label: str, model: str) -> tuple[pa.Table, pa.Table]:
-        at = lambda *numbers: progress(f"{label}: held-out KL", *numbers)  # noqa: E731
-        forced = _forced(model, units, groups, sampled_from(caches[0]), config, at)
-        texts = generate.answers(
-            model, asks, decoding, engine or "auto", lambda *at: progress(f"{label}: answers", *at), say
-        )
+        def show(unit: str, note: str) -> Callable[[int, int], None]:
+            return lambda done, total: progress(Progress(done, total, unit, f"{label}: {note}"))
+
+        forced = _forced(model, units, groups, sampled_from(caches[0]), config, show("samples", "held-out KL"))
+        texts = generate.answers(model, asks, decoding, engine or "auto", show("answers", "generated"), say)
         return forced, judged(asks, texts)
 
     def of_teacher() -> tuple[pa.Table, pa.Table]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,6 @@ from trainer.distill.plan import (
     RUN_FILE,
     Begun,
     Report,
-    StudentConfig,
     alone,
     begin,
     bos_of,
@@ -47,6 +46,7 @@ from trainer.distill.plan import (
     stop_unless_finite,
 )
 from trainer.grpo import rewards
+from trainer.grpo.config import GrpoConfig
 from trainer.run import checkpoints, parallel
 from trainer.run.arguments import REFUSED_BY_GRPO, as_usage, check_lora, check_values, made
 from trainer.run.checkpoints import Resume
@@ -55,19 +55,6 @@ from trainer.student.load import answer_as_cached, cached_stop_ids, load_student
 
 SOMETIMES = "success > 0 AND success < 1"
 GUIDES = ("prefix",)
-
-
-@dataclass(frozen=True)
-class GrpoConfig(StudentConfig):
-    """What ``kd grpo`` was asked for; ``arguments`` are trl.GRPOConfig's."""
-
-    guide: str | None = None
-    teacher_weight: float = 0.0  # of rewards.likeness
-    guards: bool = True
-    guard_window: int = 20
-    unsafe_exec: bool = False
-
-    places: ClassVar[tuple[str, ...]] = (*StudentConfig.places, "guards", "guard_window", "unsafe_exec")
 
 
 @dataclass(frozen=True)

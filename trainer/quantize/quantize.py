@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,14 +25,15 @@ import torch
 from kdcache import machine, models
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.models import identity
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.storage import atomic, folders
 from trainer.data.select import Selection, open_caches, select
 from trainer.evaluate import compare
-from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.evaluate.config import EvaluateConfig
+from trainer.evaluate.run import evaluate
 from trainer.quantize import footprint
+from trainer.quantize.config import QuantizeConfig
 from trainer.student.load import check_tokenizer, load_student, quantized_by
-
-Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 RECORD, TABLE = folders.QUANTIZED.marker, "quantization.csv"
 MAX_LENGTH = 2048
@@ -46,19 +47,6 @@ FORMATS = {
     "int8": "8-bit integers, LLM.int8() (bitsandbytes)",
     "w4a16": "4-bit integers in groups, calibrated (AutoRound, compressed-tensors)",
 }
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """``from_cache``: to calibrate w4a16 on (train split), and to measure quality on (test split)."""
-
-    student: str
-    out: Path
-    format: str = "nf4"
-    from_cache: tuple[Path, ...] = ()
-    measure: bool = True
-    rounds: int = 5
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,7 +116,7 @@ def _is_made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
     raise KDError(f"--out {out} is not empty; use another, or --overwrite")
 
 
-def quantize(plan: Plan, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def quantize(plan: Plan, progress: ShowProgress = silent) -> dict[str, Any]:
     """Save the quantized student and, if asked, measure both; returns what quantization.json says."""
     out = plan.config.out
     with folders.held(out, folders.QUANTIZED):
@@ -158,15 +146,15 @@ def _card(plan: Plan) -> str:
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def _save(plan: Plan, folder: Path, progress: Progress) -> None:
-    progress("quantizing", 0, 1)
+def _save(plan: Plan, folder: Path, progress: ShowProgress) -> None:
+    progress(Progress(0, 1, "students", "quantizing"))
     if plan.config.format == "w4a16":
         _auto_round(plan, folder)
     else:
         student, tokenizer = load_student(plan.config.student, plan.dtype, plan.config.format)
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    progress("quantizing", 1, 1)
+    progress(Progress(1, 1, "students", "quantizing"))
 
 
 def _auto_round(plan: Plan, folder: Path) -> None:
@@ -253,12 +241,14 @@ def _sizes(shape: Any, format: str, group_size: int) -> dict[str, int]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
+def _measure(plan: Plan, progress: ShowProgress) -> dict[str, Any]:
     config = plan.config
     before, after = config.student, str(config.out)
-    rows = footprint.compare(
-        before, after, _prompt(plan), config.rounds, lambda *at: progress("measuring in turns", *at)
-    )
+
+    def show(done: int, total: int) -> None:
+        progress(Progress(done, total, "measurements", "before and after, in turns"))
+
+    rows = footprint.compare(before, after, _prompt(plan), config.rounds, show)
     if config.from_cache:
         evaluation = config.out / "evaluation"
         asked = EvaluateConfig(

@@ -30,7 +30,8 @@ from kdcache.models.identity import model_folder
 from trainer.run import parallel
 
 if TYPE_CHECKING:  # run.py imports this module
-    from trainer.distill.plan import Run, StudentConfig
+    from trainer.distill.plan import Run
+    from trainer.student.config import StudentConfig
 
 # --- what cannot mean here what it means elsewhere --------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from kdcache.printable import printable
 from kdcache.storage import digests, seal
 from trainer.data.select import select
 from trainer.evaluate import run as evaluate
+from trainer.evaluate.config import EvaluateConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import flips
@@ -79,9 +80,7 @@ def read_everything(cache):
         "sql": lambda: query.run(cache, ALL),
         "train": lambda: select([reader.Cache(cache)], "train"),
         "train --where": lambda: select([reader.Cache(cache)], "train", "true"),
-        "evaluate": lambda: evaluate._groups(
-            evaluate.EvaluateConfig((), (cache,), cache, split="train"), [reader.Cache(cache)]
-        ),
+        "evaluate": lambda: evaluate._groups(EvaluateConfig((), (cache,), cache, split="train"), [reader.Cache(cache)]),
         "info": lambda: manifest.summary(cache),
     }
 

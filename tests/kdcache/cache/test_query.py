@@ -33,6 +33,7 @@ from kdcache.paths import resource_folder
 from kdcache.storage import atomic, seal
 from trainer.data.select import select as select_samples
 from trainer.evaluate import run as evaluate
+from trainer.evaluate.config import EvaluateConfig
 from trainer.grpo import train as grpo
 
 FILES = sorted(resource_folder("sql").glob("*.sql"))
@@ -585,7 +586,7 @@ def test_a_condition_that_cannot_be_asked_is_explained_in_a_sentence(where, sent
 ASKING = {
     "train": lambda cache, where: select_samples([Cache(cache)], "train", where),
     "the student's card": lambda cache, where: query.sources(cache, where),
-    "evaluate": lambda cache, where: evaluate._prompts(evaluate.EvaluateConfig((), (cache,), cache, where=where)),
+    "evaluate": lambda cache, where: evaluate._prompts(EvaluateConfig((), (cache,), cache, where=where)),
     "grpo": lambda cache, where: grpo._choose(cache, Cache(cache).plan, where),
     "verify-answers": lambda cache, where: judging.verify_answers(cache, where=where),
 }
@@ -682,7 +683,7 @@ def test_a_query_without_all_shards_says_so(kd, copy):
     (copy / "manifest.json").unlink()  # as before the end of a capture
     (copy / first).unlink()
     assert kd("sql", copy, "SELECT 1 AS one").stderr == (
-        f"warning: 1 shard is missing (the first is {first}); what is asked is answered without them\n"
+        f"warning: 1 shard is missing (the first is {first}); the answers leave them out\n"
     )
 
 

@@ -15,6 +15,7 @@ from kdcache.errors import KDError
 from kdcache.teachers import EngineOptions
 from kdcache.teachers.vllm import _arguments
 from trainer.quantize import quantize
+from trainer.quantize.config import QuantizeConfig
 from trainer.student import make
 from trainer.student.chat import Conversation
 
@@ -60,7 +61,7 @@ USES = {
     "load": load_all,
     "chat": lambda folder: Conversation(str(folder), None, 0.0, 4),
     "init-student": lambda folder: make.init_student(str(folder), folder.parent / "out"),
-    "quantize": lambda folder: quantize.prepare(quantize.QuantizeConfig(str(folder), folder.parent / "nf4")),
+    "quantize": lambda folder: quantize.prepare(QuantizeConfig(str(folder), folder.parent / "nf4")),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import cli
 from helpers import ROOT, capture_plan
 from kdcache.capture import run as capture
-from kdcache.commands.options import extra_options
+from kdcache.commands.passthrough import parse_options
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import folders, lock
 
@@ -315,8 +315,9 @@ def test_of_several_ranks_the_first_alone_takes_the_lock(tmp_path, monkeypatch):
 def test_what_another_process_finished_meanwhile_is_not_continued(tiny_cache, tiny_model, finished, tmp_path):
     from trainer.distill import plan as run
     from trainer.distill import trainer as distill
+    from trainer.distill.config import TrainConfig
 
-    resolved = run.prepare(run.TrainConfig((tiny_cache,), tiny_model, tmp_path / "run", arguments={"max_steps": 1}))
+    resolved = run.prepare(TrainConfig((tiny_cache,), tiny_model, tmp_path / "run", arguments={"max_steps": 1}))
     shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(KDError, match="finished run"):
         distill.train(resolved, lambda *_: None)
@@ -400,7 +401,7 @@ def test_a_tilde_leads_home_in_a_yaml_file_in_library_options_and_behind_a_label
     with train.make_context("train", ["--config=~/run.yaml", "--hub-cache=~/hub"]) as context:
         assert context.params["output_dir"] == tmp_path / "run" and context.params["student"] == f"{tmp_path}/s"
         assert context.params["from_cache"] == (tmp_path / "a", tmp_path / "b")
-        assert extra_options(context) == {"hub_cache": f"{tmp_path}/hub"}
+        assert parse_options(context.args) == {"hub_cache": f"{tmp_path}/hub"}
         assert context.meta["kd.config"] == {"logging_dir": f"{tmp_path}/logs"}
     assert label_of("before=~/s") == ("before", f"{tmp_path}/s")
 

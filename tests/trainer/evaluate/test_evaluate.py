@@ -18,7 +18,8 @@ from kdcache.teachers import Sampling
 from trainer.data.select import open_caches
 from trainer.evaluate import compare, metrics
 from trainer.evaluate import run as evaluation
-from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.evaluate.config import EvaluateConfig
+from trainer.evaluate.run import evaluate
 from trainer.student.generate import Ask
 from trainer.student.make import parse_layers
 
@@ -334,7 +335,7 @@ def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
     monkeypatch.setattr(duckdb, "connect", lambda: connect(config={"threads": 8}))
     tables = []
     for number in range(5):
-        config = evaluation.EvaluateConfig(
+        config = EvaluateConfig(
             (("same", tiny_model),), (referenced,), tmp_path / str(number), split="train", engine="transformers"
         )
         tables.append(compare.rows([evaluation.evaluate(config)]))
@@ -342,7 +343,7 @@ def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
 
 
 def test_the_best_of_several_references_counts(referenced, tiny_model):
-    prompts = evaluation._prompts(evaluation.EvaluateConfig((), (referenced,), referenced, split="train"))
+    prompts = evaluation._prompts(EvaluateConfig((), (referenced,), referenced, split="train"))
     asks = [Ask(prompt.prompt_id, prompt.ids, 0.0, 0) for prompt in prompts]
     answers = evaluation._judge(prompts, asks, [prompt.teacher[0] for prompt in prompts], False, None)
     assert {(row["rougeL"], row["exact"], row["reward"]) for row in answers.to_pylist()} == {(1, 1, 1)}

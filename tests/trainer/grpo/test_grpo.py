@@ -18,6 +18,7 @@ from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import folders, lock
 from trainer.grpo import rewards
 from trainer.grpo import train as grpo
+from trainer.grpo.config import GrpoConfig
 from trainer.run import checkpoints
 
 ADD = json.dumps({"kind": "asserts", "language": "python", "tests": ["assert add(1, 2) == 3"]})
@@ -75,7 +76,7 @@ def test_a_prompt_of_several_rows_is_learned_from_once_with_all_its_judges(tiny_
     (tmp_path / "rows.jsonl").write_text(text)
     everything = {"split_ratios": (1.0, 0.0, 0.0), "near_duplicates": "keep", "mode": "score"}
     capture.run(capture_plan(tiny_model, tmp_path / "rows.jsonl", tmp_path / "cache", **everything))
-    config = grpo.GrpoConfig((tmp_path / "cache",), tiny_model, tmp_path / "run")
+    config = GrpoConfig((tmp_path / "cache",), tiny_model, tmp_path / "run")
     [prompt] = grpo.prepare(config).prompts
     assert [reference for _, reference in prompt.judges] == ["Nile", "Rhine"]
 
@@ -230,7 +231,7 @@ def test_an_adapter_learns_from_the_teachers_word_too_and_leaves_a_whole_student
 def test_a_cached_answer_is_as_likely_as_its_cached_probabilities_say(sums, tiny_model, tmp_path):
     from trainer.grpo import train as grpo
 
-    config = grpo.GrpoConfig((sums,), tiny_model, tmp_path / "r", where="true", teacher_weight=0.1)
+    config = GrpoConfig((sums,), tiny_model, tmp_path / "r", where="true", teacher_weight=0.1)
     prompts = grpo.prepare(config).prompts
     assert all(prompt.cached for prompt in prompts)
     rows = query.run(sums, "SELECT sample_id, completion_ids, token_logprobs FROM samples WHERE split = 'train'")[1]
@@ -250,7 +251,7 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
     from trainer.grpo import train as grpo
     from trainer.grpo import trainer as policy
 
-    config = grpo.GrpoConfig(
+    config = GrpoConfig(
         (sums,),
         tiny_model,
         tmp_path / "r",
@@ -286,10 +287,10 @@ def test_wrong_use_is_a_clear_sentence(kd, sums, tiny_model, tiny_cache, tmp_pat
 
     def refusal(cache=sums, **changes):
         with pytest.raises(KDError) as refused:
-            grpo.prepare(grpo.GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
+            grpo.prepare(GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
         return str(refused.value)
 
-    config = grpo.GrpoConfig((sums,), tiny_model, tmp_path / "locked", where="true")
+    config = GrpoConfig((sums,), tiny_model, tmp_path / "locked", where="true")
     with lock.held(tmp_path / "locked"), pytest.raises(KDError, match="locked is being written by process"):
         grpo.train(grpo.prepare(config), print)
     assert "no training row of this cache says how an answer is judged" in refusal(tiny_cache)

@@ -13,9 +13,12 @@ from helpers import ROOT
 from kdcache.errors import KDError
 from kdcache.storage import folders
 from trainer.distill import plan as run
+from trainer.distill.config import TrainConfig
 from trainer.evaluate import compare
-from trainer.evaluate.run import EvaluateConfig, evaluate
+from trainer.evaluate.config import EvaluateConfig
+from trainer.evaluate.run import evaluate
 from trainer.quantize import footprint, quantize
+from trainer.quantize.config import QuantizeConfig
 from trainer.student import chat, generate
 from trainer.student.load import quantized_by
 
@@ -36,7 +39,7 @@ def student(smollm, tmp_path_factory) -> str:
 
 
 def made(student, out, **options) -> dict:
-    return quantize.quantize(quantize.prepare(quantize.QuantizeConfig(student, out, **options)))
+    return quantize.quantize(quantize.prepare(QuantizeConfig(student, out, **options)))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def assert_evaluates(folder, cache, out):
 @pytest.mark.parametrize("format", list(quantize.FORMATS))
 def test_a_quantized_student_loads_as_it_is_and_is_as_small_as_foretold(student, tiny_cache, tmp_path, format):
     out = tmp_path / format
-    plan = quantize.prepare(quantize.QuantizeConfig(student, out, format, (tiny_cache,), measure=False))
+    plan = quantize.prepare(QuantizeConfig(student, out, format, (tiny_cache,), measure=False))
     quantize.quantize(plan)
     size = (out / "model.safetensors").stat().st_size
     assert size == pytest.approx(plan.sizes["weights_bytes_quantized"], rel=0.02)
@@ -128,7 +131,7 @@ def test_a_quantized_student_is_measured_and_talked_to_like_any_other_but_not_tr
         generate.resolve("vllm", [str(nf4)])
     assert isinstance("".join(chat.Conversation(str(nf4), None, 0.0, 3).answer("Hello")), str)
     with pytest.raises(KDError, match="is quantized, and such weights cannot be trained"):
-        run.prepare(run.TrainConfig((tiny_cache,), str(nf4), tmp_path / "run"))
+        run.prepare(TrainConfig((tiny_cache,), str(nf4), tmp_path / "run"))
 
 
 def test_wrong_use_is_one_clear_sentence(student, nf4, tmp_path):
@@ -153,9 +156,10 @@ def test_killed_while_it_saves_it_leaves_nothing_that_loads_and_no_obstacle(stud
     killed = f"""
 import os
 from pathlib import Path
-from trainer import quantize
+from trainer.quantize import quantize
+from trainer.quantize.config import QuantizeConfig
 quantize._card = lambda plan: os.kill(os.getpid(), 9)
-quantize.quantize(quantize.prepare(quantize.QuantizeConfig({student!r}, Path("out"), measure=False)))
+quantize.quantize(quantize.prepare(QuantizeConfig({student!r}, Path("out"), measure=False)))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env=environment, capture_output=True)

@@ -8,7 +8,9 @@ from transformers import TrainingArguments
 
 from kdcache.errors import KDError, UsageError
 from trainer.distill import plan as run
+from trainer.distill.config import TrainConfig
 from trainer.grpo import train as grpo
+from trainer.grpo.config import GrpoConfig
 from trainer.run import arguments
 
 NOT_FINITE = (math.nan, math.inf, -math.inf, [math.nan], {"x": math.nan})
@@ -22,7 +24,7 @@ ABSURD = (
 def check_training(tiny_cache, tiny_model, tmp_path_factory):
     """Checks options as ``kd train`` does, without choosing samples again."""
     folder = tmp_path_factory.mktemp("runs") / "none"
-    plain = run.prepare(run.TrainConfig(from_cache=(tiny_cache,), student=tiny_model, output_dir=folder))
+    plain = run.prepare(TrainConfig(from_cache=(tiny_cache,), student=tiny_model, output_dir=folder))
 
     def check(**given):
         values = arguments.check_values(given, arguments.REFUSED_BY_TRAIN)
@@ -38,7 +40,7 @@ def check_training(tiny_cache, tiny_model, tmp_path_factory):
 def check_grpo(tiny_model, tmp_path_factory):
     """Checks options as ``kd grpo`` does, for ten prompts."""
     pytest.importorskip("trl")
-    config = grpo.GrpoConfig(from_cache=(), student=tiny_model, output_dir=tmp_path_factory.mktemp("runs") / "none")
+    config = GrpoConfig(from_cache=(), student=tiny_model, output_dir=tmp_path_factory.mktemp("runs") / "none")
 
     def check(**given):
         small = {"num_generations": 2, "max_completion_length": 8}
@@ -146,13 +148,13 @@ def test_the_best_agreement_is_the_highest(check_training):
     ],
 )
 def test_numbers_of_lora_that_mean_nothing_are_refused(tiny_model, tmp_path, changes, says):
-    config = run.TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", **changes)
+    config = TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", **changes)
     with pytest.raises(UsageError, match=says):
         arguments.check_lora(config)
 
 
 def test_the_largest_rank_of_lora_is_allowed(tiny_model, tmp_path):
-    arguments.check_lora(run.TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
+    arguments.check_lora(TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
 
 
 def test_whole_numbers_reach_generation_as_it_takes_them(check_grpo):

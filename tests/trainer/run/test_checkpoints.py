@@ -17,7 +17,9 @@ from helpers import ROOT
 from kdcache.errors import KDError, UsageError
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
+from trainer.distill.config import TrainConfig
 from trainer.grpo import train as grpo
+from trainer.grpo.config import GrpoConfig
 from trainer.report import gather as report
 from trainer.run import checkpoints
 
@@ -40,7 +42,7 @@ def train(tiny_cache, tiny_model):
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        config = run.TrainConfig((tiny_cache,), tiny_model, out, arguments=ARGUMENTS | arguments)
+        config = TrainConfig((tiny_cache,), tiny_model, out, arguments=ARGUMENTS | arguments)
         resolved = run.prepare(config)
         try:
             distill.train(resolved, logged)
@@ -285,7 +287,7 @@ def test_a_number_of_steps_that_cannot_be_is_refused(steps):
         run.steps_asked_for({"max_steps": steps})
 
 
-@pytest.mark.parametrize("kind, prepare", [(run.TrainConfig, run.prepare), (grpo.GrpoConfig, grpo.prepare)])
+@pytest.mark.parametrize("kind, prepare", [(TrainConfig, run.prepare), (GrpoConfig, grpo.prepare)])
 def test_zero_steps_are_not_three_epochs(tiny_cache, tiny_model, tmp_path, kind, prepare):
     with pytest.raises(UsageError, match="--max-steps 0"):
         prepare(kind((tiny_cache,), tiny_model, tmp_path / "run", arguments={"max_steps": 0}))
