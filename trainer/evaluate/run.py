@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import atomic, folders
+from trainer.data.prompts import Prompt, answered
 from trainer.data.stream import Units, open_caches, select
 from trainer.evaluate import metrics
 from trainer.evaluate.compare import COPY, EVALUATION_FILE, TEACHER
@@ -66,16 +67,6 @@ class EvaluateConfig:
     dtype: str = "float32"
     engine: str = "auto"
     unsafe_exec: bool = False
-
-
-@dataclass(frozen=True)
-class Prompt:
-    prompt_id: str
-    group_id: str
-    ids: list[int]
-    judges: tuple[verifiers.Judge, ...]  # one or more: the best verdict counts
-    teacher: list[str] = field(repr=False)  # the teacher's own answers
-    text: str = field(default="", repr=False)
 
 
 def _check(config: EvaluateConfig) -> None:
@@ -160,7 +151,7 @@ def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], N
 
     def of_teacher() -> tuple[pa.Table, pa.Table]:
         temperature = _sampled_at(caches[0])
-        own = [(Ask(p.prompt_id, [], temperature, i), text) for p in prompts for i, text in enumerate(p.teacher)]
+        own = [(Ask(p.prompt_id, [], temperature, i), text) for p in prompts for i, text in enumerate(p.answers)]
         return _forced_teacher(units, groups), judged([a for a, _ in own], [t for _, t in own], is_teacher=True)
 
     def of_copying() -> tuple[pa.Table, pa.Table]:
@@ -198,39 +189,21 @@ def _kept(
 # --- what the cache knows ---------------------------------------------------------------------------------------------
 
 
-def _rows(
-    config: EvaluateConfig, columns: str, rest: str = "", length: str = "prompt_tokens + completion_tokens"
-) -> list[tuple[Any, ...]]:
-    """``columns`` of the chosen samples whose ``length`` is not above --max-length, of all caches together."""
-    rest = f"AND {length} <= {config.max_length:d} {rest}"
+def _rows(config: EvaluateConfig, columns: str) -> list[tuple[Any, ...]]:
+    """Return ``columns`` of the chosen samples that are not longer than --max-length, of all caches together."""
+    rest = f"AND prompt_tokens + completion_tokens <= {config.max_length:d}"
     tables = [query.select(path, columns, config.where, config.split, rest) for path in config.from_cache]
     return [tuple(row.values()) for table in tables for row in table.to_pylist()]
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
-    """Each prompt of the split once, in the order of its hash; where the teacher answered some, only those.
-
-    A prompt may stand in several rows, and in several caches. It is judged by the best of what they say of it, and
-    nothing here depends on the order in which DuckDB's threads find them.
-    """
+    """Return the first ``generate`` prompts of the split; where the teacher answered some, only of those."""
     if config.generate == 0:
         return []
-    rows = _rows(
-        config,
-        "prompt_id, min(group_id), first(prompt_ids ORDER BY sample_id), min(prompt), "
-        "list(DISTINCT {verifier: verifier, reference: reference} ORDER BY {verifier: verifier, reference: reference}), "
-        "list(completion ORDER BY sample_index, sample_id) FILTER (origin = 'sampled')",
-        "GROUP BY prompt_id ORDER BY prompt_id",
-        length="prompt_tokens",  # however long the teacher's answers are
-    )
-    by_id: dict[str, Prompt] = {}
-    for name, group, ids, text, judges, own in rows:
-        known = by_id.get(name, Prompt(name, group, ids, (), [], text))
-        pairs = dict.fromkeys([*known.judges, *((judge["verifier"], judge["reference"]) for judge in judges)])
-        by_id[name] = replace(known, judges=tuple(pairs), teacher=[*known.teacher, *(own or [])])
-    prompts = [by_id[name] for name in sorted(by_id)]
-    if any(prompt.teacher for prompt in prompts):
-        prompts = [prompt for prompt in prompts if prompt.teacher]
+    # A prompt is asked however long the teacher's answers to it are, so that its own length alone counts.
+    prompts = answered(config.from_cache, config.split, config.where, config.max_length)
+    if any(prompt.answers for prompt in prompts):
+        prompts = [prompt for prompt in prompts if prompt.answers]
     return prompts[: config.generate]
 
 
@@ -427,8 +400,8 @@ def _judge(
                 row["rougeL"] = max(metrics.rouge_l(text, reference) for _, reference in known)
                 row["rougeL_paper"] = max(metrics.rouge_l_of_the_paper(text, reference) for _, reference in known)
                 row["exact"] = max(metrics.exact(verifiers.answer_in(turn, verifier), ref) for verifier, ref in known)
-            if prompt.teacher and not is_teacher:
-                row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
+            if prompt.answers and not is_teacher:
+                row["rougeL_teacher"] = metrics.rouge_l(text, prompt.answers[0])
             yield row
 
     return pa.Table.from_pylist(list(rows()), ANSWERS)

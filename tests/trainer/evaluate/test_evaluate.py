@@ -16,6 +16,7 @@ from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.teachers import Sampling
 from trainer.data import stream as batches
+from trainer.data.prompts import Prompt
 from trainer.evaluate import compare, metrics
 from trainer.evaluate import run as evaluation
 from trainer.evaluate.run import EvaluateConfig, evaluate
@@ -344,7 +345,7 @@ def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
 def test_the_best_of_several_references_counts(referenced, tiny_model):
     prompts = evaluation._prompts(evaluation.EvaluateConfig((), (referenced,), referenced, split="train"))
     asks = [Ask(prompt.prompt_id, prompt.ids, 0.0, 0) for prompt in prompts]
-    answers = evaluation._judge(prompts, asks, [prompt.teacher[0] for prompt in prompts], False, None)
+    answers = evaluation._judge(prompts, asks, [prompt.answers[0] for prompt in prompts], False, None)
     assert {(row["rougeL"], row["exact"], row["reward"]) for row in answers.to_pylist()} == {(1, 1, 1)}
 
 
@@ -368,7 +369,7 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
         "tests": [{"input": "1 2", "output": "3"}, {"input": "5 5", "output": "10"}],
     }
     prompts = [
-        evaluation.Prompt(name, name, [], ((json.dumps(adds | {"time_limit_seconds": 0.3}), None),), ["x"])
+        Prompt(name, name, "", [], ((json.dumps(adds | {"time_limit_seconds": 0.3}), None),), ["x"])
         for name in ("easy", "hard")
     ]
     good, wrong = "print(sum(map(int, input().split())))", "print(3)"
