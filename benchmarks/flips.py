@@ -30,7 +30,7 @@ from kdcache.cache.format import SPLITS
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
 from trainer.data.stream import in_order, select
-from trainer.evaluate import run as evaluate
+from trainer.evaluate import setup as evaluate
 from trainer.grpo import train as grpo
 
 LEAST = 20
@@ -112,10 +112,10 @@ def evaluation(cache: Path) -> str:
     config = evaluate.EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
     opened = Cache(cache)
     read = [
-        evaluate._prompts(config),
-        sorted(evaluate._groups(config, [opened]).items()),  # rows come as threads bring them
-        sorted(evaluate._rows(config, "sample_id, entropies")),
-        evaluate._decoding(config, opened),
+        evaluate.prompts_of(config),
+        sorted(evaluate.groups_of(config, [opened]).items()),  # rows come as threads bring them
+        sorted(tuple(row.values()) for row in query.select(cache, "sample_id, entropies", None, "test").to_pylist()),
+        evaluate.decoding_of(config, opened),
         grpo._choose(cache, opened.plan, None),
     ]
     return hashlib.sha256(repr(read).encode()).hexdigest()

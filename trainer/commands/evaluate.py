@@ -21,6 +21,7 @@ from kdcache.commands.options import (
     where_option,
 )
 from kdcache.printable import json_text
+from kdcache.progress import Progress
 
 
 @click.command("evaluate", context_settings=CONTEXT)
@@ -90,14 +91,19 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     from trainer.evaluate import run as evaluation
 
     warn_of_unsafe(options["unsafe_exec"])
-    line = ProgressLine("done")
+    line = ProgressLine("")
+
+    def show(progress: Progress) -> None:
+        line.unit = progress.unit
+        line.show(progress.done, progress.total, progress.note, progress.seconds_left)
+
     config = evaluation.EvaluateConfig(models=tuple(map(evaluation.label_of, models)), **options)
     note_device()
-    out = evaluation.evaluate(config, lambda what, done, total: line.show(done, total, what, None), note)
+    out = evaluation.evaluate(config, show, note)
     line.close()
-    found = comparison.rows([out])
+    rows = comparison.rows([out])
     if as_json:
-        click.echo(json_text(found, indent=2))
+        click.echo(json_text([row.as_json() for row in rows], indent=2))
     else:
-        print_table(*comparison.wide(found))
+        print_table(*comparison.wide(rows))
         note(f"intervals and retention: kd compare {out}")

@@ -10,6 +10,7 @@ from kdcache import quiet
 from kdcache.commands.console import ProgressLine, note_device, print_facts, print_table, say
 from kdcache.commands.options import CONTEXT, LOCATION, NAME_OR_PATH, PATH, json_option, trust_option
 from kdcache.printable import json_text
+from kdcache.progress import Progress
 
 
 @click.command("quantize", context_settings=CONTEXT)
@@ -62,9 +63,14 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     if dry_run:
         print_facts(plan.facts(), as_json)
         return
-    line = ProgressLine("done")
+    line = ProgressLine("")
+
+    def show(progress: Progress) -> None:
+        line.unit = progress.unit
+        line.show(progress.done, progress.total, progress.note, progress.seconds_left)
+
     note_device()
-    record = quantizing.quantize(plan, lambda what, done, total: line.show(done, total, what, None))
+    record = quantizing.quantize(plan, show)
     line.close()
     if as_json:
         click.echo(json_text(record, indent=2))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -20,20 +20,21 @@ import torch
 from kdcache import machine, quiet
 from kdcache.errors import KDError
 from kdcache.models import identity
+from kdcache.progress import Progress, ShowProgress
 from trainer.student.load import load_student
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 256, 64, 2
 
 
 def compare(
-    before: str, after: str, prompt_ids: Sequence[int], rounds: int, progress: Callable[[int, int], None]
+    before: str, after: str, prompt_ids: Sequence[int], rounds: int, show: ShowProgress
 ) -> list[dict[str, Any]]:
     """One row a figure: its medians before and after, the median ratio of a round, and the ratios' range over rounds."""
     taken: dict[str, list[dict[str, float]]] = {before: [], after: []}
     for number in range(rounds):
         for model in (before, after) if number % 2 == 0 else (after, before):
             taken[model].append(_apart(model, prompt_ids))
-            progress(sum(map(len, taken.values())), 2 * rounds)
+            show(Progress(sum(map(len, taken.values())), 2 * rounds, "measurements", "in turns"))
     found = []
     for name, unit in UNITS.items():
         pairs = [(one[name], other[name]) for one, other in zip(taken[before], taken[after])]

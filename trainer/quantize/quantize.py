@@ -13,7 +13,7 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -25,14 +25,14 @@ import torch
 from kdcache import machine, models
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.models import identity
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.storage import atomic, folders
 from trainer.data.stream import Units, open_caches, select
 from trainer.evaluate import compare
+from trainer.evaluate.bootstrap import Estimate
 from trainer.evaluate.run import EvaluateConfig, evaluate
 from trainer.quantize import footprint
 from trainer.student.load import check_tokenizer, load_student, quantized_by
-
-Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 RECORD, TABLE = folders.QUANTIZED.marker, "quantization.csv"
 MAX_LENGTH = 2048
@@ -128,18 +128,18 @@ def _is_made(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
     raise KDError(f"--out {out} is not empty; use another, or --overwrite")
 
 
-def quantize(plan: Plan, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def quantize(plan: Plan, show: ShowProgress = silent) -> dict[str, Any]:
     """Save the quantized student and, if asked, measure both; returns what quantization.json says."""
     out = plan.config.out
     with folders.held(out, folders.QUANTIZED):
         if not _is_made(plan.config, plan.record["settings"]):  # again, now that nobody else writes there
             with folders.whole(out, folders.QUANTIZED) as scratch:
-                _save(plan, scratch, progress)
+                _save(plan, scratch, show)
                 atomic.write_text(scratch / "README.md", _card(plan))
                 atomic.write_json(scratch / RECORD, plan.record)
         if not plan.config.measure:
             return plan.record
-        record = plan.record | {"measured": _measure(plan, progress)}
+        record = plan.record | {"measured": _measure(plan, show)}
         atomic.write_csv(out / TABLE, *table(record["measured"]["rows"], exact=True))
         atomic.write_json(out / RECORD, record)
         return record
@@ -158,15 +158,15 @@ def _card(plan: Plan) -> str:
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 
-def _save(plan: Plan, folder: Path, progress: Progress) -> None:
-    progress("quantizing", 0, 1)
+def _save(plan: Plan, folder: Path, show: ShowProgress) -> None:
+    show(Progress(0, 1, "students", "quantizing"))
     if plan.config.format == "w4a16":
         _auto_round(plan, folder)
     else:
         student, tokenizer = load_student(plan.config.student, plan.dtype, plan.config.format)
         student.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    progress("quantizing", 1, 1)
+    show(Progress(1, 1, "students", "quantizing"))
 
 
 def _auto_round(plan: Plan, folder: Path) -> None:
@@ -253,12 +253,10 @@ def _sizes(shape: Any, format: str, group_size: int) -> dict[str, int]:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
+def _measure(plan: Plan, show: ShowProgress) -> dict[str, Any]:
     config = plan.config
     before, after = config.student, str(config.out)
-    rows = footprint.compare(
-        before, after, _prompt(plan), config.rounds, lambda *at: progress("measuring in turns", *at)
-    )
+    rows = footprint.compare(before, after, _prompt(plan), config.rounds, show)
     if config.from_cache:
         evaluation = config.out / "evaluation"
         asked = EvaluateConfig(
@@ -269,7 +267,7 @@ def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
             generate=ANSWERS,
             temperatures=(0.0,),  # greedy, so that answers differ by the weights alone
         )
-        rows += quality(compare.rows([evaluate(asked, progress)], against="before"))
+        rows += quality([row.as_json() for row in compare.rows([evaluate(asked, show)], against="before")])
     return {
         "device": machine.device(),
         "date": date.today().isoformat(),
@@ -319,15 +317,17 @@ def table(rows: Sequence[dict[str, Any]], exact: bool = False) -> tuple[list[str
             row["before"],
             row["after"],
             _within(row.get("ratio"), row.get("ratio_range")),
-            compare.with_interval(row.get("difference"), row.get("interval")),
+            _within(row.get("difference"), row.get("interval")),
         ]
         for row in rows
     ]
     return ["metric", "unit", "before", "after", "after / before (range)", "difference (95%)"], lines
 
 
-def _within(ratio: float | None, span: Sequence[float] | None) -> str:
-    return compare.with_interval(ratio, None if span is None or span[0] == span[1] else (span[0], span[1]))
+def _within(value: float | None, span: Sequence[float] | None) -> str:
+    if value is None:
+        return ""
+    return str(Estimate(value, None if span is None or span[0] == span[1] else (span[0], span[1])))
 
 
 def verdict(rows: Sequence[dict[str, Any]], device: str) -> str:
@@ -343,7 +343,7 @@ def verdict(rows: Sequence[dict[str, Any]], device: str) -> str:
     if "kl" not in of:
         return said + "What it costs in quality was not measured: that needs --from-cache."
     kl = of["kl"]
-    changed = compare.with_interval(kl["difference"], kl["interval"])
+    changed = _within(kl["difference"], kl["interval"])
     unsure = kl["interval"] is None or kl["interval"][0] <= 0 <= kl["interval"][1]
     said += (
         f"KL to the teacher goes from {kl['before']:.3f} to {kl['after']:.3f} nats a token, a difference of {changed}"

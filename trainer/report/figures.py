@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainer.evaluate import compare
+from trainer.evaluate.folder import COPY, TEACHER
 from trainer.report import plots
 from trainer.report.plots import Curve, Figure
 
@@ -45,9 +45,9 @@ def of(data: dict[str, Any]) -> list[Figure]:
 def _colours(data: dict[str, Any]) -> dict[str, str]:
     """One colour a label, on all plots; the teacher is grey."""
     labels = [row["label"] for row in data["comparison"]] + [run["label"] for run in data["runs"]]
-    students = [label for label in dict.fromkeys(labels) if label not in (compare.TEACHER, compare.COPY)]
+    students = [label for label in dict.fromkeys(labels) if label not in (TEACHER, COPY)]
     found = {label: plots.SERIES[i % 7] for i, label in enumerate(students)}
-    return found | {compare.TEACHER: plots.MUTED, compare.COPY: plots.MUTED}
+    return found | {TEACHER: plots.MUTED, COPY: plots.MUTED}
 
 
 def _compared(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Iterator[Figure]:
@@ -56,7 +56,7 @@ def _compared(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Iterat
         mine = [
             row
             for row in rows
-            if row["metric"] == metric and not (metric in ("kl", "agreement") and row["label"] == compare.TEACHER)
+            if row["metric"] == metric and not (metric in ("kl", "agreement") and row["label"] == TEACHER)
         ]
         if metric in ("kl", "agreement"):  # measured once, whatever was answered
             mine = list({row["label"]: row for row in mine}.values())

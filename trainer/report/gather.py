@@ -25,6 +25,7 @@ from kdcache.storage import atomic, folders
 from kdcache.view import server
 from trainer.distill.plan import CONFIG_FILE, RUN_FILE
 from trainer.evaluate import compare, metrics
+from trainer.evaluate import folder as evaluations
 from trainer.run import checkpoints
 
 WORST = 20  # samples shown side by side
@@ -60,7 +61,7 @@ def _take(found: Found, folder: Path) -> bool:
         return True
     for file, kind in (
         ("quantization.json", found.quantized),
-        (compare.EVALUATION_FILE, found.evaluations),
+        (evaluations.EVALUATION_FILE, found.evaluations),
         (RUN_FILE, found.runs),
     ):
         if (folder / file).is_file():
@@ -83,7 +84,7 @@ def gather(found: Found, progress: Progress = lambda _: None) -> dict[str, Any]:
     if found.evaluations:
         progress("comparing what was evaluated")
         measured = {label for label, _ in labels}
-        compared = compare.rows(found.evaluations, against if against in measured else None)
+        compared = [row.as_json() for row in compare.rows(found.evaluations, against if against in measured else None)]
     asked = None
     if found.cache is not None:
         progress(f"asking {found.cache}")
@@ -96,7 +97,7 @@ def gather(found: Found, progress: Progress = lambda _: None) -> dict[str, Any]:
         "against": against,
         "findings": _findings([row for row in compared if row["label"] in methods], against),
         "comparison": compared,
-        "measured_on": [_json(folder / compare.EVALUATION_FILE)["settings"] for folder in found.evaluations],
+        "measured_on": [_json(folder / evaluations.EVALUATION_FILE)["settings"] for folder in found.evaluations],
         "runs": runs,
         "by_entropy": _by_entropy(found.evaluations),
         "worst": _worst(found, methods),
@@ -113,9 +114,9 @@ def _json(path: Path) -> Any:
         raise KDError(f"{path} is damaged ({error})") from None
 
 
-def _labels(evaluations: Sequence[Path]) -> list[tuple[str, str]]:
+def _labels(folders_: Sequence[Path]) -> list[tuple[str, str]]:
     """(label, name of the folder) of each model that was evaluated."""
-    entries = [entry for folder in evaluations for entry in _json(folder / compare.EVALUATION_FILE)["entries"]]
+    entries = [entry for folder in folders_ for entry in _json(folder / evaluations.EVALUATION_FILE)["entries"]]
     return [(entry["label"], Path(entry["model"]).name) for entry in entries]
 
 
@@ -170,14 +171,14 @@ def _findings(compared: Sequence[dict[str, Any]], against: str | None) -> list[s
     return sentences
 
 
-def _by_entropy(evaluations: Sequence[Path]) -> list[dict[str, Any]]:
+def _by_entropy(folders_: Sequence[Path]) -> list[dict[str, Any]]:
     """KL and agreement of each label where the teacher is sure, and where it is not."""
     edges = (0.0, *metrics.ENTROPY_EDGES_NATS)
     sums: dict[str, dict[str, list[float]]] = {}
-    for folder in evaluations:
-        for entry in _json(folder / compare.EVALUATION_FILE)["entries"]:
+    for folder in folders_:
+        for entry in _json(folder / evaluations.EVALUATION_FILE)["entries"]:
             table = pq.read_table(folder / entry["folder"] / "forced.parquet")
-            if entry["label"] == compare.TEACHER or "kl_by_entropy" not in table.column_names or not len(table):
+            if entry["label"] == evaluations.TEACHER or "kl_by_entropy" not in table.column_names or not len(table):
                 continue
             mine = sums.setdefault(entry["label"], {})
             for name in ("tokens", "kl", "agreement"):
@@ -202,8 +203,8 @@ def _worst(found: Found, methods: dict[str, str]) -> list[dict[str, Any]]:
     if found.cache is None or not found.evaluations:
         return []
     folder = found.evaluations[0]
-    evaluation = _json(folder / compare.EVALUATION_FILE)
-    students = [e for e in evaluation["entries"] if e["label"] not in (compare.TEACHER, compare.COPY)]
+    evaluation = _json(folder / evaluations.EVALUATION_FILE)
+    students = [e for e in evaluation["entries"] if e["label"] not in (evaluations.TEACHER, evaluations.COPY)]
     if not students or manifest.read_plan(found.cache)["fingerprint"] not in evaluation["settings"]["caches"]:
         return []
     looked_at = next((e for e in students if methods.get(e["label"]) == "kd"), students[-1])
@@ -318,7 +319,7 @@ def _render(data: dict[str, Any], figures: dict[str, Any]) -> str:
     environment.filters["number"] = _number
     styles = "\n".join(path.read_text(encoding="utf-8") for path in (base, pages / "report.css"))
     return environment.get_template("report.html").render(
-        data=data, figures=figures, styles=styles, table=_table(data["comparison"]), teacher=compare.TEACHER
+        data=data, figures=figures, styles=styles, table=_table(data["comparison"]), teacher=evaluations.TEACHER
     )
 
 
@@ -338,7 +339,7 @@ def _short(text: str | None) -> str:
 
 def _table(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The comparison, a line a model and temperature, a column a metric."""
-    names = [name for name in compare.ordered({row["metric"] for row in compared}) if name != "perplexity"]
+    names = [name for name in metrics.ordered({row["metric"] for row in compared}) if name != "perplexity"]
     lines: dict[tuple[str, Any], dict[str, Any]] = {}
     for row in compared:
         lines.setdefault((row["label"], row["temperature"]), {})[row["metric"]] = row

@@ -19,7 +19,7 @@ from kdcache.judge import rewards_file as judging
 from kdcache.printable import printable
 from kdcache.storage import digests, seal
 from trainer.data.stream import select
-from trainer.evaluate import run as evaluate
+from trainer.evaluate import setup as evaluate
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import flips
@@ -79,7 +79,7 @@ def read_everything(cache):
         "sql": lambda: query.run(cache, ALL),
         "train": lambda: select([reader.Cache(cache)], "train"),
         "train --where": lambda: select([reader.Cache(cache)], "train", "true"),
-        "evaluate": lambda: evaluate._groups(
+        "evaluate": lambda: evaluate.groups_of(
             evaluate.EvaluateConfig((), (cache,), cache, split="train"), [reader.Cache(cache)]
         ),
         "info": lambda: manifest.summary(cache),

@@ -59,7 +59,7 @@ def assert_loads_and_speaks(folder):
 def assert_evaluates(folder, cache, out):
     """Teacher-forced and answering, as kd evaluate does."""
     evaluate(EvaluateConfig((("m", str(folder)),), (cache,), out, generate=1, max_new_tokens=2))
-    found = {row["metric"]: row["value"] for row in compare.rows([out]) if row["label"] == "m"}
+    found = {row.metric: row.value.value for row in compare.rows([out]) if row.label == "m"}
     assert found["kl"] > 0 and "rougeL" in found
 
 
@@ -153,7 +153,7 @@ def test_killed_while_it_saves_it_leaves_nothing_that_loads_and_no_obstacle(stud
     killed = f"""
 import os
 from pathlib import Path
-from trainer import quantize
+from trainer.quantize import quantize
 quantize._card = lambda plan: os.kill(os.getpid(), 9)
 quantize.quantize(quantize.prepare(quantize.QuantizeConfig({student!r}, Path("out"), measure=False)))
 """
