@@ -268,6 +268,7 @@ PASS = METRICS[-1]
 ANSWER_METRICS = {metric.name: metric.of_answer for metric in METRICS if metric.of_answer is not None}
 #: The columns of forced.parquet that are summed up further; those by entropy are for the report alone.
 POSITION_SUMS = (TOKENS, *(part for metric in METRICS for part in metric.position_sums))
+BY_ENTROPY = tuple(metric.name for metric in METRICS if metric.by_entropy)
 SUMS_BY_ENTROPY = tuple(
     replace(part, name=f"{part.name}_by_entropy", bucket=_entropy_bucket, buckets=len(ENTROPY_EDGES_NATS) + 1)
     for part in (TOKENS, *(part for metric in METRICS if metric.by_entropy for part in metric.position_sums))
