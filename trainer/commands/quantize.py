@@ -18,10 +18,10 @@ from kdcache.progress import Progress
 @click.option("--out", type=PATH, required=True, help="Folder of the quantized student.")
 @click.option(
     "--format",
-    type=click.Choice(["nf4", "fp4", "int8", "w4a16"]),
+    type=click.Choice(["nf4", "int8", "w4a16"]),
     default="nf4",
     show_default=True,
-    help="nf4, fp4 (4 bits), int8: for transformers. w4a16 (4 bits, calibrated on the cache's train split): for vLLM.",
+    help="nf4 (4 bits), int8: for transformers. w4a16 (4 bits, calibrated on the cache's train split): for vLLM.",
 )
 @click.option(
     "--from-cache",

@@ -2,7 +2,7 @@
 
     kd quantize data/kd --out data/kd-nf4 --from-cache data/qwen
 
-nf4, fp4 and int8 are bitsandbytes'; w4a16 is AutoRound's, in compressed-tensors' layout, calibrated on the cache's train
+nf4 and int8 are bitsandbytes'; w4a16 is AutoRound's, in compressed-tensors' layout, calibrated on the cache's train
 split. Embeddings and head stay as they are. The folder loads with ``from_pretrained`` as it is, and is saved whole or not
 at all; ``quantization.json`` in it says what it was made of and, once measured, both sides of every figure.
 """
@@ -42,7 +42,6 @@ NATS = {"kl": "nats/token", "ce": "nats/token"}
 
 FORMATS = {
     "nf4": "4-bit NormalFloat, double quantization (bitsandbytes)",
-    "fp4": "4-bit floating point, double quantization (bitsandbytes)",
     "int8": "8-bit integers, LLM.int8() (bitsandbytes)",
     "w4a16": "4-bit integers in groups, calibrated (AutoRound, compressed-tensors)",
 }
@@ -242,7 +241,6 @@ def _sizes(shape: Any, format: str, group_size: int) -> dict[str, int]:
     inside = sum(weight.numel() for weight in layers)
     scales = {
         "nf4": inside / 64 * (1 + 4 / 256),
-        "fp4": inside / 64 * (1 + 4 / 256),
         "int8": 4 * sum(weight.shape[0] for weight in layers),
         "w4a16": inside / group_size * 2,
     }[format]

@@ -83,7 +83,7 @@ def _keep(model: Any, kept: Sequence[int]) -> None:
 def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder, a Hub id or ``embedded``; KDError in a sentence if it cannot be had.
 
-    ``weights``: nf4, fp4 or int8, quantized by bitsandbytes on this process's device, computing in ``dtype``; the head and
+    ``weights``: nf4 or int8, quantized by bitsandbytes on this process's device, computing in ``dtype``; the head and
     the embeddings stay as they are. None: as they are in the folder, which may be quantized ones.
     """
     import transformers

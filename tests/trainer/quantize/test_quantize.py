@@ -134,12 +134,12 @@ def test_a_quantized_student_is_measured_and_talked_to_like_any_other_but_not_tr
 def test_wrong_use_is_one_clear_sentence(student, nf4, tmp_path):
     inside = f"{student}/nf4"
     for out, options, says in (
-        (tmp_path / "o", {"format": "q4"}, "expected one of nf4, fp4, int8, w4a16"),
+        (tmp_path / "o", {"format": "q4"}, "expected one of nf4, int8, w4a16"),
         (tmp_path / "o", {"format": "w4a16"}, "name one with --from-cache"),
         (student, {"overwrite": True}, "folders apart"),
         (os.path.dirname(student), {"overwrite": True}, "folders apart"),
         (inside, {}, "folders apart"),
-        (nf4, {"format": "fp4"}, "not empty"),
+        (nf4, {"format": "int8"}, "not empty"),
         (ROOT / "docs", {"overwrite": True}, "holds no quantized student"),
     ):
         with pytest.raises(KDError, match=says):
