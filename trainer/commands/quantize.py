@@ -57,11 +57,12 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
     kd quantize data/kd --out data/kd-w4a16 --format w4a16 --from-cache data/cache
     """
     quiet.libraries()
+    from trainer.quantize import measure
     from trainer.quantize import quantize as quantizing
 
-    plan = quantizing.prepare(quantizing.QuantizeConfig(**options))
+    quantization = quantizing.prepare(quantizing.QuantizeConfig(**options))
     if dry_run:
-        print_facts(plan.facts(), as_json)
+        print_facts(quantization.facts(), as_json)
         return
     line = ProgressLine("")
 
@@ -70,12 +71,12 @@ def quantize(as_json: bool, dry_run: bool, **options: Any) -> None:
         line.show(progress.done, progress.total, progress.note, progress.seconds_left)
 
     note_device()
-    record = quantizing.quantize(plan, show)
+    record = quantizing.quantize(quantization, show)
     line.close()
     if as_json:
-        click.echo(json_text(record, indent=2))
-    elif record["measured"]:
-        print_table(*quantizing.table(record["measured"]["rows"]))
-        say(f"\n{record['measured']['verdict']}")
+        click.echo(json_text(record.as_json(), indent=2))
+    elif record.measured:
+        print_table(*measure.table(record.measured.changes))
+        say(f"\n{record.measured.verdict}")
     else:
-        print_facts(plan.facts(), as_json)
+        print_facts(quantization.facts(), as_json)
