@@ -31,7 +31,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
 from trainer.data.select import select
 from trainer.data.stream import in_order
-from trainer.evaluate import run as evaluate
+from trainer.evaluate import setup as evaluate
 from trainer.evaluate.config import EvaluateConfig
 from trainer.grpo import train as grpo
 
@@ -114,10 +114,10 @@ def evaluation(cache: Path) -> str:
     config = EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
     opened = Cache(cache)
     read = [
-        evaluate._prompts(config),
-        sorted(evaluate._groups(config, [opened]).items()),  # rows come as threads bring them
-        sorted(evaluate._rows(config, "sample_id, entropies")),
-        evaluate._decoding(config, opened),
+        evaluate.prompts_of(config),
+        sorted(evaluate.groups_of(config, [opened]).items()),  # rows come as threads bring them
+        sorted(tuple(row.values()) for row in query.select(cache, "sample_id, entropies", None, "test").to_pylist()),
+        evaluate.decoding_of(config, opened),
         grpo._choose(cache, opened.plan, None),
     ]
     return hashlib.sha256(repr(read).encode()).hexdigest()

@@ -11,8 +11,7 @@ from fsspec.registry import _registry
 import cli
 from helpers import ROOT
 from kdcache import extras
-from trainer.report import gather as report
-from trainer.report import plots
+from trainer.report import plots, render
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize(
-    "package, draw", [("matplotlib", lambda: plots._axes("x", "y")), ("jinja2", lambda: report._render({}, {}))]
+    "package, draw", [("matplotlib", lambda: plots._axes("x", "y")), ("jinja2", lambda: render.render({}, {}))]
 )
 def test_a_page_without_its_packages_names_the_extra_report(package, draw, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)

@@ -38,16 +38,17 @@ def compare(
     from trainer.evaluate import compare as comparison
 
     rows = comparison.rows(evaluations, against)
-    measured = list(dict.fromkeys(row["metric"] for row in rows))
-    if unknown := [name for name in metrics if name not in measured]:
-        raise click.UsageError(f"--metric {unknown[0]}: not measured; there are: {', '.join(measured)}")
+    measured = dict.fromkeys(row.metric for row in rows)
+    for name in metrics:
+        if name not in measured:
+            raise click.UsageError(f"--metric {name}: not measured; there are: {', '.join(measured)}")
     written = comparison.write(rows, out or evaluations[0])
-    if all(row["interval"] is None for row in rows):
-        note("no intervals: the split holds fewer than five problems, and resampling so few says little about others")
+    if all(row.value.interval is None for row in rows):
+        note("no intervals: the split holds fewer than five problems, and resampling so few says little of others")
     if metrics:
-        rows = [row for row in rows if row["metric"] in metrics]
+        rows = [row for row in rows if row.metric in metrics]
     if as_json:
-        click.echo(json_text(rows, indent=2))
+        click.echo(json_text([row.as_json() for row in rows], indent=2))
     else:
         (print_markdown if markdown else print_table)(*comparison.long(rows))
         note(f"written: {', '.join(map(str, written))}")

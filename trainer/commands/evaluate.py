@@ -39,7 +39,6 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     kd compare data/evaluation
     """
     quiet.libraries()
-    from trainer.evaluate import compare
     from trainer.evaluate import run as evaluation
 
     warn_of_unsafe(options["unsafe_exec"])
@@ -49,7 +48,7 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
         out = evaluation.evaluate(config, line.show, note)
     rows = compare.rows([out])
     if as_json:
-        click.echo(json_text(rows, indent=2))
+        click.echo(json_text([row.as_json() for row in rows], indent=2))
     else:
         print_table(*compare.wide(rows))
         note(f"intervals and retention: kd compare {out}")

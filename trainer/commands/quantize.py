@@ -31,19 +31,20 @@ def quantize(student: str, as_json: bool, dry_run: bool, **options: Any) -> None
     kd quantize data/kd --out data/kd-w4a16 --format w4a16 --from-cache data/cache
     """
     quiet.libraries()
-    from trainer.quantize import quantize as quantization
+    from trainer.quantize import measure
+    from trainer.quantize import quantize as quantizing
 
-    plan = quantization.prepare(config_from(QuantizeConfig, options, student=student))
+    quantization = quantizing.prepare(config_from(QuantizeConfig, options, student=student))
     if dry_run:
-        print_facts(plan.facts(), as_json)
+        print_facts(quantization.facts(), as_json)
         return
     note_device()
     with ProgressLine() as line:
-        record = quantization.quantize(plan, line.show)
+        record = quantizing.quantize(quantization, line.show)
     if as_json:
-        click.echo(json_text(record, indent=2))
-    elif record["measured"]:
-        print_table(*quantization.table(record["measured"]["rows"]))
-        say(f"\n{record['measured']['verdict']}")
+        click.echo(json_text(record.as_json(), indent=2))
+    elif record.measured:
+        print_table(*measure.table(record.measured.changes))
+        say(f"\n{record.measured.verdict}")
     else:
-        print_facts(plan.facts(), as_json)
+        print_facts(quantization.facts(), as_json)

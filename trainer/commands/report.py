@@ -34,17 +34,17 @@ def report(folders: tuple[Path, ...], cache: Path | None, out: Path, as_json: bo
     kd report data/kd data/sft data/grpo data/evaluation --cache data/qwen
     """
     quiet.libraries()
-    from trainer.report import gather as reporting
+    from trainer.report import find, render
 
-    results = reporting.find(folders, cache)
-    page = reporting.write(results, out, note)
+    sources = find.find(folders, cache)
+    page = render.write(sources, out, note)
     print_facts(
         {
             "report": str(page),
-            "runs": len(results.runs),
-            "evaluations": len(results.evaluations),
-            "quantized": len(results.quantized),
-            "cache": str(results.cache) if results.cache else None,
+            "runs": len(sources.runs),
+            "evaluations": len(sources.evaluations),
+            "quantized": len(sources.quantized),
+            "cache": str(sources.cache) if sources.cache else None,
         },
         as_json,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -26,11 +26,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from kdcache import models
 from kdcache.cache import query
 from kdcache.cache.format import FORMAT_VERSION
-from kdcache.cache.reader import Cache, Sample
+from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
 from kdcache.judge import verifiers
 from kdcache.models.identity import model_folder
 from kdcache.storage import Location, atomic
+from trainer.data.prompts import Prompt, merged, verifiable
 from trainer.data.select import select
 from trainer.distill.plan import (
     RUN_FILE,
@@ -58,15 +59,6 @@ GUIDES = ("prefix",)
 
 
 @dataclass(frozen=True)
-class Prompt:
-    text: str
-    ids: list[int]
-    judges: tuple[verifiers.Judge, ...]  # what its rows say of judging; the best verdict counts
-    reasoned: bool  # reasoning was asked for in it
-    traces: list[list[int]] = field(repr=False)  # ids of answers that are right, their end of turn left out
-    cached: list[Sample] = field(default_factory=list, repr=False)  # every answer, where the teacher's word is a reward
-
-
 @dataclass(frozen=True)
 class GrpoRun:
     """A run resolved: what it learns from, before the first step."""
@@ -109,7 +101,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
     steps_asked_for(config.arguments)
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
-    prompts = _merged(prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where))
+    prompts = merged(prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where))
     if not prompts:
         judged = sum(len(_choose(cache.path, cache.plan, None)) for cache in caches)
         if not judged:
@@ -164,32 +156,8 @@ def _default_where(config: GrpoConfig) -> str | None:
 
 
 def _choose(cache: Location, plan: dict[str, Any], where: str | None) -> list[Prompt]:
-    columns = "prompt, prompt_ids, judges, traces"
-    rest = "AND verifier IS NOT NULL ORDER BY prompt_id, source"
-    found = query.select(cache, columns, where, "train", rest, view="prompts").to_pylist()
-    reasoned = plan["fields"].get("reasoning") is not None
-    stops = cached_stop_ids(plan)
-    return [
-        Prompt(
-            row["prompt"],
-            row["prompt_ids"],
-            tuple((judge["verifier"], judge["reference"]) for judge in row["judges"]),
-            reasoned,
-            [trace[:-1] if trace[-1] in stops else trace for trace in row["traces"]],
-        )
-        for row in found
-    ]
-
-
-def _merged(prompts: Iterable[Prompt]) -> list[Prompt]:
-    """Each prompt once, with the judges and traces of all data sets and caches that have it."""
-    found: dict[str, Prompt] = {}
-    for prompt in prompts:
-        known = found.get(prompt.text, prompt)
-        judges = tuple(dict.fromkeys([*known.judges, *prompt.judges]))
-        traces = known.traces + [trace for trace in prompt.traces if trace not in known.traces]
-        found[prompt.text] = dataclasses.replace(known, judges=judges, traces=traces)
-    return list(found.values())
+    """Return the prompts of one cache that can be rewarded, with its right answers as traces."""
+    return verifiable(cache, where, cached_stop_ids(plan), plan["fields"].get("reasoning") is not None)
 
 
 def _add_cached(prompts: Sequence[Prompt], caches: Sequence[Cache]) -> None:

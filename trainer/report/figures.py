@@ -1,181 +1,186 @@
-"""Which plots a report has: report.json's numbers -> figures. How one is drawn is in plots.py."""
+"""Which plots a report has, from its numbers. How one is drawn is in plots.py."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.evaluate import compare
+from trainer.evaluate import metrics
+from trainer.evaluate.compare import Comparison
+from trainer.evaluate.folder import COPY, TEACHER
 from trainer.report import plots
-from trainer.report.plots import Curve, Figure
+from trainer.report.gather import CacheNumbers, Contents, EntropyBucket, TrainingRun
+from trainer.report.plots import Curve, Dot, Figure
 
 AXES = {"step": "optimizer step", "tokens": "completion tokens trained on", "seconds": "seconds of training"}
+#: What is logged by kd train -> title and axis.
 CURVES = {
-    "kl": "KL to the teacher, nats a token",
-    "ce": "cross-entropy, nats a token",
+    "kl": ("KL", "KL to the teacher, nats per token"),
+    "ce": ("Cross-entropy", "cross-entropy, nats per token"),
 }
-COMPARED = {
-    "kl": "KL to the teacher, nats a token (less is nearer)",
-    "agreement": "share of positions that agree with the teacher's first choice",
-    "rougeL": "Rouge-L F1 with the reference",
-    "pass@1": "share of answers that are right",
-}
+#: What is logged by kd grpo -> title and axis.
 REWARDS = {
     "reward": ("Reward", "mean reward"),
     "rewards/correctness/mean": ("Correctness", "share of answers that are right"),
-    "rewards/form/mean": ("Form", "share in the form asked for"),
+    "rewards/form/mean": ("Form", "share of answers in the demanded form"),
     "rewards/likeness/mean": ("Likeness to the teacher", "mean likeness"),
-    "completions/mean_length": ("Length", "tokens an answer"),
-    "entropy": ("Entropy", "nats a token"),
+    "completions/mean_length": ("Length", "tokens per answer"),
+    "entropy": ("Entropy", "nats per token"),
 }
+ENTROPY_QUARTER = "entropy, nats (lower edge of a quarter)"
+
+Colours = Mapping[str, str]  # label -> a variable of base.css
 
 
-def of(data: dict[str, Any]) -> list[Figure]:
-    """Every figure that there are numbers for, in the order of the page."""
-    colours = _colours(data)
+def figures_of(contents: Contents) -> list[Figure]:
+    """Return every figure that there are numbers for, in the order of the page."""
+    colours = _colours(contents)
+    trained = [run for run in contents.runs if run.method != "grpo"]
+    reinforced = [run for run in contents.runs if run.method == "grpo"]
     return [
-        *_compared(data["comparison"], colours),
-        *_curves([run for run in data["runs"] if run["method"] != "grpo"], colours),
-        *_rewards([run for run in data["runs"] if run["method"] == "grpo"], colours),
-        *_by_entropy(data["by_entropy"], colours),
-        *(_cached(data["cache"]) if data["cache"] else ()),
+        *_compared(contents.comparisons, colours),
+        *_curves(trained, colours),
+        *_rewards(reinforced, colours),
+        *_by_entropy(contents.by_entropy, colours),
+        *(_cached(contents.cache) if contents.cache else ()),
     ]
 
 
-def _colours(data: dict[str, Any]) -> dict[str, str]:
-    """One colour a label, on all plots; the teacher is grey."""
-    labels = [row["label"] for row in data["comparison"]] + [run["label"] for run in data["runs"]]
-    students = [label for label in dict.fromkeys(labels) if label not in (compare.TEACHER, compare.COPY)]
-    found = {label: plots.SERIES[i % 7] for i, label in enumerate(students)}
-    return found | {compare.TEACHER: plots.MUTED, compare.COPY: plots.MUTED}
-
-
-def _compared(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Iterator[Figure]:
-    several = len({row["temperature"] for row in rows}) > 1
-    for metric, said in COMPARED.items():
-        mine = [
-            row
-            for row in rows
-            if row["metric"] == metric and not (metric in ("kl", "agreement") and row["label"] == compare.TEACHER)
-        ]
-        if metric in ("kl", "agreement"):  # measured once, whatever was answered
-            mine = list({row["label"]: row for row in mine}.values())
-        if not mine:
-            continue
-        named = several and metric not in ("kl", "agreement")
-        yield plots.intervals(
-            f"compared-{metric.replace('@', '-')}",
-            {"kl": "Distance to the teacher", "agreement": "Agreement", "rougeL": "Rouge-L", "pass@1": "Right answers"}[
-                metric
-            ],
-            "Dots are means over the held-out split, bars 95% intervals over problems and runs.",
-            said,
-            [
-                (
-                    f"{r['label']}, T={r['temperature']:g}" if named else r["label"],
-                    r["value"],
-                    r["interval"],
-                    colours[r["label"]],
-                )
-                for r in mine
-            ],
-        )
-
-
-def _curves(runs: Sequence[dict[str, Any]], colours: dict[str, str]) -> Iterator[Figure]:
-    for metric, y_label in CURVES.items():
-        for axis, x_label in AXES.items():
-            drawn = []
-            for run in runs:
-                for key, dashed in ((metric, True), (f"eval_{metric}", False)):
-                    points = [(e[axis], e[key]) for e in run["history"] if key in e and axis in e]
-                    if points:
-                        label = f"{run['label']}, {'train' if dashed else 'held out'}"
-                        drawn.append(Curve(label, points, colours[run["label"]], dashed, marked=not dashed))
-            if drawn:
-                note = "Dashed: the batches trained on. Dots: the validation split."
-                if metric == "kl":
-                    note += " KL to what was stored: on a threshold cache it is too high by one constant for all."
-                title = {"kl": "KL", "ce": "Cross-entropy"}[metric]
-                yield plots.curves(f"{metric}-by-{axis}", title, note, x_label, y_label, drawn)
-
-
-def _rewards(runs: Sequence[dict[str, Any]], colours: dict[str, str]) -> Iterator[Figure]:
-    for key, (title, y_label) in REWARDS.items():
-        drawn = []
-        for run in runs:
-            points = [(e["step"], float(e[key])) for e in run["history"] if key in e]
-            if points:
-                drawn.append(Curve(run["label"], points, colours[run["label"]]))
-        if drawn:
-            name = f"grpo-{title.lower().replace(' ', '-')}"
-            yield plots.curves(name, title, "Means over the answers of each step.", AXES["step"], y_label, drawn)
-
-
-def _by_entropy(rows: Sequence[dict[str, Any]], colours: dict[str, str]) -> Iterator[Figure]:
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    order = {
-        name: place
-        for place, name in enumerate(
-            sorted({r["entropy"] for r in rows}, key=lambda name: float(name.split("–")[0].rstrip("+")))
-        )
+def _colours(contents: Contents) -> Colours:
+    """Return one colour per label, the same on all plots; the teacher is grey."""
+    labels = [row.label for row in contents.comparisons] + [run.label for run in contents.runs]
+    students = [label for label in dict.fromkeys(labels) if label not in (TEACHER, COPY)]
+    return {
+        **{label: plots.SERIES[number % 7] for number, label in enumerate(students)},
+        TEACHER: plots.MUTED,
+        COPY: plots.MUTED,
     }
-    for metric, title in (("kl", "KL by the teacher's entropy"), ("agreement", "Agreement by the teacher's entropy")):
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def _compared(comparisons: Sequence[Comparison], colours: Colours) -> Iterator[Figure]:
+    has_temperatures = len({row.temperature for row in comparisons}) > 1
+    for metric in metrics.METRICS:
+        if not metric.plot_title:
+            continue
+        name = "pass@1" if metric is metrics.PASS else metric.name
+        rows = [row for row in comparisons if row.metric == name]
+        if (
+            metric.by_entropy
+        ):  # teacher-forced: one value whatever was answered, and nothing new about the teacher itself
+            rows = list({row.label: row for row in rows if row.label != TEACHER}.values())
         if rows:
+            is_named = has_temperatures and not metric.by_entropy
+            yield plots.intervals(
+                f"compared-{name.replace('@', '-')}",
+                metric.plot_title,
+                "Dots are means over the held-out split, bars 95% intervals over problems and runs.",
+                metric.plot_axis,
+                [
+                    Dot(
+                        f"{row.label}, T={row.temperature:g}" if is_named else row.label,
+                        row.value,
+                        colours[row.label],
+                    )
+                    for row in rows
+                ],
+            )
+
+
+def _by_entropy(buckets: Sequence[EntropyBucket], colours: Colours) -> Iterator[Figure]:
+    labels = list(dict.fromkeys(bucket.label for bucket in buckets))
+    in_order = sorted(buckets, key=lambda bucket: float(bucket.entropy.split("–")[0].rstrip("+")))
+    for name in metrics.BY_ENTROPY:
+        heights = {
+            label: {b.entropy: b.means[name] for b in in_order if b.label == label and name in b.means}
+            for label in labels
+        }
+        if any(heights.values()):
+            metric = metrics.metric_of(name)
             yield plots.bars(
-                f"{metric}-by-entropy",
-                title,
+                f"{name}-by-entropy",
+                f"{metric.plot_title or name}, by the teacher's entropy",
                 "Held-out positions in buckets of how unsure the teacher is.",
                 "entropy of the teacher, nats",
-                {"kl": "KL, nats a token", "agreement": "share that agrees"}[metric],
-                {
-                    label: {
-                        r["entropy"]: r[metric]
-                        for r in sorted(rows, key=lambda r: order[r["entropy"]])
-                        if r["label"] == label
-                    }
-                    for label in labels
-                },
+                metric.plot_axis or name,
+                heights,
                 [colours[label] for label in labels],
             )
 
 
-def _cached(cache: dict[str, Any]) -> Iterator[Figure]:
-    def by_origin(rows: Sequence[dict[str, Any]], x: str, y: str) -> dict[str, dict[str, float]]:
-        origins = dict.fromkeys(row["origin"] for row in rows)
-        return {origin: {str(row[x]): row[y] for row in rows if row["origin"] == origin} for origin in origins}
+# --- training ---------------------------------------------------------------------------------------------------------
 
-    if cache["entropies"]:
-        rows = [
-            row | {"entropy": f"{row['entropy']:g}"}
-            for row in sorted(cache["entropies"], key=lambda row: row["entropy"])
-        ]
+
+def _curves(runs: Sequence[TrainingRun], colours: Colours) -> Iterator[Figure]:
+    for metric, (title, y_label) in CURVES.items():
+        for axis, x_label in AXES.items():
+            curves = []
+            for run in runs:
+                for key, is_train in ((metric, True), (f"eval_{metric}", False)):
+                    points = [(entry[axis], entry[key]) for entry in run.history if key in entry and axis in entry]
+                    if points:
+                        label = f"{run.label}, {'train' if is_train else 'held out'}"
+                        curves.append(Curve(label, points, colours[run.label], dashed=is_train, marked=not is_train))
+            if curves:
+                note = "Dashed: the batches trained on. Dots: the validation split."
+                if metric == "kl":
+                    note += (
+                        " The KL is to what was stored: on a threshold cache it is too high by one constant for all."
+                    )
+                yield plots.curves(f"{metric}-by-{axis}", title, note, x_label, y_label, curves)
+
+
+def _rewards(runs: Sequence[TrainingRun], colours: Colours) -> Iterator[Figure]:
+    for key, (title, y_label) in REWARDS.items():
+        curves = []
+        for run in runs:
+            points = [(entry["step"], float(entry[key])) for entry in run.history if key in entry]
+            if points:
+                curves.append(Curve(run.label, points, colours[run.label]))
+        if curves:
+            name = f"grpo-{title.lower().replace(' ', '-')}"
+            yield plots.curves(name, title, "Means over the answers of each step.", AXES["step"], y_label, curves)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _cached(cache: CacheNumbers) -> Iterator[Figure]:
+    if cache.entropies:
+        in_order = sorted(cache.entropies, key=lambda row: row["entropy"])
         yield plots.bars(
-            *(
-                "cache-entropies",
-                "How sure the teacher is",
-                "Completion tokens by the entropy of the teacher's distribution.",
-            ),
-            *("entropy, nats (lower edge of a quarter)", "share of positions"),
-            by_origin(rows, "entropy", "share"),
+            "cache-entropies",
+            "How sure the teacher is",
+            "Completion tokens by the entropy of the teacher's distribution.",
+            ENTROPY_QUARTER,
+            "share of positions",
+            _by_origin([row | {"entropy": f"{row['entropy']:g}"} for row in in_order], "entropy", "share"),
         )
-    if cache["captured_mass"]:
-        curve = Curve("mass", [(row["k"], row["mass"]) for row in cache["captured_mass"]], plots.SERIES[0], marked=True)
+    if cache.captured_mass:
+        points = [(row["k"], row["mass"]) for row in cache.captured_mass]
         yield plots.curves(
             "cache-captured-mass",
             "What the best k candidates hold",
-            "Mean over positions of the stored candidates' mass; what is missing to 1 is stored as the tail.",
-            *("k (logarithmic)", "probability"),
-            [curve],
+            "Mean over positions of the stored candidates' mass; the rest up to 1 is stored as the tail.",
+            "k (logarithmic)",
+            "probability",
+            [Curve("mass", points, plots.SERIES[0], marked=True)],
             log_x=True,
         )
-    if cache["ranks"]:
+    if cache.ranks:
         yield plots.bars(
-            *(
-                "cache-ranks",
-                "Rank of the completion's token",
-                "Where the token that was given, or sampled, ranks with the teacher.",
-            ),
-            *("rank", "share of positions"),
-            by_origin(cache["ranks"], "rank", "share"),
+            "cache-ranks",
+            "Rank of the completion's token",
+            "Where the token that was given, or sampled, ranks with the teacher.",
+            "rank",
+            "share of positions",
+            _by_origin(cache.ranks, "rank", "share"),
         )
+
+
+def _by_origin(rows: Sequence[Mapping[str, Any]], x: str, y: str) -> dict[str, dict[str, float]]:
+    """Return origin (given or sampled) -> column ``x`` as text -> column ``y``."""
+    origins = dict.fromkeys(row["origin"] for row in rows)
+    return {origin: {str(row[x]): row[y] for row in rows if row["origin"] == origin} for origin in origins}

@@ -1,246 +1,81 @@
-"""report.html: what was trained, what it kept and what it cost, on one page that opens anywhere; report.json and CSVs beside it.
+"""The numbers of a report, as report.json holds them.
 
-    kd report data/demo
-
-Takes the folders of runs, evaluations and quantized students, or one that holds them, and their cache. Nothing is measured
-here: every number was written by the command that measured it, or is asked of the cache in SQL.
+Nothing is measured here: every number was written by the command that measured it, or is queried from the cache in SQL.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from kdcache import __version__
 from kdcache.cache import manifest, query
 from kdcache.errors import KDError
-from kdcache.storage import atomic, folders
-from kdcache.view import server
+from kdcache.storage import Location, folders
 from trainer.distill.plan import CONFIG_FILE, RUN_FILE
 from trainer.evaluate import compare, metrics
+from trainer.evaluate import folder as evaluations
+from trainer.evaluate.compare import Comparison
+from trainer.evaluate.folder import TEACHER, Evaluation
+from trainer.report.find import Sources
+from trainer.report.worst import WorstSample, worst_samples
 from trainer.run import checkpoints
 
-WORST = 20  # samples shown side by side
-LONGEST_TEXT = 20_000  # characters of a text on the page
 
-Progress = Callable[[str], None]
+@dataclass(frozen=True)
+class TrainingRun:
+    """One run: its configuration, and how it went."""
 
-
-@dataclass
-class Found:
-    """What the folders hold."""
-
-    cache: Path | None
-    runs: list[Path] = field(default_factory=list)
-    evaluations: list[Path] = field(default_factory=list)
-    quantized: list[Path] = field(default_factory=list)
-
-
-def find(folders: Sequence[Path], cache: Path | None) -> Found:
-    """Sort folders by what they hold; one that holds nothing itself is looked into. KDError if there is nothing to report."""
-    found = Found(cache)
-    for folder in folders:
-        inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-        if not any([_take(found, part) for part in ([folder] if _take(found, folder) else inside)]):
-            raise KDError(f"{folder} holds no run, no evaluation, no quantized student and no cache to report on")
-    return found
+    folder: str
+    name: str
+    label: str  # as it was evaluated, else the name
+    method: str
+    student: str
+    finished: bool
+    steps: int
+    seconds: float
+    tokens: float  # completion tokens trained on
+    history: list[dict[str, Any]]  # what was logged at each step
+    command: str  # that runs it again
+    config: str
+    made_with: dict[str, str]  # library -> version
+    caches: list[dict[str, str]]
 
 
-def _take(found: Found, folder: Path) -> bool:
-    """Whether a folder is something to report on; it is then in ``found``."""
-    if (folder / "plan.json").is_file():
-        found.cache = found.cache or folder
-        return True
-    for file, kind in (
-        ("quantization.json", found.quantized),
-        (compare.EVALUATION_FILE, found.evaluations),
-        (RUN_FILE, found.runs),
-    ):
-        if (folder / file).is_file():
-            if folder not in kind:
-                kind.append(folder)
-            return True
-    return False
+@dataclass(frozen=True)
+class EntropyBucket:
+    """What one label is at the positions where the teacher's entropy is in one range."""
+
+    label: str
+    entropy: str  # the range, nats
+    tokens: float
+    means: dict[str, float]  # per token, of each metric that is summed by entropy
+
+    def as_json(self) -> dict[str, Any]:
+        return {"label": self.label, "entropy": self.entropy, "tokens": self.tokens, **self.means}
 
 
-# --- the numbers ------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class CacheNumbers:
+    """What a cache holds. Lists are the rows of a shipped view."""
+
+    summary: dict[str, Any]
+    fields: dict[str, Any]  # of its plan
+    entropies: list[dict[str, Any]]
+    captured_mass: list[dict[str, Any]]
+    ranks: list[dict[str, Any]]
+    lengths: list[dict[str, Any]]
+    sources: list[dict[str, Any]]
+    rejected: list[dict[str, Any]]  # rows, and the first reason of those that are alike but for numbers
 
 
-def gather(found: Found, progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Everything the page shows, as report.json holds it."""
-    labels = _labels(found.evaluations)
-    runs = [_run(folder, labels) for folder in found.runs]
-    methods = {run["label"]: run["method"] for run in runs}
-    against = next((label for label, method in methods.items() if method == "sft"), None)
-    compared: list[dict[str, Any]] = []
-    if found.evaluations:
-        progress("comparing what was evaluated")
-        measured = {label for label, _ in labels}
-        compared = compare.rows(found.evaluations, against if against in measured else None)
-    asked = None
-    if found.cache is not None:
-        progress(f"asking {found.cache}")
-        asked = _cache(found.cache)
-    progress("looking for the worst samples")
-    return {
-        "made": date.today().isoformat(),
-        "kdcache": __version__,
-        "folders": [str(path) for path in (*found.runs, *found.evaluations, *found.quantized)],
-        "against": against,
-        "findings": _findings([row for row in compared if row["label"] in methods], against),
-        "comparison": compared,
-        "measured_on": [_json(folder / compare.EVALUATION_FILE)["settings"] for folder in found.evaluations],
-        "runs": runs,
-        "by_entropy": _by_entropy(found.evaluations),
-        "worst": _worst(found, methods),
-        "cache": asked,
-        "cost": _cost(asked, runs),
-        "quantized": [_json(folder / "quantization.json") | {"folder": str(folder)} for folder in found.quantized],
-    }
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise KDError(f"{path} is damaged ({error})") from None
-
-
-def _labels(evaluations: Sequence[Path]) -> list[tuple[str, str]]:
-    """(label, name of the folder) of each model that was evaluated."""
-    entries = [entry for folder in evaluations for entry in _json(folder / compare.EVALUATION_FILE)["entries"]]
-    return [(entry["label"], Path(entry["model"]).name) for entry in entries]
-
-
-def _run(folder: Path, labels: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """One training run: what was asked for, and its history."""
-    record = _json(folder / RUN_FILE)
-    saved = [checkpoint for checkpoint in checkpoints.listed(folder) if not checkpoints.is_half(checkpoint)]
-    states = [place / "trainer_state.json" for place in (folder, *saved) if (place / "trainer_state.json").is_file()]
-    history = _json(states[0])["log_history"] if states else []
-    method = record.get("method", record["config"].get("method"))
-    finished = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
-    timed = [entry["seconds"] for entry in history if "seconds" in entry]
-    config = folder / CONFIG_FILE
-    return {
-        "folder": str(folder),
-        "name": folder.name,
-        "label": next((label for label, name in labels if name == folder.name), folder.name),
-        "method": method,
-        "student": record["config"]["student"],
-        "finished": record["finished"],
-        "steps": max((entry["step"] for entry in history), default=0),
-        "seconds": timed[-1] if timed else sum(entry.get("step_time", 0.0) for entry in history) or sum(finished),
-        "tokens": max((entry.get("tokens", 0.0) for entry in history), default=0.0),
-        "history": history,
-        "command": f"kd {'grpo' if method == 'grpo' else 'train'} --config {config}",
-        "config": config.read_text(encoding="utf-8") if config.is_file() else json.dumps(record["config"], indent=1),
-        "made_with": record.get("made_with", {}),
-        "caches": record["caches"],
-    }
-
-
-def _findings(compared: Sequence[dict[str, Any]], against: str | None) -> list[str]:
-    """The differences to plain fine-tuning in sentences, with what the measurement cannot tell."""
-    said = {
-        "kl": "nats a token of KL to the teacher",
-        "agreement": "of agreement with its first choice",
-        "rougeL": "of Rouge-L",
-    }
-    sentences = []
-    for row in compared:
-        if row["metric"] not in said or "difference" not in row:
-            continue
-        within = row["difference_interval"]
-        sure = within is not None and (within[0] > 0 or within[1] < 0)
-        told = f"{row['label']} against {against}: {row['difference']:+.3f} {said[row['metric']]}"
-        told += (
-            f" (95% interval {within[0]:+.3f} to {within[1]:+.3f})" if within else " (too few problems for an interval)"
-        )
-        sentences.append(
-            told + ("." if sure or within is None else ", which is no difference that this measurement can tell.")
-        )
-    return sentences
-
-
-def _by_entropy(evaluations: Sequence[Path]) -> list[dict[str, Any]]:
-    """KL and agreement of each label where the teacher is sure, and where it is not."""
-    edges = (0.0, *metrics.ENTROPY_EDGES_NATS)
-    sums: dict[str, dict[str, list[float]]] = {}
-    for folder in evaluations:
-        for entry in _json(folder / compare.EVALUATION_FILE)["entries"]:
-            table = pq.read_table(folder / entry["folder"] / "forced.parquet")
-            if entry["label"] == compare.TEACHER or "kl_by_entropy" not in table.column_names or not len(table):
-                continue
-            mine = sums.setdefault(entry["label"], {})
-            for name in ("tokens", "kl", "agreement"):
-                added = [sum(bucket) for bucket in zip(*table[f"{name}_by_entropy"].to_pylist())]
-                mine[name] = [a + b for a, b in zip(mine.get(name, [0.0] * len(added)), added)]
-    return [
-        {
-            "label": label,
-            "entropy": f"{low:g}–{edges[i + 1]:g}" if i + 1 < len(edges) else f"{low:g}+",
-            "tokens": mine["tokens"][i],
-            "kl": mine["kl"][i] / mine["tokens"][i],
-            "agreement": mine["agreement"][i] / mine["tokens"][i],
-        }
-        for label, mine in sums.items()
-        for i, low in enumerate(edges)
-        if mine["tokens"][i]
-    ]
-
-
-def _worst(found: Found, methods: dict[str, str]) -> list[dict[str, Any]]:
-    """The held-out samples that the distilled student (else the last one measured) is farthest from, with what all answered."""
-    if found.cache is None or not found.evaluations:
-        return []
-    folder = found.evaluations[0]
-    evaluation = _json(folder / compare.EVALUATION_FILE)
-    students = [e for e in evaluation["entries"] if e["label"] not in (compare.TEACHER, compare.COPY)]
-    if not students or manifest.read_plan(found.cache)["fingerprint"] not in evaluation["settings"]["caches"]:
-        return []
-    looked_at = next((e for e in students if methods.get(e["label"]) == "kd"), students[-1])
-    forced = pq.read_table(
-        folder / looked_at["folder"] / "forced.parquet", columns=["sample_id", "tokens", "kl"]
-    ).to_pylist()
-    worst = sorted((row for row in forced if row["tokens"] >= 4), key=lambda row: -row["kl"] / row["tokens"])[:WORST]
-    texts = _texts(found.cache, evaluation["settings"]["split"], [row["sample_id"] for row in worst])
-    answers: dict[str, dict[str, str]] = {}
-    for entry in evaluation["entries"]:
-        for row in pq.read_table(
-            folder / entry["folder"] / "answers.parquet", columns=["prompt_id", "answer"]
-        ).to_pylist():
-            answers.setdefault(row["prompt_id"], {}).setdefault(entry["label"], row["answer"])
-    return [
-        {
-            "sample_id": row["sample_id"],
-            "student": looked_at["label"],
-            "kl": row["kl"] / row["tokens"],
-            "tokens": row["tokens"],
-        }
-        | texts[row["sample_id"]]
-        | {"answers": answers.get(texts[row["sample_id"]]["prompt_id"], {})}
-        for row in worst
-    ]
-
-
-def _texts(cache: Path, split: str, sample_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
-    columns = "sample_id, prompt_id, origin, prompt, completion, reference"
-    wanted = {"ids": list(sample_ids)}
-    rows = query.select(
-        cache, columns, None, split, "AND list_contains($ids::VARCHAR[], sample_id)", parameters=wanted
-    ).to_pylist()
-    return {row.pop("sample_id"): row for row in rows}
-
-
-#: Name in report.json -> the shipped view it is read from.
+#: Field of CacheNumbers -> the shipped view that it is read from.
 VIEWS = {
     "entropies": "entropy_histogram",
     "captured_mass": "captured_mass_curve",
@@ -250,99 +85,223 @@ VIEWS = {
 }
 
 
-def _cache(cache: Path) -> dict[str, Any]:
-    summary = manifest.summary(cache)
-    asked: dict[str, Any] = {"summary": summary, "fields": manifest.read_plan(cache)["fields"]}
+@dataclass(frozen=True)
+class Cost:
+    """What the teacher took once, and what each run would have taken of it again."""
+
+    teacher_seconds: float
+    teacher_tokens_per_second: float | None
+    runs: list[dict[str, Any]]
+    saved_seconds: dict[str, float]  # name of a run -> the seconds that a live teacher would have added
+    break_even_runs: float | None  # after so many the cache is paid for
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that the page shows."""
+
+    folders: list[str]
+    against: str | None  # label that differences are to: the run of plain fine-tuning
+    findings: list[str]
+    comparisons: list[Comparison]
+    measured_on: list[dict[str, Any]]  # the settings of each evaluation
+    runs: list[TrainingRun]
+    by_entropy: list[EntropyBucket]
+    worst: list[WorstSample]
+    cache: CacheNumbers | None
+    cost: Cost | None
+    quantized: list[dict[str, Any]]  # the record of each, and its folder
+    day: str
+    version: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what report.json holds."""
+        return {
+            "made": self.day,
+            "kdcache": self.version,
+            "folders": self.folders,
+            "against": self.against,
+            "findings": self.findings,
+            "comparison": [row.as_json() for row in self.comparisons],
+            "measured_on": self.measured_on,
+            "runs": [asdict(run) for run in self.runs],
+            "by_entropy": [bucket.as_json() for bucket in self.by_entropy],
+            "worst": [asdict(sample) for sample in self.worst],
+            "cache": None if self.cache is None else asdict(self.cache),
+            "cost": None if self.cost is None else asdict(self.cost),
+            "quantized": self.quantized,
+        }
+
+
+def gather(sources: Sources, say: Callable[[str], None] = lambda _: None) -> Contents:
+    """Read every number of the report. ``say`` gets a sentence on each step."""
+    evaluated = [evaluations.read(folder) for folder in sources.evaluations]
+    runs = [training_run(folder, evaluated) for folder in sources.runs]
+    methods = {run.label: run.method for run in runs}
+    against = next((label for label, method in methods.items() if method == "sft"), None)
+    comparisons: list[Comparison] = []
+    if sources.evaluations:
+        say("comparing what was evaluated")
+        labels = {entry.label for evaluation in evaluated for entry in evaluation.entries}
+        comparisons = compare.rows(sources.evaluations, against if against in labels else None)
+    cache = None
+    if sources.cache is not None:
+        say(f"querying {sources.cache}")
+        cache = _cache(sources.cache)
+    say("looking for the worst samples")
+    worst = worst_samples(sources.cache, evaluated[0], methods) if sources.cache is not None and evaluated else []
+    return Contents(
+        folders=[str(path) for path in (*sources.runs, *sources.evaluations, *sources.quantized)],
+        against=against,
+        findings=_findings([row for row in comparisons if row.label in methods], against),
+        comparisons=comparisons,
+        measured_on=[evaluation.settings for evaluation in evaluated],
+        runs=runs,
+        by_entropy=_by_entropy(evaluated),
+        worst=worst,
+        cache=cache,
+        cost=_cost(cache, runs),
+        quantized=[_json(path / folders.QUANTIZED.marker) | {"folder": str(path)} for path in sources.quantized],
+        day=date.today().isoformat(),
+        version=__version__,
+    )
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise KDError(f"{path} is damaged ({error})") from None
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def training_run(folder: Path, evaluated: Sequence[Evaluation]) -> TrainingRun:
+    """Read one run: its record, and the history of its last whole checkpoint."""
+    record = _json(folder / RUN_FILE)
+    history = _history(folder)
+    method = record.get("method", record["config"].get("method"))
+    config = folder / CONFIG_FILE
+    entries = [entry for evaluation in evaluated for entry in evaluation.entries]
+    return TrainingRun(
+        folder=str(folder),
+        name=folder.name,
+        label=next((entry.label for entry in entries if Path(entry.model).name == folder.name), folder.name),
+        method=method,
+        student=record["config"]["student"],
+        finished=record["finished"],
+        steps=max((entry["step"] for entry in history), default=0),
+        seconds=_seconds(history),
+        tokens=max((entry.get("tokens", 0.0) for entry in history), default=0.0),
+        history=history,
+        command=f"kd {'grpo' if method == 'grpo' else 'train'} --config {config}",
+        config=config.read_text(encoding="utf-8") if config.is_file() else json.dumps(record["config"], indent=1),
+        made_with=record.get("made_with", {}),
+        caches=record["caches"],
+    )
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """Return what a finished run logged, or else an interrupted one until its last checkpoint that is whole."""
+    saved = [checkpoint for checkpoint in checkpoints.listed(folder) if not checkpoints.is_half(checkpoint)]
+    states = [place / "trainer_state.json" for place in (folder, *saved) if (place / "trainer_state.json").is_file()]
+    return _json(states[0])["log_history"] if states else []
+
+
+def _seconds(history: Sequence[dict[str, Any]]) -> float:
+    """Return the seconds of training; GRPO logs them by step, and older runs only at the end."""
+    timed = [entry["seconds"] for entry in history if "seconds" in entry]
+    if timed:
+        return timed[-1]
+    return sum(e.get("step_time", 0.0) for e in history) or sum(e.get("train_runtime", 0.0) for e in history)
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def _findings(comparisons: Sequence[Comparison], against: str | None) -> list[str]:
+    """Return the differences to plain fine-tuning in sentences, with what the measurement cannot tell."""
+    sentences = []
+    for row in comparisons:
+        subject, difference = metrics.metric_of(row.metric).finding, row.difference
+        if not subject or difference is None:
+            continue
+        sentence = f"{row.label} against {against}: {difference.value:+.3f} {subject}"
+        if difference.interval is None:
+            sentences.append(f"{sentence} (too few problems for an interval).")
+            continue
+        low, high = difference.interval
+        verdict = "." if low > 0 or high < 0 else ", which is no difference that this measurement can tell."
+        sentences.append(f"{sentence} (95% interval {low:+.3f} to {high:+.3f}){verdict}")
+    return sentences
+
+
+def _by_entropy(evaluated: Sequence[Evaluation]) -> list[EntropyBucket]:
+    """Return each label's metrics where the teacher is sure, and where it is not."""
+    edges = (0.0, *metrics.ENTROPY_EDGES_NATS)
+    ranges = [*(f"{low:g}–{high:g}" for low, high in itertools.pairwise(edges)), f"{edges[-1]:g}+"]
+    sums_of: dict[str, dict[str, list[float]]] = {}  # label -> metric -> a sum per bucket
+    for evaluation in evaluated:
+        for entry in evaluation.entries:
+            table = evaluation.measurements(entry).forced
+            if entry.label == TEACHER or not len(table):
+                continue
+            sums = sums_of.setdefault(entry.label, {})
+            for part in metrics.SUMS_BY_ENTROPY:
+                if part.name in table.column_names:  # an evaluation from before this metric has none
+                    added = [sum(bucket) for bucket in zip(*table[part.name].to_pylist())]
+                    before = sums.get(part.name, [0.0] * len(added))
+                    sums[part.name] = [a + b for a, b in zip(before, added)]
+    return [
+        EntropyBucket(
+            label,
+            ranges[i],
+            tokens,
+            {m: sums[f"{m}_by_entropy"][i] / tokens for m in metrics.BY_ENTROPY if f"{m}_by_entropy" in sums},
+        )
+        for label, sums in sums_of.items()
+        for i, tokens in enumerate(sums.get("tokens_by_entropy", []))
+        if tokens
+    ]
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _cache(cache: Location) -> CacheNumbers:
+    rows_of = {}
     for name, view in VIEWS.items():
         columns, rows = query.run(cache, f"SELECT * FROM {view}")
-        asked[name] = [dict(zip(columns, row)) for row in rows]
-    rejected = cache / "rejected.jsonl"
-    lines = rejected.read_text(encoding="utf-8").splitlines() if rejected.is_file() else []
-    reasons: dict[str, list[str]] = {}  # alike but for the numbers in them
-    for line in lines:
+        rows_of[name] = [dict(zip(columns, row)) for row in rows]
+    return CacheNumbers(
+        summary=manifest.summary(cache),
+        fields=manifest.read_plan(cache)["fields"],
+        rejected=_rejected(cache / "rejected.jsonl"),
+        **rows_of,
+    )
+
+
+def _rejected(file: Location) -> list[dict[str, Any]]:
+    """Return how many rows were rejected for each reason; reasons that differ only in their numbers count as one."""
+    alike: dict[str, list[str]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         reason = json.loads(line)["reason"]
-        reasons.setdefault(re.sub(r"\d+", "N", reason), []).append(reason)
-    asked["rejected"] = [{"rows": len(alike), "first": alike[0]} for alike in reasons.values()]
-    return asked
+        alike.setdefault(re.sub(r"\d+", "N", reason), []).append(reason)
+    return [{"rows": len(reasons), "first": reasons[0]} for reasons in alike.values()]
 
 
-def _cost(asked: dict[str, Any] | None, runs: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """What the teacher took once, and what each run would have taken of it again: scored live, at the cache's own speed."""
-    if asked is None or not asked["summary"]["completion_tokens"]:
+def _cost(cache: CacheNumbers | None, runs: Sequence[TrainingRun]) -> Cost | None:
+    """Return what a live teacher would have added to each run, scoring its tokens at the cache's own speed."""
+    if cache is None or not cache.summary["completion_tokens"]:
         return None
-    teacher_seconds, tokens = asked["summary"]["teacher_seconds"], asked["summary"]["completion_tokens"]
-    learnt = [run for run in runs if run["method"] == "kd" and run["tokens"]]
-    live = [run["tokens"] * teacher_seconds / tokens for run in learnt]
-    return {
-        "teacher_seconds": teacher_seconds,
-        "teacher_tokens_per_second": tokens / teacher_seconds if teacher_seconds else None,
-        "runs": [{"name": run["name"], "method": run["method"], "seconds": run["seconds"]} for run in runs],
-        "saved_seconds": dict(zip([run["name"] for run in learnt], live)),
-        "break_even_runs": teacher_seconds / (sum(live) / len(live)) if live and sum(live) else None,
-    }
-
-
-# --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def write(found: Found, out: Path, progress: Progress = lambda _: None) -> Path:
-    """report.html, report.json and plots/*.csv in ``out``; the page last."""
-    from trainer.report import figures as drawn
-
-    with folders.held(out, folders.REPORT):
-        folders.check_writable(out, folders.REPORT)
-        data = gather(found, progress)
-        progress("drawing")
-        figures = drawn.of(data)
-        (out / "plots").mkdir(exist_ok=True)
-        for figure in figures:
-            atomic.write_csv(out / "plots" / f"{figure.name}.csv", figure.columns, figure.rows)
-        atomic.write_json(out / "report.json", data)
-        atomic.write_text(out / "report.html", _render(data, {figure.name: figure for figure in figures}))
-    return out / "report.html"
-
-
-def _render(data: dict[str, Any], figures: dict[str, Any]) -> str:
-    import jinja2
-
-    pages = Path(__file__).parent / "page"
-    base = Path(server.__file__).parent / "page/base.css"  # as the page of kd view has it
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pages),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    teacher_seconds, tokens = cache.summary["teacher_seconds"], cache.summary["completion_tokens"]
+    distilled = [run for run in runs if run.method == "kd" and run.tokens]
+    live_seconds = [run.tokens * teacher_seconds / tokens for run in distilled]
+    return Cost(
+        teacher_seconds=teacher_seconds,
+        teacher_tokens_per_second=tokens / teacher_seconds if teacher_seconds else None,
+        runs=[{"name": run.name, "method": run.method, "seconds": run.seconds} for run in runs],
+        saved_seconds=dict(zip([run.name for run in distilled], live_seconds)),
+        break_even_runs=teacher_seconds / (sum(live_seconds) / len(live_seconds)) if sum(live_seconds) else None,
     )
-    environment.filters["short"] = _short
-    environment.filters["number"] = _number
-    styles = "\n".join(path.read_text(encoding="utf-8") for path in (base, pages / "report.css"))
-    return environment.get_template("report.html").render(
-        data=data, figures=figures, styles=styles, table=_table(data["comparison"]), teacher=compare.TEACHER
-    )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:#.3g}".rstrip(".")
-
-
-def _short(text: str | None) -> str:
-    """A text that the page can bear; the whole is in report.json and in the cache."""
-    text = text or ""
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]} … ({len(text):,} characters in all)"
-
-
-def _table(compared: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The comparison, a line a model and temperature, a column a metric."""
-    names = [name for name in compare.ordered({row["metric"] for row in compared}) if name != "perplexity"]
-    lines: dict[tuple[str, Any], dict[str, Any]] = {}
-    for row in compared:
-        lines.setdefault((row["label"], row["temperature"]), {})[row["metric"]] = row
-    return {
-        "metrics": names,
-        "lines": [{"label": key[0], "temperature": key[1], "cells": cells} for key, cells in lines.items()],
-    }

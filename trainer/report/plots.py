@@ -1,6 +1,7 @@
 """The plots of a report: matplotlib's SVG in the page's own colours and type, with the data behind each.
 
-A colour is a variable of pages/base.css, so that one plot serves light and dark. Every plot says in words what it shows.
+A colour is a variable of base.css, so that one plot serves the light and the dark page. matplotlib knows no variables: it
+draws in stand-in colours, which are replaced in the SVG. Every plot carries a sentence on what it shows, for screen readers.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.evaluate.bootstrap import Estimate
+
 SERIES = tuple(f"--series-{number}" for number in range(1, 9))
 INK, MUTED, LINE = "--ink", "--ink-muted", "--line"
 _VARIABLES = (*SERIES, INK, MUTED, LINE)
-#: What matplotlib is told, and ``_in_the_pages_colours`` finds again.
+#: The colours that matplotlib draws in, which ``_svg`` replaces by the variables.
 _STAND_IN = {variable: f"#0a0b{number:02x}" for number, variable in enumerate(_VARIABLES)}
 
 WIDTH_INCHES, HEIGHT_INCHES = 4.7, 3.0  # near the size at which a phone shows them
@@ -22,7 +25,7 @@ WIDTH_INCHES, HEIGHT_INCHES = 4.7, 3.0  # near the size at which a phone shows t
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot: an SVG, what it shows in words, and its data."""
+    """One plot: its SVG, a title and a note, and the data behind it."""
 
     name: str  # of its CSV
     title: str
@@ -34,7 +37,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a plot; ``label`` stands in the legend once."""
+    """A line of a plot. Lines of one ``label`` share an entry of the legend."""
 
     label: str
     points: Sequence[tuple[float, float]]
@@ -43,15 +46,25 @@ class Curve:
     marked: bool = False
 
 
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval, on a line of its own."""
+
+    label: str
+    estimate: Estimate
+    colour: str
+
+
 def curves(
-    name: str, title: str, note: str, x_label: str, y_label: str, drawn: Sequence[Curve], log_x: bool = False
+    name: str, title: str, note: str, x_label: str, y_label: str, lines: Sequence[Curve], log_x: bool = False
 ) -> Figure:
+    """Draw lines through their points."""
     figure, axes = _axes(x_label, y_label)
     if log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    seen: set[str] = set()
-    for curve in drawn:
+    legend: set[str] = set()
+    for curve in lines:
         axes.plot(
             *zip(*curve.points),
             color=_STAND_IN[curve.colour],
@@ -59,16 +72,18 @@ def curves(
             marker="o" if curve.marked or len(curve.points) == 1 else None,
             markersize=4,
             linewidth=1.6,
-            label=None if curve.label in seen else curve.label,
+            label=None if curve.label in legend else curve.label,
         )
-        seen.add(curve.label)
-    if not log_x and all(float(x).is_integer() for curve in drawn for x, _ in curve.points):
+        legend.add(curve.label)
+    if not log_x and all(float(x).is_integer() for curve in lines for x, _ in curve.points):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(seen) > 1:
-        _legend(figure, axes, len(seen))
-    rows = tuple((curve.label, x, y) for curve in drawn for x, y in curve.points)
-    said = f"{title}. {len(seen)} lines: {', '.join(dict.fromkeys(c.label for c in drawn))}; {y_label} by {x_label}."
-    return Figure(name, title, note, _svg(figure, said), ("line", x_label, y_label), rows)
+    if len(legend) > 1:
+        _legend(figure, axes, len(legend))
+    rows = tuple((curve.label, x, y) for curve in lines for x, y in curve.points)
+    description = (
+        f"{title}. {len(legend)} lines: {', '.join(dict.fromkeys(c.label for c in lines))}; {y_label} by {x_label}."
+    )
+    return Figure(name, title, note, _svg(figure, description), ("line", x_label, y_label), rows)
 
 
 def bars(
@@ -80,7 +95,7 @@ def bars(
     groups: Mapping[str, Mapping[str, float]],
     colours: Sequence[str] = SERIES,
 ) -> Figure:
-    """``groups``: legend -> (name on the axis -> height)."""
+    """Draw bars side by side. ``groups``: legend -> (name on the axis -> height)."""
     import numpy as np
 
     figure, axes = _axes(x_label, y_label)
@@ -101,25 +116,23 @@ def bars(
         _legend(figure, axes, len(groups))
     rows = tuple((label, n, heights[n]) for label, heights in groups.items() for n in heights)
     most = max(rows, key=lambda row: row[2], default=("", "", 0.0))
-    said = f"{title}. Bars of {y_label} by {x_label}; the highest is {most[2]:.3g} at {most[1]} ({most[0]})."
-    return Figure(name, title, note, _svg(figure, said), ("series", x_label, y_label), rows)
+    description = f"{title}. Bars of {y_label} by {x_label}; the highest is {most[2]:.3g} at {most[1]} ({most[0]})."
+    return Figure(name, title, note, _svg(figure, description), ("series", x_label, y_label), rows)
 
 
-def intervals(
-    name: str, title: str, note: str, x_label: str, found: Sequence[tuple[str, float, tuple[float, float] | None, str]]
-) -> Figure:
-    """Dots with 95% intervals, a line each: (label, value, interval, colour)."""
-    figure, axes = _axes(x_label, "", height=0.9 + 0.32 * len(found))
-    for place, (_, value, within, colour) in enumerate(reversed(found)):
-        if within is not None:
-            axes.plot(within, [place, place], color=_STAND_IN[colour], linewidth=2)
-        axes.plot([value], [place], "o", color=_STAND_IN[colour], markersize=6)
-    axes.set_yticks(range(len(found)), [label for label, *_ in reversed(found)])
-    axes.set_ylim(-0.6, len(found) - 0.4)
+def intervals(name: str, title: str, note: str, x_label: str, dots: Sequence[Dot]) -> Figure:
+    """Draw dots with their 95% intervals, one line each."""
+    figure, axes = _axes(x_label, "", height=0.9 + 0.32 * len(dots))
+    for place, dot in enumerate(reversed(dots)):
+        if dot.estimate.interval is not None:
+            axes.plot(dot.estimate.interval, [place, place], color=_STAND_IN[dot.colour], linewidth=2)
+        axes.plot([dot.estimate.value], [place], "o", color=_STAND_IN[dot.colour], markersize=6)
+    axes.set_yticks(range(len(dots)), [dot.label for dot in reversed(dots)])
+    axes.set_ylim(-0.6, len(dots) - 0.4)
     axes.grid(False, axis="y")
-    rows = tuple((label, value, *(within or (None, None))) for label, value, within, _ in found)
-    said = f"{title}. " + "; ".join(f"{label}: {value:.3g}" for label, value, *_ in found)
-    return Figure(name, title, note, _svg(figure, said), ("model", x_label, "low", "high"), rows)
+    rows = tuple((dot.label, dot.estimate.value, *(dot.estimate.interval or (None, None))) for dot in dots)
+    description = f"{title}: {x_label}. " + "; ".join(f"{dot.label}: {dot.estimate.value:.3g}" for dot in dots)
+    return Figure(name, title, note, _svg(figure, description), ("model", x_label, "low", "high"), rows)
 
 
 def _axes(x_label: str, y_label: str, height: float = HEIGHT_INCHES) -> tuple[Any, Any]:
@@ -154,13 +167,13 @@ def _legend(figure: Any, axes: Any, entries: int) -> None:
     )
 
 
-def _svg(figure: Any, said: str) -> str:
+def _svg(figure: Any, description: str) -> str:
     from xml.sax.saxutils import quoteattr
 
     from matplotlib import rc_context
 
     file = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": said}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(
             file, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
         )
@@ -170,4 +183,4 @@ def _svg(figure: Any, said: str) -> str:
     text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     for variable, stand_in in _STAND_IN.items():
         text = text.replace(stand_in, f"var({variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(said)}', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)

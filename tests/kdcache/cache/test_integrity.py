@@ -19,7 +19,7 @@ from kdcache.judge import rewards_file as judging
 from kdcache.printable import printable
 from kdcache.storage import digests, seal
 from trainer.data.select import select
-from trainer.evaluate import run as evaluate
+from trainer.evaluate import setup as evaluate
 from trainer.evaluate.config import EvaluateConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -80,7 +80,9 @@ def read_everything(cache):
         "sql": lambda: query.run(cache, ALL),
         "train": lambda: select([reader.Cache(cache)], "train"),
         "train --where": lambda: select([reader.Cache(cache)], "train", "true"),
-        "evaluate": lambda: evaluate._groups(EvaluateConfig((), (cache,), cache, split="train"), [reader.Cache(cache)]),
+        "evaluate": lambda: evaluate.groups_of(
+            EvaluateConfig((), (cache,), cache, split="train"), [reader.Cache(cache)]
+        ),
         "info": lambda: manifest.summary(cache),
     }
 

@@ -32,7 +32,7 @@ from kdcache.judge import rewards_file as judging
 from kdcache.paths import resource_folder
 from kdcache.storage import atomic, seal
 from trainer.data.select import select as select_samples
-from trainer.evaluate import run as evaluate
+from trainer.evaluate import setup as evaluate
 from trainer.evaluate.config import EvaluateConfig
 from trainer.grpo import train as grpo
 
@@ -586,7 +586,7 @@ def test_a_condition_that_cannot_be_asked_is_explained_in_a_sentence(where, sent
 ASKING = {
     "train": lambda cache, where: select_samples([Cache(cache)], "train", where),
     "the student's card": lambda cache, where: query.sources(cache, where),
-    "evaluate": lambda cache, where: evaluate._prompts(EvaluateConfig((), (cache,), cache, where=where)),
+    "evaluate": lambda cache, where: evaluate.prompts_of(EvaluateConfig((), (cache,), cache, where=where)),
     "grpo": lambda cache, where: grpo._choose(cache, Cache(cache).plan, where),
     "verify-answers": lambda cache, where: judging.verify_answers(cache, where=where),
 }

@@ -15,10 +15,12 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.teachers import Sampling
+from trainer.data.prompts import Prompt
 from trainer.data.select import open_caches
-from trainer.evaluate import compare, metrics
-from trainer.evaluate import run as evaluation
+from trainer.evaluate import answers as judging
+from trainer.evaluate import bootstrap, compare, metrics, parts, positions, setup
 from trainer.evaluate.config import EvaluateConfig
+from trainer.evaluate.folder import TEACHER
 from trainer.evaluate.run import evaluate
 from trainer.student.generate import Ask
 from trainer.student.make import parse_layers
@@ -77,7 +79,7 @@ def test_a_threshold_caches_kl_is_that_of_the_cells_captured_for_every_student(
         models = (("same", tiny_model), ("near", near), ("half", half))
         config = EvaluateConfig(models, (tmp_path / spec,), tmp_path / f"e-{spec}", split="train", generate=0)
         rows = compare.rows([evaluate(config)])
-        found[spec] = {row["label"]: row["value"] for row in rows if row["metric"] == "kl"}
+        found[spec] = {row.label: row.value.value for row in rows if row.metric == "kl"}
     whole, sampled = found["topk:64"], found["threshold:0.02"]
     assert sampled["same"] == pytest.approx(0, abs=0.01)
     # The capture holds less of a random model's mass than of a real one's, so that the bound is less tight here.
@@ -89,9 +91,9 @@ def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, ti
     command = ("evaluate", f"whole={tiny_model}", f"half={half}", f"half={tiny_model}", "--from-cache", tiny_cache)
     options = ("--engine", "transformers", "--generate", 2, "--out", tmp_path / "e")
     first = kd(*command, *options)
-    assert "held-out KL" in first.stderr and first.stdout.split()[:3] == ["model", "temperature", "kl"]
+    assert "samples  half" in first.stderr and first.stdout.split()[:3] == ["model", "temperature", "kl"]
     again = kd(*command, *options)
-    assert again.stdout == first.stdout and "held-out KL" not in again.stderr
+    assert again.stdout == first.stdout and "samples  half" not in again.stderr
     assert rows_of(kd(*command, *options, "--json"))["half", "kl"]["runs"] == 2
 
     found = rows_of(kd("compare", tmp_path / "e", "--against", "whole", "--json"))
@@ -189,32 +191,32 @@ def test_an_interval_narrows_with_more_problems_and_holds_the_mean():
     widths = []
     for groups in (20, 2000):
         hits = random.integers(0, 2, (1, groups)).astype(float)
-        sums = {"rougeL": hits, "referenced": np.ones((1, groups))}
-        low, high = metrics.interval(metrics.bootstrap(sums)["rougeL"])
+        sums = {"rougeL": hits, "rougeL_count": np.ones((1, groups))}
+        low, high = bootstrap.interval(bootstrap.bootstrap(sums)["rougeL"])
         assert low <= hits.mean() <= high
         widths.append(high - low)
-    assert widths[1] < widths[0] / 5 and metrics.interval(np.array([np.nan])) is None
+    assert widths[1] < widths[0] / 5 and bootstrap.interval(np.array([np.nan])) is None
 
 
 def test_a_handful_of_problems_has_no_interval():
-    sums = {"rougeL": np.random.default_rng(0).random((2, 4)), "referenced": np.ones((2, 4))}
-    assert metrics.interval(metrics.bootstrap(sums)["rougeL"]) is None
+    sums = {"rougeL": np.random.default_rng(0).random((2, 4)), "rougeL_count": np.ones((2, 4))}
+    assert bootstrap.interval(bootstrap.bootstrap(sums)["rougeL"]) is None
     more = {name: np.concatenate([values, values], axis=1) for name, values in sums.items()}
-    assert metrics.interval(metrics.bootstrap(more)["rougeL"]) is not None
+    assert bootstrap.interval(bootstrap.bootstrap(more)["rougeL"]) is not None
 
 
 def test_intervals_are_paired_so_that_equal_models_differ_by_nothing():
     hits = np.random.default_rng(1).random((1, 50))
-    sums = {"rougeL": hits, "referenced": np.ones((1, 50))}
-    one, other = metrics.bootstrap(sums)["rougeL"], metrics.bootstrap(sums)["rougeL"]
-    assert metrics.interval(one - other) == (0, 0) and metrics.interval(one / other) == (1, 1)
+    sums = {"rougeL": hits, "rougeL_count": np.ones((1, 50))}
+    one, other = bootstrap.bootstrap(sums)["rougeL"], bootstrap.bootstrap(sums)["rougeL"]
+    assert bootstrap.interval(one - other) == (0, 0) and bootstrap.interval(one / other) == (1, 1)
 
 
 def test_runs_of_a_kind_widen_the_interval():
     alike = np.full((2, 200), 0.5)
     apart = np.stack([np.full(200, 0.2), np.full(200, 0.8)])
-    one, two = (metrics.bootstrap({"rougeL": s, "referenced": np.ones_like(s)})["rougeL"] for s in (alike, apart))
-    assert np.ptp(metrics.interval(one)) == pytest.approx(0) and np.ptp(metrics.interval(two)) > 0.3
+    one, two = (bootstrap.bootstrap({"rougeL": s, "rougeL_count": np.ones_like(s)})["rougeL"] for s in (alike, apart))
+    assert np.ptp(bootstrap.interval(one)) == pytest.approx(0) and np.ptp(bootstrap.interval(two)) > 0.3
 
 
 def test_retention_is_the_ratio_to_the_teacher_at_the_same_temperature(tmp_path):
@@ -234,23 +236,24 @@ def test_retention_is_the_ratio_to_the_teacher_at_the_same_temperature(tmp_path)
             for i, (r, judged) in enumerate(zip(rouge, rewards))
             for s, reward in enumerate(judged)
         ]
-        from trainer.evaluate.run import ANSWERS, FORCED
+        from trainer.evaluate.answers import ANSWERS
+        from trainer.evaluate.positions import FORCED
 
         pq.write_table(pa.Table.from_pylist(answers, ANSWERS), folder / "answers.parquet")
         pq.write_table(FORCED.empty_table(), folder / "forced.parquet")
         return {"label": label, "model": label, "folder": label}
 
     entries = [
-        entry(compare.TEACHER, [0.4, 0.8], 1.0, [[1, 1], [1, 0]]),
+        entry(TEACHER, [0.4, 0.8], 1.0, [[1, 1], [1, 0]]),
         entry("student", [0.3, 0.3], 1.0, [[1, 0], [0, 0]]),
         entry("greedy", [0.3, 0.3], 0.0, [[1], [0]]),
     ]
     (tmp_path / "evaluation.json").write_text(json.dumps({"settings": {}, "entries": entries}))
-    found = {(row["label"], row["metric"]): row for row in compare.rows([tmp_path])}
-    assert found["student", "rougeL"]["retention"] == pytest.approx(0.3 / 0.6)
-    assert found["student", "pass@1"]["value"] == 0.25 and found["student", "pass@2"]["value"] == 0.5
-    assert found["student", "pass@1"]["retention"] == pytest.approx(0.25 / 0.75)
-    assert "retention" not in found["greedy", "rougeL"]  # the teacher was not asked so
+    found = {(row.label, row.metric): row for row in compare.rows([tmp_path])}
+    assert found["student", "rougeL"].retention.value == pytest.approx(0.3 / 0.6)
+    assert found["student", "pass@1"].value.value == 0.25 and found["student", "pass@2"].value.value == 0.5
+    assert found["student", "pass@1"].retention.value == pytest.approx(0.25 / 0.75)
+    assert found["greedy", "rougeL"].retention is None  # the teacher has no answers at this temperature
 
 
 # --- students ---------------------------------------------------------------------------------------------------------
@@ -300,7 +303,7 @@ def test_chat_answers_a_line(kd, tiny_model):
 @pytest.fixture(scope="module")
 def referenced(tiny_model, tmp_path_factory):
     """Three prompts of 14 rows each, whose references are all wrong but for one, the model's own greedy answer."""
-    folder = tmp_path_factory.mktemp("referenced")
+    folder = tmp_path_factory.mktemp("rougeL_count")
     greedy = {"mode": "sample", "sampling": Sampling(temperature=0.0, max_tokens=8), "split_ratios": (1.0, 0.0, 0.0)}
 
     def cached(name, rows):
@@ -325,7 +328,7 @@ def referenced(tiny_model, tmp_path_factory):
         for row in prompts
         for n in range(14)
     ]
-    return cached("referenced", rows)
+    return cached("rougeL_count", rows)
 
 
 def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
@@ -338,14 +341,14 @@ def test_the_same_evaluation_gives_the_same_table_however_many_threads_ask(
         config = EvaluateConfig(
             (("same", tiny_model),), (referenced,), tmp_path / str(number), split="train", engine="transformers"
         )
-        tables.append(compare.rows([evaluation.evaluate(config)]))
+        tables.append(compare.rows([evaluate(config)]))
     assert tables == [tables[0]] * 5
 
 
 def test_the_best_of_several_references_counts(referenced, tiny_model):
-    prompts = evaluation._prompts(EvaluateConfig((), (referenced,), referenced, split="train"))
+    prompts = setup.prompts_of(EvaluateConfig((), (referenced,), referenced, split="train"))
     asks = [Ask(prompt.prompt_id, prompt.ids, 0.0, 0) for prompt in prompts]
-    answers = evaluation._judge(prompts, asks, [prompt.teacher[0] for prompt in prompts], False, None)
+    answers = judging.judged(prompts, asks, [prompt.answers[0] for prompt in prompts], None)
     assert {(row["rougeL"], row["exact"], row["reward"]) for row in answers.to_pylist()} == {(1, 1, 1)}
 
 
@@ -369,7 +372,7 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
         "tests": [{"input": "1 2", "output": "3"}, {"input": "5 5", "output": "10"}],
     }
     prompts = [
-        evaluation.Prompt(name, name, [], ((json.dumps(adds | {"time_limit_seconds": 0.3}), None),), ["x"])
+        Prompt(name, name, "", [], ((json.dumps(adds | {"time_limit_seconds": 0.3}), None),), ["x"])
         for name in ("easy", "hard")
     ]
     good, wrong = "print(sum(map(int, input().split())))", "print(3)"
@@ -380,9 +383,9 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
     asked = [(name, program) for name, some in programs.items() for program in some] + more
     asks = [Ask(name, [], 1.0, number) for number, (name, _) in enumerate(asked)]
     started = time.monotonic()
-    table = evaluation._judge(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], False, Sandbox())
+    table = judging.judged(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], Sandbox())
     assert time.monotonic() - started < 60
     assert [row["reward"] for row in table.to_pylist()] == [1, 1, 0, 1] + 6 * [0]
-    sums = compare._sums(evaluation.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
+    sums = parts.sums_of(positions.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
     found = metrics.values({name: value.sum(axis=0) for name, value in sums.items()})
     assert found["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and found["pass@4"] == pytest.approx((1 + 0) / 2)

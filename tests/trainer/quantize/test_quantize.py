@@ -1,4 +1,4 @@
-"""kd quantize on a small real model: what is saved loads anywhere, is as small as foretold, and is measured as it is."""
+"""kd quantize on a small real model: what is saved loads anywhere, is as small as estimated, and is measured as it is."""
 
 import csv
 import json
@@ -15,10 +15,12 @@ from kdcache.storage import folders
 from trainer.distill import plan as run
 from trainer.distill.config import TrainConfig
 from trainer.evaluate import compare
+from trainer.evaluate.bootstrap import Estimate
 from trainer.evaluate.config import EvaluateConfig
 from trainer.evaluate.run import evaluate
-from trainer.quantize import footprint, quantize
+from trainer.quantize import footprint, measure, quantize
 from trainer.quantize.config import QuantizeConfig
+from trainer.quantize.measure import Change
 from trainer.student import chat, generate
 from trainer.student.load import quantized_by
 
@@ -38,8 +40,8 @@ def student(smollm, tmp_path_factory) -> str:
     return str(folder)
 
 
-def made(student, out, **options) -> dict:
-    return quantize.quantize(quantize.prepare(QuantizeConfig(student, out, **options)))
+def made(student, out, **options) -> None:
+    quantize.quantize(quantize.prepare(QuantizeConfig(student, out, **options)))
 
 
 @pytest.fixture(scope="module")
@@ -62,30 +64,30 @@ def assert_loads_and_speaks(folder):
 def assert_evaluates(folder, cache, out):
     """Teacher-forced and answering, as kd evaluate does."""
     evaluate(EvaluateConfig((("m", str(folder)),), (cache,), out, generate=1, max_new_tokens=2))
-    found = {row["metric"]: row["value"] for row in compare.rows([out]) if row["label"] == "m"}
-    assert found["kl"] > 0 and "rougeL" in found
+    values = {row.metric: row.value.value for row in compare.rows([out]) if row.label == "m"}
+    assert values["kl"] > 0 and "rougeL" in values
 
 
-@pytest.mark.parametrize("format", list(quantize.FORMATS))
-def test_a_quantized_student_loads_as_it_is_and_is_as_small_as_foretold(student, tiny_cache, tmp_path, format):
-    out = tmp_path / format
-    plan = quantize.prepare(QuantizeConfig(student, out, format, (tiny_cache,), measure=False))
-    quantize.quantize(plan)
+@pytest.mark.parametrize("name", list(quantize.FORMATS))
+def test_a_quantized_student_loads_as_it_is_and_is_as_small_as_estimated(student, tiny_cache, tmp_path, name):
+    out = tmp_path / name
+    quantization = quantize.prepare(QuantizeConfig(student, out, name, (tiny_cache,), measure=False))
+    quantize.quantize(quantization)
     size = (out / "model.safetensors").stat().st_size
-    assert size == pytest.approx(plan.sizes["weights_bytes_quantized"], rel=0.02)
-    assert size < 0.9 * plan.sizes["weights_bytes"]
+    assert size == pytest.approx(quantization.sizes["weights_bytes_quantized"], rel=0.02)
+    assert size < 0.9 * quantization.sizes["weights_bytes"]
     assert_evaluates(out, tiny_cache, tmp_path / "evaluation")
     assert assert_loads_and_speaks(out).get_input_embeddings().weight.dtype == torch.float32
     card = (out / "README.md").read_text()
-    assert card.startswith("# A student's card") and quantize.FORMATS[format] in card
-    assert folders.foreign(out, folders.QUANTIZED) is None, "--overwrite must know all that is left"
+    assert card.startswith("# A student's card") and quantize.FORMATS[name] in card
+    assert folders.foreign(out, folders.QUANTIZED) is None, "--overwrite must be able to delete every file"
 
 
 def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny_cache):
     command = ("quantize", student, "--out", nf4, "--from-cache", tiny_cache, "--rounds", 1)
     saved = (nf4 / "model.safetensors").stat().st_mtime_ns
     done = kd(*command, "--json")
-    assert (nf4 / "model.safetensors").stat().st_mtime_ns == saved  # it was only not measured
+    assert (nf4 / "model.safetensors").stat().st_mtime_ns == saved  # saved before, and only measured now
     record = json.loads(done.stdout)
     assert json.loads((nf4 / "quantization.json").read_text()) == record
     rows = {row["metric"]: row for row in record["measured"]["rows"]}
@@ -109,17 +111,16 @@ def test_the_command_measures_both_and_says_what_it_costs(kd, student, nf4, tiny
         made(student, nf4)
 
 
-def test_without_a_cache_the_quality_is_said_not_to_be_measured():
-    rows = [{"metric": name, "unit": "", "before": 2.0, "after": 1.0, "ratio": 0.5} for name in footprint.UNITS]
-    said = quantize.verdict(rows, "a machine")
-    assert (
-        "2 to 1 MB (2.00 times smaller)" in said
-        and "answers at 0.5 times the speed" in said
-        and "needs --from-cache" in said
+def test_without_a_cache_the_verdict_says_that_quality_was_not_measured():
+    footprints = [Change(name, "", 2.0, 1.0, ratio=Estimate(0.5)) for name in footprint.UNITS]
+    verdict = measure.verdict(footprints, "a machine")
+    assert "2 to 1 MB (2.00 times smaller)" in verdict
+    assert "answers at 0.5 times the speed" in verdict and "needs --from-cache" in verdict
+    worse, unsure = (
+        Change("kl", "", 1.0, 1.1, difference=Estimate(0.1, interval)) for interval in ((0.05, 0.2), (-0.1, 0.2))
     )
-    worse = {"metric": "kl", "unit": "", "before": 1.0, "after": 1.1, "difference": 0.1, "interval": (0.05, 0.2)}
-    assert quantize.verdict([*rows, worse], "").endswith("a difference of 0.1 (0.05 to 0.2).")
-    assert "cannot tell" in quantize.verdict([*rows, worse | {"interval": (-0.1, 0.2)}], "")
+    assert measure.verdict([*footprints, worse], "").endswith("a difference of 0.1 (0.05 to 0.2).")
+    assert "cannot tell" in measure.verdict([*footprints, unsure], "")
 
 
 def test_a_quantized_student_is_measured_and_talked_to_like_any_other_but_not_trained(
@@ -136,16 +137,16 @@ def test_a_quantized_student_is_measured_and_talked_to_like_any_other_but_not_tr
 
 def test_wrong_use_is_one_clear_sentence(student, nf4, tmp_path):
     inside = f"{student}/nf4"
-    for out, options, says in (
-        (tmp_path / "o", {"format": "q4"}, "expected one of nf4, fp4, int8, w4a16"),
-        (tmp_path / "o", {"format": "w4a16"}, "name one with --from-cache"),
-        (student, {"overwrite": True}, "folders apart"),
-        (os.path.dirname(student), {"overwrite": True}, "folders apart"),
-        (inside, {}, "folders apart"),
-        (nf4, {"format": "fp4"}, "not empty"),
+    for out, options, message in (
+        (tmp_path / "o", {"format": "q4"}, "expected one of nf4, int8, w4a16"),
+        (tmp_path / "o", {"format": "w4a16"}, "name a cache with --from-cache"),
+        (student, {"overwrite": True}, "separate folders"),
+        (os.path.dirname(student), {"overwrite": True}, "separate folders"),
+        (inside, {}, "separate folders"),
+        (nf4, {"format": "int8"}, "not empty"),
         (ROOT / "docs", {"overwrite": True}, "holds no quantized student"),
     ):
-        with pytest.raises(KDError, match=says):
+        with pytest.raises(KDError, match=message):
             made(student, type(tmp_path)(out), **options)
     with pytest.raises(KDError, match="quantized already"):
         made(str(nf4), tmp_path / "again")
@@ -158,12 +159,12 @@ import os
 from pathlib import Path
 from trainer.quantize import quantize
 from trainer.quantize.config import QuantizeConfig
-quantize._card = lambda plan: os.kill(os.getpid(), 9)
+quantize._card = lambda quantization: os.kill(os.getpid(), 9)
 quantize.quantize(quantize.prepare(QuantizeConfig({student!r}, Path("out"), measure=False)))
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == -9 and not list((tmp_path / "out").glob("[!.]*"))
-    assert any((tmp_path / "out").glob(".kdcache/new/model.safetensors"))  # it was at it
+    assert any((tmp_path / "out").glob(".kdcache/new/model.safetensors"))  # it was killed while it saved
     made(student, tmp_path / "out", measure=False)
     assert (tmp_path / "out/config.json").is_file() and not list((tmp_path / "out").glob(".*"))

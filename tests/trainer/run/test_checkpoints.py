@@ -270,7 +270,7 @@ def test_a_damaged_record_is_one_sentence(train, cut, content):
 def test_the_report_shows_a_run_whose_last_checkpoint_is_half(cut):
     (cut / "checkpoint-3").mkdir()
     (cut / "checkpoint-3/trainer_state.json").write_text('{"log_hist')
-    assert report._run(cut, [])["steps"] == 2
+    assert report.training_run(cut, []).steps == 2
 
 
 # --- what is saved, and for how long ----------------------------------------------------------------------------------
