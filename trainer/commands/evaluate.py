@@ -39,6 +39,7 @@ def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     kd compare data/evaluation
     """
     quiet.libraries()
+    from trainer.evaluate import compare
     from trainer.evaluate import run as evaluation
 
     warn_of_unsafe(options["unsafe_exec"])
