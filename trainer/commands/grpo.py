@@ -38,14 +38,6 @@ from kdcache.commands.options import (
     help="Begin a falling share of each group's answers with the first half of a right answer from the cache.",
 )
 @click.option(
-    "--teacher-weight",
-    type=float,
-    default=0.0,
-    show_default=True,
-    help="Weight, at most 0.5, of one more reward: the teacher's probability of the answer's tokens, for as long as an answer in "
-    "the cache begins alike.",
-)
-@click.option(
     "--guards/--no-guards", default=True, show_default=True, help="Stop a run that has collapsed, saying how."
 )
 @click.option(
@@ -98,7 +90,6 @@ def grpo(context: click.Context, **options: Any) -> None:
             "reward": "reward",
             "rewards/correctness/mean": "right",
             "rewards/form/mean": "form",
-            "rewards/likeness/mean": "likeness",
             "completions/mean_length": "tokens",
             "entropy": "entropy",
             "kl": "kl",
@@ -118,4 +109,4 @@ def grpo(context: click.Context, **options: Any) -> None:
 def grpo_extra(context: click.Context) -> dict[str, Any]:
     from trainer.grpo import train as grpo
 
-    return library_extra(context, grpo.argument_names(), "trl.GRPOConfig")
+    return library_extra(context, grpo.argument_names(), "trl.GRPOConfig", grpo.RENAMED)

@@ -1,10 +1,9 @@
 """Rewards for GRPO, made of verifiers; and the guards that stop a run which learns to please them instead of the task.
 
-    reward = correctness + FORMAT_WEIGHT * format (+ teacher_weight * likeness),    0 for an answer that is empty or cut off
+    reward = correctness + FORMAT_WEIGHT * format,    0 for an answer that is empty or cut off
 
 Correctness is 1 or 0 (``kdcache.judge.verifiers``: tests are run, numbers and texts compared). Format is 1 for an answer in the form
-that was asked for, else 0. Likeness, off by default, is what the cached teacher thinks of the answer, as far as the cache
-knows. The weights are such that no answer gains as much by form and likeness as by being right.
+that was asked for, else 0. No answer gains as much by its form as by being right.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdcache.cache.reader import Sample
 from kdcache.errors import KDError
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
 
 FORMAT_WEIGHT = 0.1
-MOST_TEACHER_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
@@ -68,31 +65,6 @@ def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
     if reasoned and not verifiers.has_reasoned_form(text):
         return False
     return bool(verifiers.answer_in(text, verifier).strip())
-
-
-def likeness(ids: Sequence[int], cached: Sequence[Sample]) -> float:
-    """The teacher's probability of an answer's tokens, mean over the answer, 0 to 1: as far as an answer in the cache begins alike.
-
-    Where one begins as this answer does, the teacher's distribution of the next token is known there; a token that is not among
-    its candidates has 0, and so has all that follows. On a threshold cache the mean over many answers is right, not each one.
-    """
-    answer = np.asarray(ids)
-    alike = max(cached, key=lambda sample: _common(answer, sample.completion_ids), default=None)
-    if alike is None or not len(answer):
-        return 0.0
-    known = min(_common(answer, alike.completion_ids) + 1, len(answer), len(alike.candidates))
-    total = 0.0
-    for position in range(known):
-        here = alike.candidates.at(position)
-        total += float(np.exp(alike.candidates.logprobs[here][alike.candidates.ids[here] == answer[position]]).sum())
-    return total / len(answer)
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    """How many tokens two answers share from the beginning."""
-    length = min(len(a), len(b))
-    differing = np.flatnonzero(a[:length] != b[:length])
-    return int(differing[0]) if len(differing) else length
 
 
 # --- guards -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,12 +25,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from kdcache import models
 from kdcache.cache import query
 from kdcache.cache.format import FORMAT_VERSION
-from kdcache.cache.reader import Cache, Sample
 from kdcache.errors import KDError, UsageError
 from kdcache.judge import verifiers
 from kdcache.models.identity import model_folder
 from kdcache.storage import Location, atomic
-from trainer.data.stream import select
 from trainer.distill.plan import (
     RUN_FILE,
     Begun,
@@ -62,7 +59,6 @@ class GrpoConfig(StudentConfig):
     """What ``kd grpo`` was asked for; ``arguments`` are trl.GRPOConfig's."""
 
     guide: str | None = None
-    teacher_weight: float = 0.0  # of rewards.likeness
     guards: bool = True
     guard_window: int = 20
     unsafe_exec: bool = False
@@ -77,7 +73,6 @@ class Prompt:
     judges: tuple[verifiers.Judge, ...]  # what its rows say of judging; the best verdict counts
     reasoned: bool  # reasoning was asked for in it
     traces: list[list[int]] = field(repr=False)  # ids of answers that are right, their end of turn left out
-    cached: list[Sample] = field(default_factory=list, repr=False)  # every answer, where the teacher's word is a reward
 
 
 @dataclass(frozen=True)
@@ -114,11 +109,6 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         raise UsageError(
             "--guide needs each answer of a group to begin differently, which --use-vllm cannot; use one of them"
         )
-    if not 0.0 <= config.teacher_weight <= rewards.MOST_TEACHER_WEIGHT:
-        raise UsageError(
-            f"--teacher-weight {config.teacher_weight}: expected 0 to {rewards.MOST_TEACHER_WEIGHT}, so that it cannot outweigh "
-            "being right"
-        )
     steps_asked_for(config.arguments)
     caches = open_for(config)
     where = config.where if config.where is not None else _default_where(config)
@@ -138,8 +128,6 @@ def prepare(config: GrpoConfig) -> GrpoRun:
         raise KDError(
             "--guide prefix needs answers in the cache that are right (reward = 1) to the prompts chosen; none is"
         )
-    if config.teacher_weight:
-        _add_cached(prompts, caches)
     check_lora(config)
     _arguments(config, len(prompts))  # what cannot be is told before anything is made
     record = {
@@ -205,19 +193,11 @@ def _merged(prompts: Iterable[Prompt]) -> list[Prompt]:
     return list(found.values())
 
 
-def _add_cached(prompts: Sequence[Prompt], caches: Sequence[Cache]) -> None:
-    """Give each prompt the answers that the cache holds to it, with the teacher's distributions."""
-    answers = {tuple(prompt.ids): prompt.cached for prompt in prompts}
-    units = select(caches, "train")
-    for first in range(0, len(units), 256):
-        for sample in units.load(np.arange(first, min(first + 256, len(units)))):
-            if (found := answers.get(tuple(sample.prompt_ids.tolist()))) is not None:
-                found.append(sample)
-
-
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
     """What must be the same for a run to be continued."""
-    same = {name: record.get(name) for name in ("method", "config", "prompts")}
+    # Records of earlier versions name --teacher-weight, an option whose default was 0. It is gone.
+    config = {name: value for name, value in record["config"].items() if name != "teacher_weight" or value}
+    same = {"method": record.get("method"), "config": config, "prompts": record.get("prompts")}
     return same | {"caches": [cache["fingerprint"] for cache in record["caches"]]}
 
 
@@ -326,6 +306,10 @@ def trainer_class(use_vllm: bool) -> Any:
     return type("CachedGRPO", (checkpoints.WholeCheckpoints, FromCache, GRPOTrainer), {})
 
 
+#: Options of earlier versions, and what to know about them.
+RENAMED = {"teacher_weight": "nothing: it brought no measurable gain and was removed (docs/findings.md)"}
+
+
 def argument_names() -> list[str]:
     from trl import GRPOConfig
 
@@ -344,7 +328,7 @@ def _arguments(config: GrpoConfig, prompts: int) -> Any:
         "use_cpu": not torch.cuda.is_available(),
         "bf16": False,
         "gradient_checkpointing": False,
-        "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := config.teacher_weight) else [])],
+        "reward_weights": [1.0, rewards.FORMAT_WEIGHT],
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
         **check_values(config.arguments, REFUSED_BY_GRPO, GRPOConfig),

@@ -36,8 +36,7 @@ class FromCache(Base):
         self.success = 0.0  # running mean of unguided answers that are right
         self._guided: list[list[int]] = []  # the prefix of each answer of the last generation
         self._judged: list[rewards.Judged] = []
-        functions: list[Any] = [self.correctness, self.form, *([self.likeness] if run.config.teacher_weight else [])]
-        super().__init__(reward_funcs=functions, **kwargs)
+        super().__init__(reward_funcs=[self.correctness, self.form], **kwargs)
         self.remove_callback(PrinterCallback)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -117,10 +116,3 @@ class FromCache(Base):
 
     def form(self, **_: Any) -> list[float]:
         return [judged.format for judged in self._judged]
-
-    def likeness(self, prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        """What the cached teacher thinks of each answer, as far as the cache knows; asked for by --teacher-weight."""
-        return [
-            rewards.likeness(ids, self.prompts_by_text[text].cached) if self._finished(ids) else 0.0
-            for text, ids in zip(prompts, completion_ids)
-        ]

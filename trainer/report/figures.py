@@ -24,7 +24,6 @@ REWARDS = {
     "reward": ("Reward", "mean reward"),
     "rewards/correctness/mean": ("Correctness", "share of answers that are right"),
     "rewards/form/mean": ("Form", "share in the form asked for"),
-    "rewards/likeness/mean": ("Likeness to the teacher", "mean likeness"),
     "completions/mean_length": ("Length", "tokens an answer"),
     "entropy": ("Entropy", "nats a token"),
 }
