@@ -31,7 +31,7 @@ from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
 from trainer.data.stream import in_order, select
 from trainer.evaluate import run as evaluate
-from trainer.grpo import train as grpo
+from trainer.grpo import plan as grpo
 
 LEAST = 20
 

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from kdcache.errors import KDError, Unstoppable
+from kdcache.machine import is_first_rank
 from kdcache.printable import json_text, printable
 
 
@@ -31,13 +32,8 @@ def say(text: str) -> None:
     click.echo(printable(text, keep="\n\t"))
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks: under torchrun one does."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def introduce(resolved: Any) -> None:
-    """What a training run (``trainer.distill.plan.Run`` or ``trainer.grpo.train.GrpoRun``) says before its first step."""
+    """What a training run (``trainer.distill.plan.Run`` or ``trainer.grpo.plan.GrpoRun``) says before its first step."""
     note_device()
     facts = resolved.facts().items()
     note("  ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts if value is not None))

@@ -69,15 +69,17 @@ def grpo(context: click.Context, **options: Any) -> None:
     kd grpo --from-cache data/cache --student data/kd --output-dir data/grpo --guide prefix --where "success > 0"
     """
     quiet.libraries()
-    from trainer.grpo import train as reinforcement
+    from trainer.grpo import plan
+    from trainer.grpo.config import GrpoConfig
+    from trainer.grpo.train import train
 
     first_rank = is_first_rank()
     warn_of_unsafe(options["unsafe_exec"] and first_rank)
     extra = grpo_extra(context)
-    config = reinforcement.GrpoConfig(
+    config = GrpoConfig(
         arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
     )
-    resolved = reinforcement.prepare(config)
+    resolved = plan.prepare(config)
     if options["dry_run"]:
         print_facts(resolved.facts(), options["as_json"])
         return
@@ -97,7 +99,7 @@ def grpo(context: click.Context, **options: Any) -> None:
         show(step, steps, "  ".join(f"{short} {float(logs[k]):.3g}" for k, short in names.items() if k in logs))
 
     try:
-        found = reinforcement.train(resolved, report)
+        found = train(resolved, report)
     except KeyboardInterrupt:
         if first_rank:
             note(f"interrupted. To continue at the last checkpoint:\n  {this_command()}")
@@ -107,6 +109,7 @@ def grpo(context: click.Context, **options: Any) -> None:
 
 
 def grpo_extra(context: click.Context) -> dict[str, Any]:
-    from trainer.grpo import train as grpo
+    from trainer.grpo.arguments import argument_names
+    from trainer.run.renamed import RENAMED_OF_GRPO
 
-    return library_extra(context, grpo.argument_names(), "trl.GRPOConfig", grpo.RENAMED)
+    return library_extra(context, argument_names(), "trl.GRPOConfig", RENAMED_OF_GRPO)

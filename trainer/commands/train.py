@@ -92,9 +92,10 @@ def train(context: click.Context, **options: Any) -> None:
     """
     quiet.libraries()
     from trainer.distill import plan as run
+    from trainer.distill.config import TrainConfig
 
     extra = train_extra(context)
-    config = run.TrainConfig(
+    config = TrainConfig(
         arguments=extra, **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")}
     )
     resolved = run.prepare(config)
@@ -128,5 +129,6 @@ def train(context: click.Context, **options: Any) -> None:
 
 def train_extra(context: click.Context) -> dict[str, Any]:
     from trainer.distill import plan as run
+    from trainer.run.renamed import RENAMED_OF_TRAIN
 
-    return library_extra(context, run.training_argument_names(), "TrainingArguments", run.RENAMED)
+    return library_extra(context, run.training_argument_names(), "TrainingArguments", RENAMED_OF_TRAIN)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdcache.cache import query
-from trainer.distill.plan import CONFIG_FILE, RUN_FILE, Run
+from trainer.distill.plan import Run
+from trainer.run.record import CONFIG_FILE, RUN_FILE
 
 _CARD = """---
 library_name: transformers

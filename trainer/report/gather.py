@@ -23,9 +23,9 @@ from kdcache.cache import manifest, query
 from kdcache.errors import KDError
 from kdcache.storage import atomic, folders
 from kdcache.view import server
-from trainer.distill.plan import CONFIG_FILE, RUN_FILE
 from trainer.evaluate import compare, metrics
 from trainer.run import checkpoints
+from trainer.run.record import CONFIG_FILE, RUN_FILE
 
 WORST = 20  # samples shown side by side
 LONGEST_TEXT = 20_000  # characters of a text on the page

@@ -13,7 +13,7 @@ from kdcache.bounds import check_sampling
 from kdcache.errors import KDError, first_line
 from kdcache.models import identity
 from kdcache.prompts.tokenize import Prompts
-from trainer.distill.plan import RUN_FILE
+from kdcache.storage import folders
 from trainer.student.load import load_student, stop_ids
 
 
@@ -44,7 +44,7 @@ class Conversation:
         self.model, self.tokenizer = load_student(student, "float32" if not torch.cuda.is_available() else "auto")
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         folder = identity.model_folder(student)
-        bos = bos or identity.read_json(folder, RUN_FILE).get("bos") or "auto"
+        bos = bos or identity.read_json(folder, folders.RUN.marker).get("bos") or "auto"
         self.prompts = Prompts(folder, self.tokenizer, bos=bos)
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
         self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []

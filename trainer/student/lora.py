@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcache import models
 from kdcache.errors import UsageError, first_line
-from trainer.distill.plan import StudentConfig
+from trainer.student.config import StudentConfig
 from trainer.student.load import answer_as_cached, load_student
 
 FOLDER = "adapter"  # of a run: the low-rank matrices by themselves

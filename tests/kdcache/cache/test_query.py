@@ -33,7 +33,7 @@ from kdcache.paths import resource_folder
 from kdcache.storage import atomic, seal
 from trainer.data import stream as batches
 from trainer.evaluate import run as evaluate
-from trainer.grpo import train as grpo
+from trainer.grpo import plan as grpo
 
 FILES = sorted(resource_folder("sql").glob("*.sql"))
 MACROS = {"captured_mass": "captured_mass(4)", "sample": "sample('rows:r3:g')"}

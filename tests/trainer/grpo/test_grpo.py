@@ -13,8 +13,10 @@ from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import folders, lock
-from trainer.grpo import rewards
-from trainer.grpo import train as grpo
+from trainer.grpo import guards, rewards
+from trainer.grpo import plan as grpo
+from trainer.grpo.config import GrpoConfig
+from trainer.grpo.train import train
 from trainer.run import checkpoints
 
 ADD = json.dumps({"kind": "asserts", "language": "python", "tests": ["assert add(1, 2) == 3"]})
@@ -45,7 +47,7 @@ def test_answers_are_judged_by_running_them_and_each_part_is_told():
     ]
     asked = [([(ADD, None)], True)] * 5 + [([(NUMBER, None)], False)]
     found = rewards.judge(texts, asked, [True] * 6, Sandbox())
-    assert [(j.correctness, j.format) for j in found] == [(1, 1), (0, 1), (1, 0), (0, 0), (0, 0), (1, 1)]
+    assert [(j.correctness, j.form) for j in found] == [(1, 1), (0, 1), (1, 0), (0, 0), (0, 0), (1, 1)]
     assert [j.reward for j in found] == pytest.approx([1.1, 0.1, 1.0, 0, 0, 1.1])
 
 
@@ -56,7 +58,7 @@ def test_answers_are_judged_by_running_them_and_each_part_is_told():
 def test_an_answer_that_begins_in_the_thought_its_prompt_opens_is_judged_with_it(completion, correctness, form):
     turn = whole_turn("<|Assistant|><think>\n", completion)
     [judged] = rewards.judge([turn], [([(NUMBER, None)], True)], [True], None)
-    assert (judged.correctness, judged.format) == (correctness, form)
+    assert (judged.correctness, judged.form) == (correctness, form)
 
 
 def test_the_best_of_a_prompts_references_counts():
@@ -72,7 +74,7 @@ def test_a_prompt_of_several_rows_is_learned_from_once_with_all_its_judges(tiny_
     (tmp_path / "rows.jsonl").write_text(text)
     everything = {"split_ratios": (1.0, 0.0, 0.0), "near_duplicates": "keep", "mode": "score"}
     capture.run(capture_plan(tiny_model, tmp_path / "rows.jsonl", tmp_path / "cache", **everything))
-    config = grpo.GrpoConfig((tmp_path / "cache",), tiny_model, tmp_path / "run")
+    config = GrpoConfig((tmp_path / "cache",), tiny_model, tmp_path / "run")
     [prompt] = grpo.prepare(config).prompts
     assert [reference for _, reference in prompt.judges] == ["Nile", "Rhine"]
 
@@ -81,16 +83,16 @@ def test_a_prompt_of_several_rows_is_learned_from_once_with_all_its_judges(tiny_
 
 
 def steps(count, **changes):
-    healthy = {"correctness": 0.3, "format": 0.5, "length_tokens": 80.0, "entropy_nats": 1.0, "varied": 0.7}
-    return [rewards.Step(**(healthy | changes)) for _ in range(count)]
+    healthy = {"correctness": 0.3, "form": 0.5, "length_tokens": 80.0, "entropy_nats": 1.0, "varied": 0.7}
+    return [guards.StepMeans(**(healthy | changes)) for _ in range(count)]
 
 
 def caught(some, window=10):
-    guards = rewards.Guards(window)
+    watching = guards.Guards(window)
     for number, step in enumerate(some, 1):
         try:
-            guards(step)
-        except rewards.Collapsed as collapsed:
+            watching.check(step)
+        except guards.Collapsed as collapsed:
             return number, str(collapsed)
     return None
 
@@ -99,14 +101,14 @@ def test_a_policy_that_emits_the_empty_template_forever_is_caught_within_the_win
     template = "<think></think><answer></answer>"
     [judged] = rewards.judge([template], [([(NUMBER, None)], True)], [True], None)
     assert judged.reward == 0
-    number, why = caught(steps(40, correctness=judged.correctness, format=judged.format, length_tokens=17, varied=0.0))
+    number, why = caught(steps(40, correctness=judged.correctness, form=judged.form, length_tokens=17, varied=0.0))
     assert number == 10 and "no answer was right over 10 steps" in why and "--no-guards" in why
 
 
 @pytest.mark.parametrize(
     ("then", "says"),
     [
-        ({"correctness": 0.0, "format": 0.9, "varied": 0.3}, "format is rewarded"),
+        ({"correctness": 0.0, "form": 0.9, "varied": 0.3}, "format is rewarded"),
         ({"length_tokens": 17.0, "correctness": 0.2}, "answers shrank from 80 to 17"),
         ({"entropy_nats": 0.01}, "entropy fell"),
         ({"varied": 0.0}, "rewarded alike"),
@@ -203,10 +205,9 @@ def test_an_adapter_learns_and_leaves_a_whole_student(kd, sums, tiny_model, tmp_
 
 
 def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums, tiny_model, tmp_path, monkeypatch):
-    from trainer.grpo import train as grpo
     from trainer.grpo import trainer as policy
 
-    config = grpo.GrpoConfig(
+    config = GrpoConfig(
         (sums,),
         tiny_model,
         tmp_path / "r",
@@ -225,7 +226,7 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
 
     monkeypatch.setattr(policy.FromCache, "_generate", watched)
     run = grpo.prepare(config)
-    grpo.train(run, lambda *_: None)
+    train(run, lambda *_: None)
     by_text = {prompt.text: prompt for prompt in run.prompts}
     assert len(seen) == 2
     for prompts, guided, (prompt_ids, completion_ids, mask, *_rest) in seen:
@@ -238,16 +239,14 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
 
 
 def test_wrong_use_is_a_clear_sentence(kd, sums, tiny_model, tiny_cache, tmp_path):
-    from trainer.grpo import train as grpo
-
     def refusal(cache=sums, **changes):
         with pytest.raises(KDError) as refused:
-            grpo.prepare(grpo.GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
+            grpo.prepare(GrpoConfig((cache,), tiny_model, tmp_path / "r", **changes))
         return str(refused.value)
 
-    config = grpo.GrpoConfig((sums,), tiny_model, tmp_path / "locked", where="true")
+    config = GrpoConfig((sums,), tiny_model, tmp_path / "locked", where="true")
     with lock.held(tmp_path / "locked"), pytest.raises(KDError, match="locked is being written by process"):
-        grpo.train(grpo.prepare(config), print)
+        train(grpo.prepare(config), print)
     assert "no training row of this cache says how an answer is judged" in refusal(tiny_cache)
     assert "have a verifier, and none fulfils success > 2" in refusal(where="success > 2")
     assert "use-vllm" in refusal(guide="prefix", arguments={"use_vllm": True})

@@ -8,8 +8,10 @@ from transformers import TrainingArguments
 
 from kdcache.errors import KDError, UsageError
 from trainer.distill import plan as run
-from trainer.grpo import train as grpo
-from trainer.run import arguments
+from trainer.distill.config import TrainConfig
+from trainer.grpo import arguments as grpo
+from trainer.grpo.config import GrpoConfig
+from trainer.run import inputs, refused, values
 
 NOT_FINITE = (math.nan, math.inf, -math.inf, [math.nan], {"x": math.nan})
 ABSURD = (
@@ -22,12 +24,12 @@ ABSURD = (
 def check_training(tiny_cache, tiny_model, tmp_path_factory):
     """Checks options as ``kd train`` does, without choosing samples again."""
     folder = tmp_path_factory.mktemp("runs") / "none"
-    plain = run.prepare(run.TrainConfig(from_cache=(tiny_cache,), student=tiny_model, output_dir=folder))
+    plain = run.prepare(TrainConfig(from_cache=(tiny_cache,), student=tiny_model, output_dir=folder))
 
     def check(**given):
-        values = arguments.check_values(given, arguments.REFUSED_BY_TRAIN)
-        run._take_compile(values)
-        made = arguments.for_training(dataclasses.replace(plain, arguments=values))
+        options = values.check_values(given, refused.REFUSED_BY_TRAIN)
+        run.pop_compile(options)
+        made = run.training_arguments(dataclasses.replace(plain, arguments=options))
         assert not folder.exists()
         return made
 
@@ -38,11 +40,11 @@ def check_training(tiny_cache, tiny_model, tmp_path_factory):
 def check_grpo(tiny_model, tmp_path_factory):
     """Checks options as ``kd grpo`` does, for ten prompts."""
     pytest.importorskip("trl")
-    config = grpo.GrpoConfig(from_cache=(), student=tiny_model, output_dir=tmp_path_factory.mktemp("runs") / "none")
+    config = GrpoConfig(from_cache=(), student=tiny_model, output_dir=tmp_path_factory.mktemp("runs") / "none")
 
     def check(**given):
         small = {"num_generations": 2, "max_completion_length": 8}
-        made = grpo._arguments(dataclasses.replace(config, arguments=small | given), prompts=10)
+        made = grpo.grpo_arguments(config, grpo.check_options(small | given), prompts=10)
         assert not config.output_dir.exists()
         return made
 
@@ -146,13 +148,13 @@ def test_the_best_agreement_is_the_highest(check_training):
     ],
 )
 def test_numbers_of_lora_that_mean_nothing_are_refused(tiny_model, tmp_path, changes, says):
-    config = run.TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", **changes)
+    config = TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", **changes)
     with pytest.raises(UsageError, match=says):
-        arguments.check_lora(config)
+        inputs.check_lora(config)
 
 
 def test_the_largest_rank_of_lora_is_allowed(tiny_model, tmp_path):
-    arguments.check_lora(run.TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
+    inputs.check_lora(TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
 
 
 def test_whole_numbers_reach_generation_as_it_takes_them(check_grpo):
@@ -164,7 +166,7 @@ def test_every_refused_option_is_one_that_the_library_has():
     from trl import GRPOConfig
 
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
-    assert arguments.REFUSED_BY_TRAIN.keys() <= names
-    assert arguments.REFUSED_BY_GRPO.keys() | arguments.RANGES.keys() | arguments.CHOICES.keys() <= names | {
+    assert refused.REFUSED_BY_TRAIN.keys() <= names
+    assert refused.REFUSED_BY_GRPO.keys() | values.RANGES.keys() | values.CHOICES.keys() <= names | {
         f.name for f in dataclasses.fields(GRPOConfig)
     }

@@ -17,9 +17,12 @@ from helpers import ROOT
 from kdcache.errors import KDError, UsageError
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
-from trainer.grpo import train as grpo
+from trainer.distill.config import TrainConfig
+from trainer.grpo import plan as grpo
+from trainer.grpo.config import GrpoConfig
 from trainer.report import gather as report
-from trainer.run import checkpoints
+from trainer.run import checkpoints, values
+from trainer.run.saving import enough_disk
 
 ARGUMENTS = {
     **{"max_steps": 4, "eval_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
@@ -40,7 +43,7 @@ def train(tiny_cache, tiny_model):
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        config = run.TrainConfig((tiny_cache,), tiny_model, out, arguments=ARGUMENTS | arguments)
+        config = TrainConfig((tiny_cache,), tiny_model, out, arguments=ARGUMENTS | arguments)
         resolved = run.prepare(config)
         try:
             distill.train(resolved, logged)
@@ -143,7 +146,7 @@ def test_the_same_command_always_continues_to_the_same_student(tiny_cache, tiny_
 
 def test_a_disk_that_is_too_small_for_a_checkpoint_is_told_before_anything_is_written(tmp_path):
     says = r"disk is full: it needs at least 1,000,000,000.0 MB, and [\d,.]+ MB are free there"
-    with pytest.raises(KDError, match=says), checkpoints.saving(tmp_path / "checkpoint-1", 10**15):
+    with pytest.raises(KDError, match=says), enough_disk(tmp_path / "checkpoint-1", 10**15):
         raise AssertionError("it is not to be tried")
 
 
@@ -205,7 +208,7 @@ def test_training_continues_at_the_checkpoint_before_a_damaged_one_and_says_so(c
 
 def test_a_checkpoint_of_an_earlier_version_is_whole_if_all_of_it_can_be_read(cut):
     (cut / "checkpoint-2/files.json").unlink()
-    assert checkpoints.to_continue(cut) == checkpoints.Resume(cut / "checkpoint-2", [])
+    assert checkpoints.to_continue(cut) == checkpoints.ResumePoint(cut / "checkpoint-2", cut / "checkpoint-1", [])
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate, replace_by_a_program], ids=lambda f: f.__name__)
@@ -282,10 +285,10 @@ def test_a_student_keeps_its_own_use_cache(undisturbed):
 @pytest.mark.parametrize("steps", [0, -7, 1.5, True, "many"])
 def test_a_number_of_steps_that_cannot_be_is_refused(steps):
     with pytest.raises(UsageError, match=r"--max-steps .*: expected a whole number of at least 1"):
-        run.steps_asked_for({"max_steps": steps})
+        values.check_values({"max_steps": steps}, {})
 
 
-@pytest.mark.parametrize("kind, prepare", [(run.TrainConfig, run.prepare), (grpo.GrpoConfig, grpo.prepare)])
+@pytest.mark.parametrize("kind, prepare", [(TrainConfig, run.prepare), (GrpoConfig, grpo.prepare)])
 def test_zero_steps_are_not_three_epochs(tiny_cache, tiny_model, tmp_path, kind, prepare):
     with pytest.raises(UsageError, match="--max-steps 0"):
         prepare(kind((tiny_cache,), tiny_model, tmp_path / "run", arguments={"max_steps": 0}))

@@ -82,7 +82,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 import cli
-from trainer import distill
+from trainer.distill import trainer as distill
 
 losses_of, log = distill.losses_of, distill.DistillTrainer.log
 seen = {"exact": True}

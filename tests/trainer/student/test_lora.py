@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trainer.distill.plan import TrainConfig
+from trainer.distill.config import TrainConfig
 from trainer.student import lora as adapters
 from trainer.student.load import load_student
 
