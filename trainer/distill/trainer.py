@@ -74,7 +74,7 @@ def _train(run: Run, on_step: OnStep) -> dict[str, Any]:
         student.base_model.compile(dynamic=True, **run.compile)  # the layers alone: the loss is three matrix products
 
     # 3. The data: this rank's micro-batches from the first step that is left, and the validation split in order.
-    state = None if point.checkpoint is None else trainer_state(point.checkpoint)
+    saved = None if point.checkpoint is None else trainer_state(point.checkpoint)
     stream = Stream(
         run.train,
         head_rows,
@@ -83,7 +83,7 @@ def _train(run: Run, on_step: OnStep) -> dict[str, Any]:
         rank=rank,
         ranks=ranks,
         seed=arguments.data_seed if arguments.data_seed is not None else arguments.seed,
-        step=state.global_step if state else 0,
+        step=saved.global_step if saved else 0,
         ranks_a_node=parallel.ranks_per_node(ranks),
     )
 
@@ -99,7 +99,7 @@ def _train(run: Run, on_step: OnStep) -> dict[str, Any]:
         stream,
         held_out if measured is not None else None,
         run.record,
-        state.log_history if state else [],
+        saved.log_history if saved else [],
         model=model,
         args=arguments,
         eval_dataset=measured,  # Trainer wants one to exist; ``evaluate`` below reads ``held_out``

@@ -107,10 +107,10 @@ def to_continue(folder: Path, ranks: int = 1) -> ResumePoint:
 
 def _best_of(checkpoint: Path) -> Path | None:
     """Return the checkpoint that was the best when this one was saved."""
-    state = trainer_state(checkpoint)
-    if state.best_global_step:
-        return checkpoint.with_name(f"checkpoint-{state.best_global_step}")
-    return checkpoint.with_name(Path(state.best_model_checkpoint).name) if state.best_model_checkpoint else None
+    saved = trainer_state(checkpoint)
+    if saved.best_global_step:
+        return checkpoint.with_name(f"checkpoint-{saved.best_global_step}")
+    return checkpoint.with_name(Path(saved.best_model_checkpoint).name) if saved.best_model_checkpoint else None
 
 
 def _note_of_ranks(checkpoint: Path, ranks: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""kd grpo: rewards, guards, guided answers, and the real TRL underneath, through the real command."""
+"""`kd grpo`: rewards, guards and guided answers, with the real TRL underneath, mostly through the real command."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_format_never_outweighs_being_right_and_what_is_cut_off_gets_nothing():
     assert rewards.compose(verifiers.Verdict(None, "no verifier"), False, True).reward == 0
 
 
-def test_answers_are_judged_by_running_them_and_each_part_is_told():
+def test_answers_are_judged_by_running_them_and_each_part_is_reported():
     good = "<think>sum</think><answer>def add(a, b): return a + b</answer>"
     texts = [
         good,
@@ -45,10 +45,10 @@ def test_answers_are_judged_by_running_them_and_each_part_is_told():
         "",
         "it is 7",
     ]
-    asked = [([(ADD, None)], True)] * 5 + [([(NUMBER, None)], False)]
-    found = rewards.judge(texts, asked, [True] * 6, Sandbox())
-    assert [(j.correctness, j.form) for j in found] == [(1, 1), (0, 1), (1, 0), (0, 0), (0, 0), (1, 1)]
-    assert [j.reward for j in found] == pytest.approx([1.1, 0.1, 1.0, 0, 0, 1.1])
+    judging = [([(ADD, None)], True)] * 5 + [([(NUMBER, None)], False)]
+    judged = rewards.judge(texts, judging, [True] * 6, Sandbox())
+    assert [(j.correctness, j.form) for j in judged] == [(1, 1), (0, 1), (1, 0), (0, 0), (0, 0), (1, 1)]
+    assert [j.reward for j in judged] == pytest.approx([1.1, 0.1, 1.0, 0, 0, 1.1])
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_an_answer_that_begins_in_the_thought_its_prompt_opens_is_judged_with_it
 def test_the_best_of_a_prompts_references_counts():
     exact = '{"kind": "exact"}'
     judges = [(exact, "the Nile"), (exact, "the Amazon"), ("not JSON", None)]
-    found = rewards.judge(["the Amazon", "the Rhine"], [(judges, False)] * 2, [True] * 2, None)
-    assert [judged.correctness for judged in found] == [1, 0]
+    answers = rewards.judge(["the Amazon", "the Rhine"], [(judges, False)] * 2, [True] * 2, None)
+    assert [judged.correctness for judged in answers] == [1, 0]
 
 
 def test_a_prompt_of_several_rows_is_learned_from_once_with_all_its_judges(tiny_model, tmp_path):
@@ -114,7 +114,7 @@ def test_a_policy_that_emits_the_empty_template_forever_is_caught_within_the_win
         ({"varied": 0.0}, "rewarded alike"),
     ],
 )
-def test_what_no_run_recovers_from_is_told(then, says):
+def test_a_collapse_that_no_run_recovers_from_is_caught_with_its_reason(then, says):
     assert caught(steps(10)) is None
     number, why = caught(steps(10) + steps(15, **then))
     assert 10 < number <= 21 and says in why
@@ -133,7 +133,7 @@ def test_a_run_that_learns_is_left_alone():
 
 @pytest.fixture(scope="module")
 def sums(tiny_model, tmp_path_factory):
-    """A cache whose prompts have verifiers that a random model's answers fulfil now and then: a digit is enough."""
+    """Make a cache whose verifiers accept a random model's answer now and then: one digit is enough."""
     folder = tmp_path_factory.mktemp("sums")
     with open(folder / "rows.jsonl", "w") as file:
         for i in range(12):
@@ -144,7 +144,7 @@ def sums(tiny_model, tmp_path_factory):
     return folder / "c"
 
 
-def test_prompts_are_told_with_how_the_teacher_did(sums):
+def test_the_view_prompts_says_how_often_the_teacher_was_right(sums):
     names, rows = query.run(sums, "SELECT * FROM prompts WHERE split = 'train'")
     first = dict(zip(names, rows[0]))
     assert first["samples"] == first["judged"] == 1 and first["success"] in (0.0, 1.0)
@@ -155,7 +155,7 @@ def test_prompts_are_told_with_how_the_teacher_did(sums):
 SMALL = ("--num-generations", 2, "--per-device-train-batch-size", 4, "--max-completion-length", 8, "--save-steps", 2)
 
 
-def test_grpo_trains_from_the_cache_alone_and_goes_on_after_an_interruption(kd, sums, tiny_model, tmp_path):
+def test_grpo_trains_from_the_cache_alone_and_resumes_after_an_interruption(kd, sums, tiny_model, tmp_path):
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "vllm.py").write_text("raise ImportError('the teacher is not to be loaded')")
     (tmp_path / "blocked" / "sitecustomize.py").write_text("import sys\nsys.modules['kdcache.teachers'] = None\n")
@@ -189,7 +189,9 @@ def test_grpo_trains_from_the_cache_alone_and_goes_on_after_an_interruption(kd, 
     (tmp_path / "r" / "kdcache.json").write_text(json.dumps(record))
     before = history(tmp_path / "r" / "checkpoint-4", "success")
     again = kd(*command, "--output-dir", tmp_path / "r", "--max-steps", 4, "--no-guards", "--json")
-    assert json.loads(again.stdout)["success"] == pytest.approx(before[-1][0], abs=1e-9)  # it goes on with what it knew
+    assert json.loads(again.stdout)["success"] == pytest.approx(
+        before[-1][0], abs=1e-9
+    )  # it resumes with its running mean
     assert "continues at checkpoint-4" in again.stderr and (tmp_path / "r" / "model.safetensors").is_file()
     assert "finished run" in kd(*command, "--output-dir", tmp_path / "r", "--max-steps", 4, code=1).stderr
 
@@ -204,7 +206,7 @@ def test_an_adapter_learns_and_leaves_a_whole_student(kd, sums, tiny_model, tmp_
     assert folders.foreign(tmp_path / "r", folders.RUN) is None, "--overwrite must know all that a run leaves"
 
 
-def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums, tiny_model, tmp_path, monkeypatch):
+def test_prompts_arrive_as_the_caches_ids_and_prefixes_are_not_trained_on(sums, tiny_model, tmp_path, monkeypatch):
     from trainer.grpo import trainer as policy
 
     config = GrpoConfig(
@@ -220,9 +222,9 @@ def test_prompts_arrive_as_the_caches_ids_and_what_guides_is_not_trained_on(sums
     inner = policy.FromCache._generate
 
     def watched(self, prompts):
-        found = inner(self, prompts)
-        seen.append((prompts, self._guided, found))
-        return found
+        generated = inner(self, prompts)
+        seen.append((prompts, self._guided, generated))
+        return generated
 
     monkeypatch.setattr(policy.FromCache, "_generate", watched)
     run = grpo.prepare(config)
