@@ -74,7 +74,7 @@ class ResumePoint:
         return None if self.checkpoint is None else str(self.checkpoint)
 
 
-def to_continue(folder: Path, ranks: int = 1) -> ResumePoint:
+def resume_point(folder: Path, ranks: int = 1) -> ResumePoint:
     """Return the newest whole checkpoint whose best checkpoint is whole too.
 
     Failing that, return the newest whole one, with a note. KDError if there are checkpoints, none is whole, and some are

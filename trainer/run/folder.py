@@ -70,7 +70,7 @@ def find_start(config: StudentConfig, record: dict[str, Any], settings: Settings
     if not is_first_rank():
         return Start()
     traces = _traces(config.output_dir)  # taken first: whatever is written during the reading then shows
-    point = _resume_point(config, record, settings, command)
+    point = _find_point(config, record, settings, command)
     return Start(point, traces, partial(find_start, config, record, settings, command))
 
 
@@ -80,7 +80,7 @@ def agreed_point(run: ResolvedRun) -> ResumePoint:
     return point
 
 
-def _resume_point(config: StudentConfig, record: dict[str, Any], settings: Settings, command: str) -> ResumePoint:
+def _find_point(config: StudentConfig, record: dict[str, Any], settings: Settings, command: str) -> ResumePoint:
     folder = config.output_dir
     if config.overwrite or folders.is_empty(folder):
         return ResumePoint()
@@ -104,7 +104,7 @@ def _resume_point(config: StudentConfig, record: dict[str, Any], settings: Setti
             + "\n  ".join(differing)
             + "\nUse the same settings to continue it, another folder, or --overwrite."
         )
-    return checkpoints.to_continue(folder, parallel.processes())
+    return checkpoints.resume_point(folder, parallel.processes())
 
 
 def _traces(folder: Path) -> frozenset[Any]:

@@ -114,5 +114,5 @@ class _ResumeFromCheckpoint(TrainerCallback):
             return
         if self.trainer._whole_best is not None:
             state.best_model_checkpoint = str(self.trainer._whole_best)
-        else:  # ``checkpoints.to_continue`` has told the user
+        else:  # ``checkpoints.resume_point`` has told the user
             state.best_global_step = state.best_model_checkpoint = state.best_metric = None

@@ -122,12 +122,13 @@ def check_values(
 
 
 def _checked(name: str, value: Any, annotation: Any, choices: Iterable[str] | None, refused: Mapping[str, str]) -> Any:
+    """Return one value as its field takes it: text as JSON where the field is a mapping, whole numbers as floats, ..."""
     if name in refused:
         raise UsageError(f"{flag(name)}: not used here, {refused[name]}")
     if name == "max_steps":
         return _checked_steps(value)
-    wanted = _members(annotation)
-    if isinstance(value, str) and dict in wanted and value.lstrip().startswith("{"):
+    kinds = _members(annotation)
+    if isinstance(value, str) and dict in kinds and value.lstrip().startswith("{"):
         try:
             value = json.loads(value)
         except ValueError as error:
@@ -135,7 +136,7 @@ def _checked(name: str, value: Any, annotation: Any, choices: Iterable[str] | No
     _check_finite(name, value)
     if name in _FLOATS and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST:
         value = float(value)
-    if str in wanted and isinstance(value, int | float) and not {int, float, bool} & wanted:
+    if str in kinds and isinstance(value, int | float) and not {int, float, bool} & kinds:
         value = str(value)  # a name made of digits
     if not _fits(value, annotation):
         raise UsageError(f"{flag(name)} {shortened(value)}: expected {_described(annotation)}")

@@ -198,7 +198,7 @@ def replace_by_program(path):
 def test_training_continues_at_the_checkpoint_before_a_damaged_one_and_says_so(cut, monkeypatch, name, damage):
     monkeypatch.chdir(cut)
     damage(cut / "checkpoint-2" / name)
-    resume = checkpoints.to_continue(cut)
+    resume = checkpoints.resume_point(cut)
     if (name, damage) == ("files.json", Path.unlink):
         assert resume.checkpoint.name == "checkpoint-2", "as those of earlier versions, it is read instead"
         return
@@ -208,7 +208,7 @@ def test_training_continues_at_the_checkpoint_before_a_damaged_one_and_says_so(c
 
 def test_a_checkpoint_of_an_earlier_version_is_whole_if_all_of_it_can_be_read(cut):
     (cut / "checkpoint-2/files.json").unlink()
-    assert checkpoints.to_continue(cut) == checkpoints.ResumePoint(cut / "checkpoint-2", cut / "checkpoint-1", [])
+    assert checkpoints.resume_point(cut) == checkpoints.ResumePoint(cut / "checkpoint-2", cut / "checkpoint-1", [])
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate, replace_by_program], ids=lambda f: f.__name__)
@@ -217,7 +217,7 @@ def test_a_damaged_checkpoint_of_an_earlier_version_is_left_out_too(cut, monkeyp
     monkeypatch.chdir(cut)
     (cut / "checkpoint-2/files.json").unlink()
     damage(cut / "checkpoint-2" / name)
-    assert checkpoints.to_continue(cut).checkpoint.name == "checkpoint-1" and not Path("it-ran").exists()
+    assert checkpoints.resume_point(cut).checkpoint.name == "checkpoint-1" and not Path("it-ran").exists()
 
 
 def test_training_does_not_silently_start_anew_if_no_checkpoint_is_whole(cut, train):
@@ -258,7 +258,7 @@ def test_checkpoints_without_optimizer_cannot_be_continued(train, cut):
 
 
 def test_another_number_of_processes_is_told_that_its_random_numbers_begin_anew(cut):
-    assert "begin anew from --seed" in checkpoints.to_continue(cut, ranks=2).notes[0]
+    assert "begin anew from --seed" in checkpoints.resume_point(cut, ranks=2).notes[0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"finished": false}'])
