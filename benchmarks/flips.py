@@ -33,7 +33,7 @@ from trainer.data.select import select
 from trainer.data.stream import in_order
 from trainer.evaluate import setup as evaluate
 from trainer.evaluate.config import EvaluateConfig
-from trainer.grpo import train as grpo
+from trainer.grpo import plan as grpo
 
 LEAST = 20
 

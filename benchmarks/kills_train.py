@@ -253,7 +253,7 @@ def moments(method: str, cache: Path, student: Path, scratch: Path, chance: rand
         code = wait(fork(lambda: saved(trainer, Operations(out, last, chance)), log))
         if code not in (0, -signal.SIGKILL):
             raise SystemExit(log.read_text())
-        continues = checkpoints.to_continue(out).checkpoint
+        continues = checkpoints.resume_point(out).checkpoint
         checkpoints.sweep(out)
         names = {path.name for path in out.iterdir()} - {".lock"}  # which is held all the time
         left = sorted(name for name in names if name.startswith((".", "checkpoint")))

@@ -27,6 +27,11 @@ def cpu() -> str:
     return f"{os.cpu_count()} cores, {name}"
 
 
+def is_first_rank() -> bool:
+    """Return whether this process writes and prints: of those that torchrun started together, one does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def device() -> str:
     """The GPU's name, or the processor's."""
     import torch

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from kdcache.errors import KDError, Unstoppable
+from kdcache.machine import is_first_rank
 from kdcache.printable import json_text, printable
 from kdcache.progress import Progress
 
@@ -30,11 +31,6 @@ def note(text: str) -> None:
 def say(text: str) -> None:
     """Print lines for people on stdout. Data for programs (JSON, CSV) is not printed with this."""
     click.echo(printable(text, keep="\n\t"))
-
-
-def is_first_rank() -> bool:
-    """Return whether this process prints: of the processes that torchrun started together, one does."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def note_device() -> None:

@@ -1,4 +1,4 @@
-"""GRPO of the real SmolLM2 on what the real vLLM said of small sums: a short run of the benchmark."""
+"""GRPO of the real SmolLM2 on answers to small sums that the real vLLM sampled: a short run of the benchmark."""
 
 import json
 
@@ -56,7 +56,7 @@ def test_grpo_learns_from_sums_that_the_teacher_gets_right_sometimes(kd, tmp_pat
     )
     assert json.loads(kd(*command, "--dry-run", "--json").stdout)["where"] == "success > 0 AND success < 1"
     done = kd(*command, "--max-steps", 2, "--learning-rate", 1e-5)
-    state = json.loads((tmp_path / "r" / "trainer_state.json").read_text())["log_history"]
-    assert "step 2/2" in done.stderr and any(line.get("reward_std", 0) > 0 for line in state)
-    assert any(line.get("grad_norm", 0) > 0 for line in state)
+    lines = json.loads((tmp_path / "r" / "trainer_state.json").read_text())["log_history"]
+    assert "step 2/2" in done.stderr and any(line.get("reward_std", 0) > 0 for line in lines)
+    assert any(line.get("grad_norm", 0) > 0 for line in lines)
     assert (tmp_path / "r" / "model.safetensors").is_file()

@@ -8,9 +8,10 @@ from typing import Any
 import click
 
 from kdcache import quiet
-from kdcache.commands.console import is_first_rank, print_facts, warn_of_unsafe
+from kdcache.commands.console import print_facts, warn_of_unsafe
 from kdcache.commands.options import config_from, config_option, json_option, options_of, trust_option
 from kdcache.commands.passthrough import Library, PassThrough
+from kdcache.machine import is_first_rank
 from trainer.commands.training import StepLine, interruptible, introduce
 from trainer.grpo.config import GrpoConfig
 
@@ -26,9 +27,10 @@ SHOWN = {
 
 
 def grpo_arguments(_: Mapping[str, Any]) -> Library:
-    from trainer.grpo import train
+    from trainer.grpo.arguments import argument_names
+    from trainer.run.renamed import RENAMED_OF_GRPO
 
-    return Library("trl.GRPOConfig", frozenset(train.argument_names()))
+    return Library("trl.GRPOConfig", frozenset(argument_names()), RENAMED_OF_GRPO)
 
 
 @click.command("grpo", cls=PassThrough, library=grpo_arguments)
@@ -54,10 +56,11 @@ def grpo(context: click.Context, dry_run: bool, as_json: bool, **options: Any) -
     kd grpo --from-cache data/cache --student data/kd --output-dir data/guided --guide prefix
     """
     quiet.libraries()
-    from trainer.grpo import train as reinforcement
+    from trainer.grpo import plan
+    from trainer.grpo import train as training
 
     warn_of_unsafe(options["unsafe_exec"] and is_first_rank())
-    run = reinforcement.prepare(config_from(GrpoConfig, options, arguments=grpo.library_options(context)))
+    run = plan.prepare(config_from(GrpoConfig, options, arguments=grpo.library_options(context)))
     if dry_run:
         print_facts(run.facts(), as_json)
         return
@@ -70,6 +73,6 @@ def grpo(context: click.Context, dry_run: bool, as_json: bool, **options: Any) -
         line.show(step, steps, "  ".join(f"{short} {value:.3g}" for short, value in metrics.items()))
 
     with interruptible():
-        facts = reinforcement.train(run, report)
+        facts = training.train(run, report)
     if is_first_rank():
         print_facts(facts, as_json)

@@ -8,17 +8,19 @@ from typing import Any
 import click
 
 from kdcache import quiet
-from kdcache.commands.console import is_first_rank, print_facts
+from kdcache.commands.console import print_facts
 from kdcache.commands.options import config_from, config_option, json_option, options_of, trust_option
 from kdcache.commands.passthrough import Library, PassThrough
+from kdcache.machine import is_first_rank
 from trainer.commands.training import StepLine, interruptible, introduce
 from trainer.distill.config import TrainConfig
 
 
 def training_arguments(_: Mapping[str, Any]) -> Library:
     from trainer.distill import plan
+    from trainer.run.renamed import RENAMED_OF_TRAIN
 
-    return Library("TrainingArguments", frozenset(plan.training_argument_names()), plan.RENAMED)
+    return Library("TrainingArguments", frozenset(plan.training_argument_names()), RENAMED_OF_TRAIN)
 
 
 @click.command("train", cls=PassThrough, library=training_arguments)

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from kdcache.cache import query
-from kdcache.cache.reader import Sample
 from kdcache.judge import verifiers
 from kdcache.storage import Location
 
@@ -30,7 +29,6 @@ class Prompt:
     answers: list[str] = field(default_factory=list, repr=False)  # that the teacher sampled
     traces: list[list[int]] = field(default_factory=list, repr=False)  # ids of right answers without their end of turn
     reasoned: bool = False  # the prompt demands reasoning in tags
-    cached: list[Sample] = field(default_factory=list, repr=False)  # all answers, where the teacher is a reward of GRPO
 
 
 _JUDGE = "{verifier: verifier, reference: reference}"

@@ -1,4 +1,4 @@
-"""README.md of a trained student: where it comes from, what was measured, how to load it."""
+"""The README.md of a trained student: where it comes from, what was measured, how to load it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdcache.cache import query
-from trainer.distill.plan import CONFIG_FILE, RUN_FILE, Run
+from trainer.distill.plan import Run
+from trainer.run.record import CONFIG_FILE, RUN_FILE
 
 _CARD = """---
 library_name: transformers
@@ -18,7 +19,7 @@ tags:
 
 # {name}
 
-{student}, {how} by kdcache from what its teacher {teacher} said once.
+{student}, {how} by kdcache from the cached outputs of its teacher {teacher}.
 
 | | |
 |---|---|
@@ -30,8 +31,8 @@ tags:
 | settings | `{config}` (for `kd train --config`), `{record}` |
 
 {metrics}
-The student inherits terms from three sides: the licence of the student it started from, the licence of the teacher
-whose output it learned, and those of the prompts and answers in the cache ({sources}). Check them before you share it.
+The student inherits terms from three sides: the licence of the student that it started from, the licence of the teacher
+whose outputs it learned, and those of the prompts and answers in the cache ({sources}). Check them before you share it.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,14 +43,14 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 
 _NAMES = {
-    "eval_kl": "KL to what was stored of the teacher, nats a token (on a threshold cache too high by a constant, see kd evaluate)",
-    "eval_ce": "cross-entropy of the completions, nats a token",
+    "eval_kl": "KL to the stored part of the teacher, nats per token (on a threshold cache too high by a constant, see kd evaluate)",
+    "eval_ce": "cross-entropy of the completions, nats per token",
     "eval_agreement": "agreement with the teacher's best token",
 }
 
 
 def render(run: Run, history: Sequence[dict[str, float]]) -> str:
-    """The card of a run, from its settings and Trainer's log."""
+    """Return the card of a run, from its settings and Trainer's log."""
     config, caches = run.config, run.train.caches
     plans = [cache.plan["fields"] for cache in caches]
     loss = "cross-entropy"
@@ -74,7 +75,7 @@ def render(run: Run, history: Sequence[dict[str, float]]) -> str:
 
 
 def _metrics(history: Sequence[dict[str, float]]) -> str:
-    """A table of the held-out measurements: the first, the best by KL, the last."""
+    """Return a table of the held-out measurements: the first, the best by KL, the last."""
     measured = [entry for entry in history if "eval_kl" in entry]
     if not measured:
         return "Nothing was measured: the cache has no validation split.\n"

@@ -1,4 +1,7 @@
-"""What training will hold on one device and take on it, estimated from configurations: no weights are read."""
+"""Estimate what training will take on one device, memory and time, from configurations alone: no weights are read.
+
+kd train --from-cache data/cache --student data/student --output-dir data/kd --dry-run
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,15 @@ from trainer.loss.fused import rows_per_chunk
 from trainer.loss.head import scale_and_cap
 from trainer.student import lora as adapters
 
-NF4_BYTES = 0.52  # a weight, with its doubly quantized scale
+NF4_BYTES = 0.52  # per weight, with its doubly quantized scale
 
 
 def estimate(run: Run) -> dict[str, Any]:
-    """Numbers for ``--dry-run``; memory in MB of 1,000,000 bytes.
+    """Return numbers for ``--dry-run``; memory in MB of 1,000,000 bytes.
 
-    Activations are what autograd keeps of the longest micro-batch: about 10 hidden-sized and 4 MLP-sized tensors a
-    layer; with checkpointing one hidden-sized tensor a layer, and one layer whole. The first step tells better.
+    Activations are what autograd keeps of the longest micro-batch: about 10 hidden-sized and 4 MLP-sized tensors per
+    layer; with gradient checkpointing one hidden-sized tensor per layer, and all tensors of one layer. This is a rough
+    estimate, and the first step tells more.
     """
     config = run.config
     shape = models.config(model_folder(config.student)).get_text_config()
@@ -36,29 +40,30 @@ def estimate(run: Run) -> dict[str, Any]:
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     frozen = parameters if config.lora_r is not None else 0
 
-    weight = getattr(torch, config.dtype).itemsize
-    computing = (
-        torch.bfloat16 if run.arguments.get("bf16") or run.arguments.get("fp16") else getattr(torch, config.dtype)
-    )
+    weight = getattr(torch, config.dtype).itemsize  # bytes
+    in_16_bits = run.arguments.get("bf16") or run.arguments.get("fp16")
+    compute_dtype = torch.bfloat16 if in_16_bits else getattr(torch, config.dtype)
     moments = 2 if "8bit" in str(run.arguments.get("optim", "")) else 2 * weight
     tokens = int(np.sort(run.train.tokens)[-run.samples_per_device :].sum())
-    kept_of_a_layer = 10 * shape.hidden_size + 4 * shape.intermediate_size
-    kept = shape.num_hidden_layers * kept_of_a_layer
+    kept_per_layer = 10 * shape.hidden_size + 4 * shape.intermediate_size
+    kept = shape.num_hidden_layers * kept_per_layer
     if run.arguments.get("gradient_checkpointing"):
-        kept = shape.num_hidden_layers * shape.hidden_size + kept_of_a_layer
-    rows = rows_per_chunk(shape.vocab_size, computing, scale_and_cap(shape)[1] is not None)
+        kept = shape.num_hidden_layers * shape.hidden_size + kept_per_layer
+    rows = rows_per_chunk(shape.vocab_size, compute_dtype, scale_and_cap(shape)[1] is not None)
+    frozen_bytes: float = frozen * weight
+    if config.load_in_4bit:  # the layers alone are quantized, not the embeddings and the head
+        frozen_bytes = (frozen - in_layers) * weight + in_layers * NF4_BYTES
     parts = {
-        "frozen weights": (frozen - in_layers) * weight + in_layers * NF4_BYTES
-        if config.load_in_4bit
-        else frozen * weight,
+        "frozen weights": frozen_bytes,
         "trained weights": trained * weight,
         "gradients": trained * weight,
         "optimizer": trained * moments,
         "head chunk": min(rows, tokens) * shape.vocab_size * 4,
-        "activations": tokens * kept * computing.itemsize,
+        "activations": tokens * kept * compute_dtype.itemsize,
     }
+    # Per token and parameter: 2 operations forward, 4 backward (Kaplan et al. 2020, arXiv:2001.08361).
     flops = 6.0 * parameters * float(run.train.tokens.mean()) * run.samples_per_step * run.max_steps
-    seconds = flops / (run.ranks * matmul_flops_per_second(shape.hidden_size, shape.intermediate_size, computing))
+    seconds = flops / (run.ranks * matmul_flops_per_second(shape.hidden_size, shape.intermediate_size, compute_dtype))
     return {
         "parameters": parameters,
         "trained_parameters": trained,
@@ -72,7 +77,7 @@ def estimate(run: Run) -> dict[str, Any]:
 
 
 def matmul_flops_per_second(hidden: int, intermediate: int, dtype: torch.dtype, rows: int = 1024) -> float:
-    """What this device does of an MLP's product, the best of three."""
+    """Return what this device reaches in an MLP's matrix product, the best of three."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (
         torch.ones(rows, hidden, dtype=dtype, device=device),

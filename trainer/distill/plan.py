@@ -1,65 +1,83 @@
-"""A training run, resolved before its first step: what was asked for, every derived number, and where it goes on.
+"""Resolve a run of ``kd train`` before its first step: every check, and every number that is derived from the options.
 
-Nothing here loads weights or writes; ``distill.py`` does.
+    kd train --from-cache data/cache --student data/student --output-dir data/kd --dry-run
+
+Nothing here loads weights or writes files; ``trainer.train`` does.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial, wraps
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+import torch
+from transformers import TrainingArguments
 
-from kdcache import machine
-from kdcache.cache.format import FORMAT_VERSION, differing_fields
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
-from kdcache.storage import atomic, folders
-from trainer.data.select import Selection, open_caches, select
+from trainer.data.select import Selection, select
 from trainer.distill.config import TrainConfig
 from trainer.loss import divergences
-from trainer.run import checkpoints, parallel
-from trainer.run.arguments import REFUSED_BY_TRAIN, check_lora, check_values, for_training
-from trainer.run.checkpoints import Resume
-from trainer.student.config import StudentConfig
-from trainer.student.load import check_tokenizer, quantized_by
+from trainer.run import parallel
+from trainer.run.arguments import build
+from trainer.run.folder import Start, find_start
+from trainer.run.inputs import check_lora, open_for
+from trainer.run.record import fingerprints, new_record
+from trainer.run.refused import REFUSED_BY_TRAIN
+from trainer.run.values import check_values, requested_steps
 
-RUN_FILE = folders.RUN.marker
-CONFIG_FILE = "run.yaml"
 METHODS = ("kd", "sft")
 SAMPLES_PER_DEVICE = 8
+EPOCHS = 3  # transformers' default of --num-train-epochs
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """After how many steps something happens; the warm-up lasts ``warmup`` steps."""
+
+    warmup: int
+    log: int
+    measure: int | None
+    save: int | None
 
 
 @dataclass(frozen=True)
 class Run:
-    """A training run resolved: every derived number, before the first step."""
+    """A run of ``kd train``, resolved: every number is known before the first step."""
 
     config: TrainConfig
     train: Selection
     validation: Selection
-    alpha: float
+    alpha: float  # the weight of the divergence; 0 under --method sft
     ranks: int
     samples_per_device: int
     samples_per_step: int
     steps_per_epoch: int
     max_steps: int
-    parallel: str | None  # DDP or FSDP2, with the number of processes; None for one
-    arguments: dict[str, Any]  # for TrainingArguments
-    compile: dict[str, Any] | None  # for torch.compile
+    parallel: str | None  # DDP or FSDP2, with the number of processes; None for one process
+    arguments: dict[str, Any]  # as given, for TrainingArguments
+    compile: dict[str, Any] | None  # options of torch.compile; None if it is off
     record: dict[str, Any]
-    checkpoint: str | None
-    resume: Callable[[], Resume]  # finds ``checkpoint``, once more when the folder's lock is held
-    notes: Sequence[str]  # on what it goes on from
+    start: Start
+    intervals: Intervals | None = None  # set last, as they need everything above
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the run resumes from; None if it starts at step 0."""
+        return self.start.point.path
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know about where the run starts."""
+        return self.start.point.notes
 
     def facts(self) -> dict[str, Any]:
-        return {
+        """Return every derived number, for the user to check before the first step."""
+        accumulated = self.samples_per_step // (self.samples_per_device * self.ranks)
+        facts = {
             "output_dir": str(self.config.output_dir),
             "parallel": self.parallel,
             "method": self.config.method,
@@ -70,266 +88,182 @@ class Run:
             "train_tokens": int(self.train.tokens.sum()),
             "longer_than_max_length": self.train.too_long,
             "validation_samples": len(self.validation),
+            "samples_per_device": self.samples_per_device,
+            "gradient_accumulation_steps": accumulated,
             "samples_per_step": self.samples_per_step,
             "tokens_per_step": round(float(self.train.tokens.mean()) * self.samples_per_step),
             "steps_per_epoch": self.steps_per_epoch,
             "max_steps": self.max_steps,
-            "resume_from": self.checkpoint,
         }
-
-
-def open_for(config: StudentConfig) -> list[Cache]:
-    """Open the caches, after checking that this student can train on them and that --overwrite may delete what is there."""
-    if config.load_in_4bit and config.lora_r is None:
-        raise UsageError(
-            "--load-in-4bit needs --lora-r: weights of 4 bits cannot be trained, what LoRA adds to them can"
-        )
-    if quantized_by(config.student):
-        raise KDError(
-            f"{config.student} is quantized, and such weights cannot be trained: train the student that it was made from "
-            "(--load-in-4bit --lora-r 16 for QLoRA)"
-        )
-    folders.check_place(config.output_dir, "--output-dir")
-    if config.overwrite:
-        _check_deletable(config)
-    caches = open_caches(config.from_cache)
-    check_tokenizer(config.student, caches[0])
-    return caches
+        if self.intervals is not None:
+            facts |= {
+                "warmup_steps": self.intervals.warmup,
+                "steps_per_log": self.intervals.log,
+                "steps_per_measurement": self.intervals.measure,
+                "steps_per_checkpoint": self.intervals.save,
+            }
+        return facts | {"resume_from": self.checkpoint}
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Check caches, tokenizer and folder, and work out the steps. Nothing is written, no weights are loaded."""
+    """Return the resolved run. UsageError or KDError for anything that would end it before or during training."""
     if config.method not in METHODS:
         raise UsageError(f"--method {config.method}: expected one of {', '.join(METHODS)}")
     if not 0.0 <= config.alpha <= 1.0:
         raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
-    max_steps = steps_asked_for(config.arguments)
+    arguments = check_values(config.arguments, REFUSED_BY_TRAIN)
     caches = open_for(config)
+    check_lora(config)
     alpha = config.alpha if config.method == "kd" else 0.0
-    for cache in caches:
-        if alpha:
+    if alpha:
+        for cache in caches:
             divergences.check(config.divergence, cache.policy)
+    train, validation = _selected(config, caches)
+
+    samples_per_device = arguments.get("per_device_train_batch_size", SAMPLES_PER_DEVICE)
+    ranks = parallel.processes()
+    samples_per_step = samples_per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
+    steps_per_epoch = math.ceil(len(train) / samples_per_step)
+    max_steps = requested_steps(arguments)
+    if max_steps is None:
+        max_steps = math.ceil(arguments.get("num_train_epochs", EPOCHS) * steps_per_epoch)
+    record = new_record(config, caches, samples_per_step=samples_per_step)
+    run = Run(
+        config=config,
+        train=train,
+        validation=validation,
+        alpha=alpha,
+        ranks=ranks,
+        samples_per_device=samples_per_device,
+        samples_per_step=samples_per_step,
+        steps_per_epoch=steps_per_epoch,
+        max_steps=max_steps,
+        parallel=parallel.mode(arguments),
+        compile=pop_compile(arguments),
+        arguments=arguments,
+        record=record,
+        start=find_start(config, record, _settings, "kd train"),
+    )
+    return dataclasses.replace(run, intervals=_intervals(training_arguments(run)))
+
+
+def _selected(config: TrainConfig, caches: Sequence[Cache]) -> tuple[Selection, Selection]:
+    """Return the samples to train on and to measure on."""
     cut = config.too_long == "cut"
     train = select(caches, "train", config.where, config.max_length, cut)
     if not len(train):
         condition = f"--where {config.where!r} and " if config.where else ""
         raise KDError(
-            f"no sample to train on: the train split is empty, or {condition}--max-length {config.max_length} leave nothing of it"
+            f"no sample to train on: the train split is empty, or {condition}--max-length {config.max_length} exclude all of it"
         )
     validation = select(caches, "validation", config.where, config.max_length, cut)
     if config.early_stopping_patience is not None and not len(validation):
         raise UsageError("--early-stopping-patience needs a validation split, and the cache's is empty")
-    arguments = check_values(config.arguments, REFUSED_BY_TRAIN)
-    check_lora(config)
-    samples_per_device = arguments.get("per_device_train_batch_size", SAMPLES_PER_DEVICE)
-    ranks = parallel.processes()
-    samples_per_step = samples_per_device * arguments.get("gradient_accumulation_steps", 1) * ranks
-    steps_per_epoch = math.ceil(len(train) / samples_per_step)
-    if max_steps is None:
-        max_steps = math.ceil(arguments.get("num_train_epochs", 3) * steps_per_epoch)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "config": config.as_json(),
-        "samples_per_step": samples_per_step,
-        "caches": [{"path": str(c.path), "fingerprint": c.fingerprint} for c in caches],
-        "made_with": made_with(),
-        "finished": False,
-        **bos_of(caches),
-    }
-    resume = partial(resume_point, config, record, _settings, "kd train")
-    found = resume()
-    run = Run(
-        config,
-        train,
-        validation,
-        alpha,
-        ranks,
-        samples_per_device,
-        samples_per_step,
-        steps_per_epoch,
-        max_steps,
-        parallel=parallel.mode(arguments),
-        compile=_take_compile(arguments),
-        arguments=arguments,
-        record=record,
-        checkpoint=found.path,
-        resume=resume,
-        notes=found.notes,
-    )
-    for_training(run)  # what cannot be together is told before anything is made
-    return run
-
-
-def bos_of(caches: Sequence[Cache]) -> dict[str, str]:
-    """How the prompts of the caches begin, where that was chosen: `kd chat` asks the student in the same way."""
-    chosen = [cache.plan["fields"]["bos"] for cache in caches if "bos" in cache.plan["fields"]]
-    return {"bos": chosen[0]} if chosen else {}
-
-
-def stop_unless_finite(logs: Mapping[Any, Any], step: int, fp16: bool = False) -> None:
-    """KDError for a logged number that is not finite: nothing that is trained after it is worth keeping.
-
-    Gradients of float16 overflow now and then, and such a step is left out by itself.
-    """
-    for name, value in logs.items():
-        if isinstance(value, int | float) and not math.isfinite(value) and not (fp16 and name == "grad_norm"):
-            raise KDError(
-                f"step {step}: {name} is {value}, so the weights are no longer numbers; the last checkpoint is from before. "
-                "Lower --learning-rate, or look for what the cache holds with: kd cache verify"
-            )
-
-
-def made_with() -> dict[str, str]:
-    """What a run was made on."""
-    return {"device": machine.device(), **machine.versions()}
-
-
-class Resolved(Protocol):
-    """What ``alone`` and ``begin`` need of a run."""
-
-    @property
-    def config(self) -> StudentConfig: ...
-    @property
-    def record(self) -> dict[str, Any]: ...
-    @property
-    def checkpoint(self) -> str | None: ...
-    @property
-    def resume(self) -> Callable[[], Resume]: ...
-
-
-AnyRun = TypeVar("AnyRun", bound=Resolved)
-Report = Callable[[int, int, dict[str, float]], None]  # step, steps, metrics
-
-
-def alone(train: Callable[[AnyRun, Report], dict[str, Any]]) -> Callable[[AnyRun, Report], dict[str, Any]]:
-    """``train`` while its first rank holds the lock of the run's folder: KDError if another process writes there.
-
-    What ``begin`` set aside is deleted when the first step is done (``Begun``), and put back by an error before that.
-    """
-
-    @wraps(train)
-    def holding(run: AnyRun, report: Report) -> dict[str, Any]:
-        folder = run.config.output_dir
-        if os.environ.get("RANK", "0") != "0":  # one process holds it for all that torchrun started
-            return train(run, report)
-        with folders.held(folder, folders.RUN, "--output-dir"):
-            if run.resume().path != run.checkpoint:
-                raise KDError(f"another process wrote to --output-dir {folder} just now; run the same command again")
-            return train(run, report)
-
-    return holding
-
-
-class Begun(TrainerCallback):
-    """Deletes what ``begin`` set aside once a step is done: the most that can go wrong has gone well by then."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            folders.drop(Path(args.output_dir))
-
-
-def begin(run: Resolved) -> None:
-    """Write what was asked for and what it was resolved to, after all that can be checked; old contents are set aside.
-
-    Without a checkpoint there is nothing to continue: what a start left that failed before its first one goes too.
-    """
-    config, folder = run.config, run.config.output_dir
-    if config.overwrite:
-        _check_deletable(config)  # again: loading took its time
-    if run.checkpoint is None and (config.overwrite or folders.foreign(folder, folders.RUN) is None):
-        folders.set_aside(folder)
-    with checkpoints.saving(folder, 0):
-        atomic.write_json(folder / RUN_FILE, run.record)
-        atomic.write_text(folder / CONFIG_FILE, config.as_yaml())
-    checkpoints.sweep(folder)
-
-
-def _check_deletable(config: StudentConfig) -> None:
-    folders.check_deletable(config.output_dir, folders.RUN, [config.student, *config.from_cache], flag="--output-dir")
-
-
-def _take_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
-    """--torch-compile, --torch-compile-backend and --torch-compile-mode, taken out of ``arguments``."""
-    asked = arguments.pop("torch_compile", None)
-    options = {name: arguments.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
-    options = {name: value for name, value in options.items() if value is not None}
-    wanted = bool(options) if asked is None else asked
-    return options if wanted else None
-
-
-def steps_asked_for(arguments: dict[str, Any]) -> int | None:
-    """--max-steps; None if it was not given, or is -1, its default. transformers also takes 0 and -7 for "not given"."""
-    steps = arguments.get("max_steps", -1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or (steps < 1 and steps != -1):
-        raise UsageError(
-            f"--max-steps {steps}: expected a whole number of at least 1; leave it out for --num-train-epochs"
-        )
-    return None if steps == -1 else steps
-
-
-def resume_point(
-    config: StudentConfig, record: dict[str, Any], settings: Callable[[dict[str, Any]], dict[str, Any]], command: str
-) -> Resume:
-    """The checkpoint to go on from. KDError if the folder holds something else: ``settings`` of a record must be the same."""
-    folder = config.output_dir
-    if config.overwrite or folders.is_empty(folder):
-        return Resume()
-    records = [place / RUN_FILE for place in (folder, *checkpoints.listed(folder))]
-    found = next((path for path in records if path.is_file()), None)
-    if found is None:
-        raise KDError(f"--output-dir {folder} is not empty and holds no run of {command}; use another")
-    try:
-        old = json.loads(found.read_text(encoding="utf-8"))
-        finished, old_settings = old.get("finished"), settings(old)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise KDError(
-            f"{found} is damaged: it holds no record of a run; use another --output-dir, or --overwrite"
-        ) from None
-    if finished:
-        raise KDError(f"--output-dir {folder} holds a finished run; use another, or --overwrite")
-    differing = differing_fields(old_settings, settings(record))
-    if differing and folders.has_results(folder, folders.RUN):  # else there is nothing to lose
-        raise KDError(
-            f"--output-dir {folder} holds an interrupted run with other settings (old -> new):\n  "
-            + "\n  ".join(differing)
-            + "\nUse the same settings to continue it, another folder, or --overwrite."
-        )
-    return checkpoints.to_continue(folder, parallel.processes())
+    return train, validation
 
 
 def _settings(record: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same for a run to be continued."""
+    """Return what must be the same for a run to resume.
+
+    Into how many parts a step is cut may differ, as long as the step keeps its samples.
+    """
     config = dict(record["config"])
-    cuts = ("per_device_train_batch_size", "gradient_accumulation_steps")  # of the same step into parts
+    cuts = ("per_device_train_batch_size", "gradient_accumulation_steps")
     config["arguments"] = {name: value for name, value in config["arguments"].items() if name not in cuts}
-    fingerprints = [cache["fingerprint"] for cache in record["caches"]]
-    return {**config, "samples_per_step": record.get("samples_per_step"), "caches": fingerprints}
+    return {**config, "samples_per_step": record.get("samples_per_step"), "caches": fingerprints(record)}
 
 
-#: What options were called before transformers 5, or are called elsewhere.
-RENAMED = {
-    "evaluation_strategy": "--eval-strategy",
-    "warmup_ratio": "--warmup-steps (below 1: a share of all steps)",
-    "no_cuda": "--use-cpu",
-    "use_mps_device": "nothing: the device is found by itself",
-    "per_gpu_train_batch_size": "--per-device-train-batch-size",
-    "per_gpu_eval_batch_size": "--per-device-eval-batch-size",
-    "adafactor": "--optim adafactor",
-    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
-    "push_to_hub_model_id": "kd push",
-    "push_to_hub_token": "kd push",
-    "save_safetensors": "nothing: it is always safetensors",
-    "jit_mode_eval": "--torch-compile",
-    "torchdynamo": "--torch-compile-backend",
-    "max_seq_length": "--max-length",
-    "model_name_or_path": "--student",
-    "temperature": "nothing: a divergence at another temperature needs the full vocabulary, which no cache holds",
-    "loss_type": "--divergence",
-    "lora_rank": "--lora-r",
-    "group_by_length": "nothing: the order of batches is fixed by the seed",
-    "packing": "nothing: samples are always packed, without padding",
-}
+# --- TrainingArguments ------------------------------------------------------------------------------------------------
 
 
 def training_argument_names() -> Sequence[str]:
+    """Return the names of the options that are passed on to transformers."""
     return [f.name for f in dataclasses.fields(TrainingArguments)]
+
+
+def pop_compile(arguments: dict[str, Any]) -> dict[str, Any] | None:
+    """Remove --torch-compile and its backend and mode from ``arguments``; return them as options of torch.compile.
+
+    None if it is off. A backend or a mode turns it on by itself. Trainer would compile the loss too, so it is not asked.
+    """
+    switch = arguments.pop("torch_compile", None)
+    options = {name: arguments.pop(f"torch_compile_{name}", None) for name in ("backend", "mode")}
+    options = {name: value for name, value in options.items() if value is not None}
+    on = bool(options) if switch is None else switch
+    return options if on else None
+
+
+def training_arguments(run: Run) -> TrainingArguments:
+    """Return the TrainingArguments of a run: what was given, else our defaults. UsageError for what cannot be combined.
+
+    On several processes this starts their process group.
+    """
+    config, given = run.config, dict(run.arguments)
+    measures = len(run.validation) > 0
+    if not measures and given.get("eval_strategy", "no") != "no":
+        raise UsageError(f"--eval-strategy {given['eval_strategy']} needs a validation split, and the cache's is empty")
+    if config.early_stopping_patience is not None and given.get("eval_strategy") == "no":
+        raise UsageError(
+            "--early-stopping-patience needs measurements, and --eval-strategy no makes none; leave one out"
+        )
+    if given.get("gradient_accumulation_steps", 1) > len(run.train):
+        raise UsageError(
+            f"--gradient-accumulation-steps {given['gradient_accumulation_steps']}: a step would have more parts than there are "
+            f"samples ({len(run.train)})"
+        )
+    for name in ("metric_for_best_model", "greater_is_better"):
+        if given.get(name, True) is None:  # as if it had not been given: transformers would choose another default
+            del given[name]
+    eval_steps = given.pop("eval_steps", max(1, round(run.steps_per_epoch / config.evals_per_epoch)))
+    metric = given.get("metric_for_best_model", "eval_kl" if config.method == "kd" else "eval_ce") if measures else None
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": run.samples_per_device,
+        "per_device_eval_batch_size": run.samples_per_device,
+        "learning_rate": 1e-5,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "logging_steps": max(1, run.max_steps // 100),
+        "eval_strategy": "steps" if measures else "no",
+        "eval_steps": eval_steps,
+        "save_strategy": "steps",
+        "save_steps": eval_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": measures and "no" not in (given.get("eval_strategy"), given.get("save_strategy")),
+        "metric_for_best_model": metric,
+        "greater_is_better": metric is not None and metric.endswith("agreement"),
+        "report_to": ["tensorboard"],
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it would log a loss that is not finite as one that is
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    options = defaults | given
+    if options["report_to"] is None:  # `none` on the command line
+        options["report_to"] = "none"
+    if config.early_stopping_patience is not None:
+        options["restore_callback_states_from_checkpoint"] = True  # else its count would start again at 0
+    options |= {
+        "output_dir": str(config.output_dir),
+        "max_steps": run.max_steps,
+        "ignore_data_skip": True,  # our stream starts at the right step by itself
+        "remove_unused_columns": False,
+    }
+    arguments: TrainingArguments = build(TrainingArguments, options, run.max_steps)
+    if arguments.n_gpu > 1:  # DataParallel would cut packed rows; torchrun gives each GPU a process of its own
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _intervals(arguments: TrainingArguments) -> Intervals:
+    """Return the intervals of a run in steps. An option below 1 is a share of all steps, rounded up as Trainer does."""
+
+    def steps(value: float) -> int:
+        return math.ceil(arguments.max_steps * value) if value < 1 else int(value)
+
+    return Intervals(
+        warmup=arguments.get_warmup_steps(arguments.max_steps),
+        log=steps(arguments.logging_steps),
+        measure=None if arguments.eval_strategy == "no" else steps(arguments.eval_steps or arguments.logging_steps),
+        save=None if arguments.save_strategy == "no" else steps(arguments.save_steps),
+    )

@@ -24,7 +24,6 @@ class GrpoConfig(StudentConfig):
         "student improves.",
         choices=("prefix",),
     )
-    teacher_weight: float = 0.0  # weight of rewards.likeness; no option any more
     guards: bool = option(True, "Stop a run that has collapsed, and say how.")
     guard_window: int = option(20, "Steps that a guard looks at.", low=2)
     unsafe_exec: bool = option(False, UNSAFE_EXEC_HELP)

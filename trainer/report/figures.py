@@ -23,7 +23,6 @@ REWARDS = {
     "reward": ("Reward", "mean reward"),
     "rewards/correctness/mean": ("Correctness", "share of answers that are right"),
     "rewards/form/mean": ("Form", "share of answers in the demanded form"),
-    "rewards/likeness/mean": ("Likeness to the teacher", "mean likeness"),
     "completions/mean_length": ("Length", "tokens per answer"),
     "entropy": ("Entropy", "nats per token"),
 }

@@ -18,7 +18,6 @@ from kdcache import __version__
 from kdcache.cache import manifest, query
 from kdcache.errors import KDError
 from kdcache.storage import Location, folders
-from trainer.distill.plan import CONFIG_FILE, RUN_FILE
 from trainer.evaluate import compare, metrics
 from trainer.evaluate import folder as evaluations
 from trainer.evaluate.compare import Comparison
@@ -26,6 +25,7 @@ from trainer.evaluate.folder import TEACHER, Evaluation
 from trainer.report.find import Sources
 from trainer.report.worst import WorstSample, worst_samples
 from trainer.run import checkpoints
+from trainer.run.record import CONFIG_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)

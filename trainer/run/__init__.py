@@ -1,1 +1,1 @@
-"""What every training run shares: arguments, checkpoints, processes."""
+"""What `kd train` and `kd grpo` share: the folder of a run, its record, its checkpoints, its options, its processes."""

@@ -34,7 +34,7 @@ from kdcache.storage import atomic, seal
 from trainer.data.select import select as select_samples
 from trainer.evaluate import setup as evaluate
 from trainer.evaluate.config import EvaluateConfig
-from trainer.grpo import train as grpo
+from trainer.grpo import plan as grpo
 
 FILES = sorted(resource_folder("sql").glob("*.sql"))
 MACROS = {"captured_mass": "captured_mass(4)", "sample": "sample('rows:r3:g')"}

@@ -296,19 +296,17 @@ def test_a_second_writer_is_told_who_is_at_it_and_changes_nothing(name, command,
 
 
 def test_of_several_ranks_the_first_alone_takes_the_lock(tmp_path, monkeypatch):
-    from trainer.distill.plan import alone
+    from trainer.run.folder import Start, alone
 
     class Run:
         class config:
             output_dir = tmp_path / "out"
 
-        checkpoint = None
-
-        def resume(self):
-            return None
+        start = Start()
 
     monkeypatch.setenv("RANK", "1")
-    alone(lambda run, report: {"locked": (run.config.output_dir / ".lock").exists()})(Run(), print)
+    with alone(Run()):
+        assert not Run.config.output_dir.exists()
     assert not Run.config.output_dir.exists()
 
 

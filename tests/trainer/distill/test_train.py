@@ -43,10 +43,10 @@ def weights(folder):
 def test_kd_leaves_a_folder_that_transformers_loads_with_the_best_checkpoint(train, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = json.loads(train(tmp_path / "run", "--eval-steps", 4, "--json").stdout)
+    result = json.loads(train(tmp_path / "run", "--eval-steps", 4, "--json").stdout)
     assert [s for s, _ in history(tmp_path / "run", "step", "eval_kl")] == [4, 6], "the last step is measured too"
     kls = [kl for _, kl in history(tmp_path / "run", "step", "eval_kl")]
-    assert len(kls) >= 2 and found["best_metric"] == min(kls) < kls[0]
+    assert len(kls) >= 2 and result["best_metric"] == min(kls) < kls[0]
     assert len(history(tmp_path / "run", "loss", "kl", "ce")) == 6
     record = json.loads((tmp_path / "run/kdcache.json").read_text())
     assert record["finished"] and len(record["caches"][0]["fingerprint"]) == 32 and record["config"]["alpha"] == 0.5
@@ -101,7 +101,7 @@ def test_divergences_are_trained_and_kl_is_measured(train, tmp_path):
     assert history(tmp_path / "run", "eval_kl") and "skewed_kl:0.2" in (tmp_path / "run/README.md").read_text()
 
 
-def test_a_divergence_that_a_threshold_cache_would_bend_is_refused(kd, tiny_model, rows_file, tmp_path):
+def test_a_divergence_that_a_threshold_cache_would_bias_is_refused(kd, tiny_model, rows_file, tmp_path):
     from helpers import capture_plan
     from kdcache.capture import run as capture
 
@@ -117,8 +117,8 @@ def test_the_run_file_repeats_a_run_and_flags_win(train, kd, tmp_path):
     again = ("train", "--config", tmp_path / "first/run.yaml", "--output-dir")
     kd(*again, tmp_path / "second")
     assert history(tmp_path / "second", "loss") == history(tmp_path / "first", "loss")
-    found = json.loads(kd(*again, tmp_path / "third", "--alpha", 0.25, "--max-steps", 3, "--dry-run", "--json").stdout)
-    assert (found["alpha"], found["max_steps"], found["samples_per_step"]) == (0.25, 3, 4)
+    facts = json.loads(kd(*again, tmp_path / "third", "--alpha", 0.25, "--max-steps", 3, "--dry-run", "--json").stdout)
+    assert (facts["alpha"], facts["max_steps"], facts["samples_per_step"]) == (0.25, 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_the_run_file_repeats_a_run_and_flags_win(train, kd, tmp_path):
         ("alpha: much", "--alpha"),
     ],
 )
-def test_a_config_that_cannot_be_is_refused_with_the_name_that_was_meant(train, tmp_path, text, says):
+def test_a_wrong_config_is_refused_with_the_name_that_was_meant(train, tmp_path, text, says):
     (tmp_path / "bad.yaml").write_text(text)
     assert says in train(tmp_path / "run", "--config", tmp_path / "bad.yaml", code=2).stderr
     assert not (tmp_path / "run").exists()
@@ -232,7 +232,7 @@ def test_nothing_in_kdcache_imports_the_trainer():
         assert "import trainer" not in text and "from trainer" not in text, path
 
 
-def test_report_to_none_and_the_student_inside_the_run_are_handled(train, kd, tiny_cache, tmp_path):
+def test_report_to_none_writes_no_events_and_a_student_inside_the_run_is_not_deleted(train, kd, tiny_cache, tmp_path):
     train(tmp_path / "run", "--report-to", "none", "--max-steps", 2)
     assert not list((tmp_path / "run").rglob("events.out.tfevents.*"))
     common = ("train", "--from-cache", tiny_cache, "--student", tmp_path / "run", "--output-dir", tmp_path / "run")
@@ -240,7 +240,7 @@ def test_report_to_none_and_the_student_inside_the_run_are_handled(train, kd, ti
     assert (tmp_path / "run/model.safetensors").exists()
 
 
-def test_a_recipe_runs_its_steps_and_goes_on_where_it_stopped(tiny_cache, tiny_model, tmp_path):
+def test_a_recipe_runs_its_steps_and_resumes_where_it_stopped(tiny_cache, tiny_model, tmp_path):
     from kdcache.commands import recipes as recipe
     from kdcache.errors import KDError
 

@@ -1,4 +1,4 @@
-"""Options that are passed on to TrainingArguments and GRPOConfig: every field with absurd values, before anything is made."""
+"""Options that are passed on to TrainingArguments and GRPOConfig: every field with absurd values, before anything is written."""
 
 import dataclasses
 import math
@@ -9,9 +9,9 @@ from transformers import TrainingArguments
 from kdcache.errors import KDError, UsageError
 from trainer.distill import plan as run
 from trainer.distill.config import TrainConfig
-from trainer.grpo import train as grpo
+from trainer.grpo import arguments as grpo
 from trainer.grpo.config import GrpoConfig
-from trainer.run import arguments
+from trainer.run import inputs, refused, values
 
 NOT_FINITE = (math.nan, math.inf, -math.inf, [math.nan], {"x": math.nan})
 ABSURD = (
@@ -22,14 +22,14 @@ ABSURD = (
 
 @pytest.fixture(scope="module")
 def check_training(tiny_cache, tiny_model, tmp_path_factory):
-    """Checks options as ``kd train`` does, without choosing samples again."""
+    """Return a function that checks options as ``kd train`` does, without choosing samples again."""
     folder = tmp_path_factory.mktemp("runs") / "none"
     plain = run.prepare(TrainConfig(from_cache=(tiny_cache,), student=tiny_model, output_dir=folder))
 
     def check(**given):
-        values = arguments.check_values(given, arguments.REFUSED_BY_TRAIN)
-        run._take_compile(values)
-        made = arguments.for_training(dataclasses.replace(plain, arguments=values))
+        options = values.check_values(given, refused.REFUSED_BY_TRAIN)
+        run.pop_compile(options)
+        made = run.training_arguments(dataclasses.replace(plain, arguments=options))
         assert not folder.exists()
         return made
 
@@ -38,13 +38,13 @@ def check_training(tiny_cache, tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def check_grpo(tiny_model, tmp_path_factory):
-    """Checks options as ``kd grpo`` does, for ten prompts."""
+    """Return a function that checks options as ``kd grpo`` does, for ten prompts."""
     pytest.importorskip("trl")
     config = GrpoConfig(from_cache=(), student=tiny_model, output_dir=tmp_path_factory.mktemp("runs") / "none")
 
     def check(**given):
         small = {"num_generations": 2, "max_completion_length": 8}
-        made = grpo._arguments(dataclasses.replace(config, arguments=small | given), prompts=10)
+        made = grpo.grpo_arguments(config, grpo.check_options(small | given), prompts=10)
         assert not config.output_dir.exists()
         return made
 
@@ -53,7 +53,7 @@ def check_grpo(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["train", "grpo"])
 def answers(request):
-    """What each option of a command says to each absurd value: None where it takes it. Only a KDError is an answer."""
+    """Return the error of each option for each absurd value, or None if it is accepted. Anything but a KDError fails here."""
     check = request.getfixturevalue("check_training" if request.param == "train" else "check_grpo")
     names = run.training_argument_names() if request.param == "train" else grpo.argument_names()
     said = {}
@@ -67,11 +67,11 @@ def answers(request):
     return said
 
 
-def test_absurd_values_are_taken_or_refused_in_one_sentence(answers):
+def test_absurd_values_are_accepted_or_refused_in_one_sentence(answers):
     assert [said for said in answers.values() if said is not None and (len(said) > 400 or "\n" in said)] == []
 
 
-def test_no_option_takes_what_is_not_finite(answers):
+def test_no_option_accepts_a_number_that_is_not_finite(answers):
     first = len(ABSURD) - len(NOT_FINITE)
     assert [name for (name, number), said in answers.items() if number >= first and said is None] == []
 
@@ -105,7 +105,7 @@ def test_no_option_takes_what_is_not_finite(answers):
         ({"fsdp": True, "optim": "adafactor"}, "cannot be used with --fsdp"),
     ],
 )
-def test_training_options_that_cannot_be_are_refused_by_name(check_training, given, says):
+def test_wrong_training_options_are_refused_by_name(check_training, given, says):
     with pytest.raises(UsageError, match=says):
         check_training(**given)
 
@@ -127,7 +127,7 @@ def test_training_options_that_cannot_be_are_refused_by_name(check_training, giv
         ({"router_aux_loss_coef": 1.0}, "mixture of experts"),
     ],
 )
-def test_grpo_options_that_cannot_be_are_refused_by_name(check_grpo, given, says):
+def test_wrong_grpo_options_are_refused_by_name(check_grpo, given, says):
     with pytest.raises(UsageError, match=says):
         check_grpo(**given)
 
@@ -147,14 +147,14 @@ def test_the_best_agreement_is_the_highest(check_training):
         ({"lora_r": 4, "lora_target_modules": "bogus"}, "--lora-target-modules bogus"),
     ],
 )
-def test_numbers_of_lora_that_mean_nothing_are_refused(tiny_model, tmp_path, changes, says):
+def test_wrong_numbers_of_lora_are_refused(tiny_model, tmp_path, changes, says):
     config = TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", **changes)
     with pytest.raises(UsageError, match=says):
-        arguments.check_lora(config)
+        inputs.check_lora(config)
 
 
 def test_the_largest_rank_of_lora_is_allowed(tiny_model, tmp_path):
-    arguments.check_lora(TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
+    inputs.check_lora(TrainConfig(from_cache=(), student=tiny_model, output_dir=tmp_path / "none", lora_r=32))
 
 
 def test_whole_numbers_reach_generation_as_it_takes_them(check_grpo):
@@ -166,7 +166,7 @@ def test_every_refused_option_is_one_that_the_library_has():
     from trl import GRPOConfig
 
     names = {f.name for f in dataclasses.fields(TrainingArguments)}
-    assert arguments.REFUSED_BY_TRAIN.keys() <= names
-    assert arguments.REFUSED_BY_GRPO.keys() | arguments.RANGES.keys() | arguments.CHOICES.keys() <= names | {
+    assert refused.REFUSED_BY_TRAIN.keys() <= names
+    assert refused.REFUSED_BY_GRPO.keys() | values.RANGES.keys() | values.CHOICES.keys() <= names | {
         f.name for f in dataclasses.fields(GRPOConfig)
     }

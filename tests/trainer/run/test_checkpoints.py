@@ -18,10 +18,11 @@ from kdcache.errors import KDError, UsageError
 from trainer.distill import plan as run
 from trainer.distill import trainer as distill
 from trainer.distill.config import TrainConfig
-from trainer.grpo import train as grpo
+from trainer.grpo import plan as grpo
 from trainer.grpo.config import GrpoConfig
 from trainer.report import gather as report
-from trainer.run import checkpoints
+from trainer.run import checkpoints, values
+from trainer.run.saving import enough_disk
 
 ARGUMENTS = {
     **{"max_steps": 4, "eval_steps": 1, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
@@ -33,7 +34,7 @@ TIMES = {"seconds", "train_runtime", "train_samples_per_second", "train_steps_pe
 
 @pytest.fixture(scope="module")
 def train(tiny_cache, tiny_model):
-    """Trains, in this process; ``until``: the step whose log ends it, as Ctrl-C would. Returns what it was resolved to."""
+    """Return a function that trains in this process and returns the resolved run. The log of step ``until`` ends it like Ctrl-C."""
 
     def start(out, until=None, **arguments):
         def logged(step, *_):
@@ -64,7 +65,7 @@ def undisturbed(train, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half_way(train, tmp_path_factory):
-    """A run that was interrupted after step 2: checkpoint-1, which is its best, and checkpoint-2. Not to be changed."""
+    """Return a run that was interrupted after step 2: checkpoint-1, its best, and checkpoint-2. Tests must not change it."""
     out = tmp_path_factory.mktemp("runs") / "cut"
     train(out, until=2)
     return out
@@ -81,8 +82,8 @@ def assert_same(one, other):
         return [{name: value for name, value in entry.items() if name not in TIMES} for entry in logged]
 
     assert history(one) == history(other)
-    mine, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert mine.keys() == others.keys() and all((mine[name] == others[name]).all() for name in mine)
+    weights, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == others.keys() and all((weights[name] == others[name]).all() for name in weights)
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
@@ -90,7 +91,7 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def moments(tiny_cache, tiny_model):
-    """A kill at each file operation of the save of checkpoint-3, where --save-total-limit is 1."""
+    """Kill a run at each file operation of the save of checkpoint-3, with --save-total-limit 1."""
     command = [sys.executable, SCRIPT, "--moments", "--cache", tiny_cache, "--student", tiny_model]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -145,7 +146,7 @@ def test_the_same_command_always_continues_to_the_same_student(tiny_cache, tiny_
 
 def test_a_disk_that_is_too_small_for_a_checkpoint_is_told_before_anything_is_written(tmp_path):
     says = r"disk is full: it needs at least 1,000,000,000.0 MB, and [\d,.]+ MB are free there"
-    with pytest.raises(KDError, match=says), checkpoints.saving(tmp_path / "checkpoint-1", 10**15):
+    with pytest.raises(KDError, match=says), enough_disk(tmp_path / "checkpoint-1", 10**15):
         raise AssertionError("it is not to be tried")
 
 
@@ -188,16 +189,16 @@ def flip(path):
     path.write_bytes(content)
 
 
-def replace_by_a_program(path):
+def replace_by_program(path):
     path.write_bytes(pickle.dumps(Program()))
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, flip, replace_by_a_program], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, flip, replace_by_program], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", FILES)
 def test_training_continues_at_the_checkpoint_before_a_damaged_one_and_says_so(cut, monkeypatch, name, damage):
     monkeypatch.chdir(cut)
     damage(cut / "checkpoint-2" / name)
-    resume = checkpoints.to_continue(cut)
+    resume = checkpoints.resume_point(cut)
     if (name, damage) == ("files.json", Path.unlink):
         assert resume.checkpoint.name == "checkpoint-2", "as those of earlier versions, it is read instead"
         return
@@ -207,19 +208,19 @@ def test_training_continues_at_the_checkpoint_before_a_damaged_one_and_says_so(c
 
 def test_a_checkpoint_of_an_earlier_version_is_whole_if_all_of_it_can_be_read(cut):
     (cut / "checkpoint-2/files.json").unlink()
-    assert checkpoints.to_continue(cut) == checkpoints.Resume(cut / "checkpoint-2", [])
+    assert checkpoints.resume_point(cut) == checkpoints.ResumePoint(cut / "checkpoint-2", cut / "checkpoint-1", [])
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, truncate, replace_by_a_program], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, replace_by_program], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", FILES[:5])
 def test_a_damaged_checkpoint_of_an_earlier_version_is_left_out_too(cut, monkeypatch, name, damage):
     monkeypatch.chdir(cut)
     (cut / "checkpoint-2/files.json").unlink()
     damage(cut / "checkpoint-2" / name)
-    assert checkpoints.to_continue(cut).checkpoint.name == "checkpoint-1" and not Path("it-ran").exists()
+    assert checkpoints.resume_point(cut).checkpoint.name == "checkpoint-1" and not Path("it-ran").exists()
 
 
-def test_where_no_checkpoint_is_whole_training_does_not_begin_anew_without_a_word(cut, train):
+def test_training_does_not_silently_start_anew_if_no_checkpoint_is_whole(cut, train):
     for number in (1, 2):
         truncate(cut / f"checkpoint-{number}/optimizer.pt")
     with pytest.raises(
@@ -234,7 +235,7 @@ def test_from_an_older_checkpoint_the_result_is_the_same(train, cut, undisturbed
     assert_same(undisturbed, cut)
 
 
-def test_a_run_whose_best_checkpoint_is_lost_goes_on_and_says_so(cut, train):
+def test_a_run_whose_best_checkpoint_is_lost_resumes_and_says_so(cut, train):
     assert json.loads((cut / "checkpoint-2/trainer_state.json").read_text())["best_global_step"] == 1
     shutil.rmtree(cut / "checkpoint-1")
     resolved = train(cut)
@@ -257,7 +258,7 @@ def test_checkpoints_without_optimizer_cannot_be_continued(train, cut):
 
 
 def test_another_number_of_processes_is_told_that_its_random_numbers_begin_anew(cut):
-    assert "begin anew from --seed" in checkpoints.to_continue(cut, ranks=2).notes[0]
+    assert "begin anew from --seed" in checkpoints.resume_point(cut, ranks=2).notes[0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"finished": false}'])
@@ -282,9 +283,9 @@ def test_a_student_keeps_its_own_use_cache(undisturbed):
 
 
 @pytest.mark.parametrize("steps", [0, -7, 1.5, True, "many"])
-def test_a_number_of_steps_that_cannot_be_is_refused(steps):
+def test_a_wrong_number_of_steps_is_refused(steps):
     with pytest.raises(UsageError, match=r"--max-steps .*: expected a whole number of at least 1"):
-        run.steps_asked_for({"max_steps": steps})
+        values.check_values({"max_steps": steps}, {})
 
 
 @pytest.mark.parametrize("kind, prepare", [(TrainConfig, run.prepare), (GrpoConfig, grpo.prepare)])

@@ -1,4 +1,4 @@
-"""Phase two on several processes, and with less memory: the same losses as one plain process, by the real command."""
+"""Phase two on several processes, and with less memory: the real command gives the losses of one plain process."""
 
 import json
 import os
@@ -18,7 +18,7 @@ TWO = ("--per-device-train-batch-size", 4)  # on each of two processes, the defa
 
 @pytest.fixture(scope="module")
 def start(tiny_cache, tiny_model, tmp_path_factory):
-    """Runs ``kd train`` on some processes; killed after a step, if asked for. Returns the folder and the process."""
+    """Return a function that runs ``kd train`` on ``ranks`` processes, kills it after ``kill_after`` steps, and returns its folder."""
 
     def run(*more, ranks=1, out=None, kill_after=None, student=tiny_model, code=0, script=INTERRUPTED, seen=None):
         out = out or tmp_path_factory.mktemp("runs") / "run"
@@ -51,9 +51,9 @@ def assert_same(one, other, rel=2e-4):
         assert logged(other, name) == pytest.approx(logged(one, name), rel=rel, abs=2e-4), name
     one_token = 1.01 / logged(one, "eval_tokens")[0]
     assert logged(other, "eval_agreement") == pytest.approx(logged(one, "eval_agreement"), abs=one_token)
-    mine, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert mine.keys() == others.keys()
-    assert all(abs(mine[name] - others[name]).max() < 5e-3 for name in mine)
+    weights, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == others.keys()
+    assert all(abs(weights[name] - others[name]).max() < 5e-3 for name in weights)
 
 
 def assert_loads(folder):
@@ -82,17 +82,17 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 import cli
-from trainer import distill
+from trainer.distill import trainer as distill
 
 losses_of, log = distill.losses_of, distill.DistillTrainer.log
 seen = {"exact": True}
 
 def watched(student, head, batch, alpha, divergence):
-    found = losses_of(student, head, batch, alpha, divergence)
+    losses = losses_of(student, head, batch, alpha, divergence)
     rounded = batch["candidate_logprobs"].bfloat16().to(batch["candidate_logprobs"].dtype)
     seen["exact"] &= batch["candidate_logprobs"].dtype == torch.float32 and not torch.equal(rounded, batch["candidate_logprobs"])
-    seen["loss"], seen["head"] = str(found.loss.dtype), str(head.weight.dtype)
-    return found
+    seen["loss"], seen["head"] = str(losses.loss.dtype), str(head.weight.dtype)
+    return losses
 
 def logging(self, *arguments, **options):
     weights = list(self.model.parameters())
@@ -111,7 +111,7 @@ cli.main()
 
 @pytest.fixture(scope="module")
 def untied_student(tiny_model, tmp_path_factory):
-    """Its head is a matrix of its own."""
+    """Make a student whose head is not tied to its embeddings."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
@@ -126,7 +126,7 @@ def untied_student(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["tied", "untied"])
 def sharded(request, start, plain, tiny_model, untied_student, tmp_path_factory):
-    """A run of one process, one of two under FSDP2, what was seen in it, and what it said first."""
+    """Return a run of one process, one of two under FSDP2, what was seen inside the latter, and its stderr."""
     seen = tmp_path_factory.mktemp("seen") / "seen.json"
     student = tiny_model if request.param == "tied" else untied_student
     one = plain if request.param == "tied" else start(student=student)
@@ -141,7 +141,7 @@ def test_fsdp2_gives_the_losses_and_weights_of_one_process_and_a_whole_student(s
     assert_loads(two)
 
 
-def test_under_fsdp2_every_parameter_is_a_dtensor_and_half_of_it_is_here(sharded):
+def test_under_fsdp2_every_parameter_is_a_dtensor_and_each_process_holds_half(sharded):
     _, _, seen, _ = sharded
     assert seen["sharded"][0] == seen["sharded"][1] > 0 and seen["modules"] >= 4
     assert seen["local"] == seen["all"] / 2
@@ -151,7 +151,7 @@ def test_the_first_line_says_the_mode(sharded):
     assert "parallel FSDP2, 2 processes" in sharded[3]
 
 
-def test_under_bf16_and_fsdp2_the_teachers_word_reaches_the_loss_unrounded(start, tmp_path):
+def test_under_bf16_and_fsdp2_the_teachers_log_probabilities_reach_the_loss_unrounded(start, tmp_path):
     start("--fsdp", "--bf16", "--max-steps", 2, *TWO, ranks=2, script=WATCHED, seen=tmp_path / "seen.json")
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert seen["exact"] and (seen["loss"], seen["head"]) == ("torch.float32", "torch.bfloat16")
@@ -165,7 +165,7 @@ def test_under_bf16_and_fsdp2_the_teachers_word_reaches_the_loss_unrounded(start
         ({"WORLD_SIZE": "2"}, {"fsdp": True}, None),
     ],
 )
-def test_fsdp_is_an_error_where_it_cannot_be(monkeypatch, environment, options, says):
+def test_fsdp_is_an_error_where_it_cannot_run(monkeypatch, environment, options, says):
     from kdcache.errors import UsageError
     from trainer.run import parallel
 
@@ -185,7 +185,7 @@ def test_an_error_of_all_processes_is_printed_once(start, tmp_path):
     assert not out.exists()
 
 
-def test_a_run_of_one_process_is_continued_by_two(start, plain, tmp_path):
+def test_a_run_of_one_process_is_resumed_by_two(start, plain, tmp_path):
     start(out=tmp_path / "cut", kill_after=4)
     assert (tmp_path / "cut/checkpoint-3").is_dir() and not (tmp_path / "cut/model.safetensors").exists()
     start(*TWO, out=tmp_path / "cut", ranks=2)
@@ -197,7 +197,7 @@ def test_a_run_of_one_process_is_continued_by_two(start, plain, tmp_path):
     [("--gradient-checkpointing",), ("--optim", "adamw_bnb_8bit"), ("--torch-compile",)],
     ids=["gradient checkpointing", "8-bit AdamW", "torch.compile"],
 )
-def test_what_saves_memory_or_time_leaves_the_losses(start, plain, more):
+def test_options_that_save_memory_or_time_do_not_change_the_losses(start, plain, more):
     # bitsandbytes keeps tensors of fewer than 4,096 numbers in 32 bits, so that this student is trained almost as before.
     assert_same(plain, start(*more), rel=2e-3)
 
@@ -216,7 +216,7 @@ def test_lora_trains_little_and_leaves_a_whole_student(start, tiny_model):
 
 @pytest.fixture(scope="module")
 def wide_student(tiny_model, tmp_path_factory):
-    """bitsandbytes quantizes 64 numbers together, so that a layer has to be that wide."""
+    """Make a student with layers wide enough for bitsandbytes, which quantizes 64 numbers together."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 
