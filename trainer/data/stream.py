@@ -128,7 +128,9 @@ class Stream(torch.utils.data.IterableDataset):
             reading, upcoming = upcoming, next(readings, None)
             self._prefetch(upcoming)  # fetched while the student trains on what this reading loads
             if self.selection.remote:
-                fetched_by_others = np.setdiff1d(self.selection.row_group[reading.load], self._fetched_here(reading))
+                fetched_by_others = np.setdiff1d(
+                    self.selection.row_group[reading.load], self._fetched_by_this_rank(reading)
+                )
                 self.selection.wait(fetched_by_others)
             in_memory.update(zip(reading.load.tolist(), self.selection.load(reading.load)))
             for parts in reading.steps:
@@ -193,9 +195,9 @@ class Stream(torch.utils.data.IterableDataset):
 
     def _prefetch(self, reading: _Reading | None) -> None:
         if reading is not None and self.selection.remote:
-            self.selection.prefetch(self._fetched_here(reading))
+            self.selection.prefetch(self._fetched_by_this_rank(reading))
 
-    def _fetched_here(self, reading: _Reading) -> np.ndarray:
+    def _fetched_by_this_rank(self, reading: _Reading) -> np.ndarray:
         """Return the row groups that this rank fetches for all ranks of its node, which take turns."""
         return reading.row_groups[self.rank % self.ranks_per_node :: self.ranks_per_node]
 

@@ -259,9 +259,9 @@ def _to_gradient(x: Tensor, targets: Tensor, ids: Tensor, log_p: Tensor, task: _
     Only five passes go over x: maximum, subtract, exp, sum, multiply. Everything else is per cell, (n, K + 1), and small.
 
     With g_c = dD / d log q_c for each cell and G the sum of all g, the gradient of D on the logit of candidate k is
-    g_k - q_k G, and on the logit of any other token v it is q_v (g_bucket / s - G), where s is the bucket's mass. There,
-    q_v / s is the softmax over the non-candidates alone, which is what x holds after the first four passes. It has a
-    maximum of its own, so log s keeps all its digits however small s is.
+    g_k - q_k G, and on the logit of any other token v it is q_v (g_bucket / s - G), where s is the bucket's mass. Here
+    q_v / s is the softmax over the non-candidates alone. It is computed with a maximum of its own, so s keeps all its
+    digits however small it is.
     """
     real = log_p[:, :-1] > NOTHING  # (n, K) not padding
     candidate_logits = x.gather(1, ids)  # (n, K)
@@ -284,12 +284,12 @@ def _to_gradient(x: Tensor, targets: Tensor, ids: Tensor, log_p: Tensor, task: _
     if task.on_cells is not None:
         divergence, g = value_and_gradient(task.on_cells, log_p, log_q)
 
-    # The gradient of a CE is a q_v, and a (q_v - 1) at the target: a cell's share of it joins that of b D.
+    # The gradient of a CE + b D: each cell has a q_c + b (g_c - q_c G), and the target has -a besides. The bucket's
+    # gradient is spread over its tokens by their softmax, which is x / total.
     a, b = task.scale * (1 - task.alpha), task.scale * task.alpha
-    on_q = a - b * g.sum(dim=-1, keepdim=True)  # (n, 1)
-    on_cells = log_q.exp() * on_q + b * g  # (n, K + 1)
-    x.mul_(on_cells[:, -1:] / total.clamp_min(1.0))
-    x.scatter_add_(1, ids, on_cells[:, :-1])  # onto zeros; padding adds 0
+    cell_gradients = log_q.exp() * (a - b * g.sum(dim=-1, keepdim=True)) + b * g  # (n, K + 1)
+    x.mul_(cell_gradients[:, -1:] / total.clamp_min(1.0))
+    x.scatter_add_(1, ids, cell_gradients[:, :-1])  # onto zeros; padding adds 0
     x.scatter_add_(1, targets[:, None], torch.full_like(target_logits, -a))
     return ce, divergence
 
