@@ -1,11 +1,10 @@
-"""kd evaluate, kd compare, kd init-student and kd chat through the real command; the metrics behind them."""
+"""kd evaluate, kd compare, kd init-student and kd chat through the real command."""
 
 import csv
 import json
 import shutil
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +17,7 @@ from kdcache.teachers import Sampling
 from trainer.data.prompts import Prompt
 from trainer.data.select import open_caches
 from trainer.evaluate import answers as judging
-from trainer.evaluate import bootstrap, compare, metrics, parts, positions, setup
+from trainer.evaluate import compare, metrics, parts, positions, setup
 from trainer.evaluate.config import EvaluateConfig
 from trainer.evaluate.folder import TEACHER
 from trainer.evaluate.run import evaluate
@@ -143,80 +142,6 @@ def test_retention_on_other_prompts_than_the_teachers_is_refused(kd, tiny_cache,
             compare.rows([tmp_path / "e"])
         pq.write_table(whole, file)
     assert compare.rows([tmp_path / "e"])
-
-
-# --- metrics ----------------------------------------------------------------------------------------------------------
-
-
-def test_rouge_takes_accents_and_enye_for_letters_where_the_papers_does_not():
-    answer, target = "El niño mañana", "el niño MAÑANA"
-    assert metrics.WordTokenizer().tokenize("¿Dónde está el nin\u0303o?") == ["dónde", "está", "el", "niño"]
-    assert metrics.rouge_l(answer, target) == 1 and metrics.rouge_l("El nino manana", target) == pytest.approx(1 / 3)
-    # ASCII words: niño is "ni" and "o", año "a" and "o". They share a word that neither has.
-    assert metrics.rouge_l("año", "niño") == 0 and metrics.rouge_l_of_the_paper("año", "niño") == pytest.approx(0.5)
-
-
-def test_rouge_knows_the_script_that_ascii_words_lose_whole():
-    assert (
-        metrics.rouge_l("привет мир", "привет мир") == 1
-        and metrics.rouge_l_of_the_paper("привет мир", "привет мир") == 0
-    )
-
-
-def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():
-    assert metrics.pass_at_k(4, 0, 2) == 0 and metrics.pass_at_k(4, 4, 1) == 1
-    assert metrics.pass_at_k(4, 1, 1) == 0.25 and metrics.pass_at_k(4, 1, 2) == 0.5 and metrics.pass_at_k(4, 2, 3) == 1
-    with pytest.raises(ValueError):
-        metrics.pass_at_k(2, 1, 3)
-
-
-def test_exact_leaves_composition_and_white_space_aside():
-    assert metrics.exact("nin\u0303o\n come", "niño come ") == 1 and metrics.exact("niño", "nino") == 0
-
-
-def test_ece_is_the_gap_between_confidence_and_being_right():
-    confidence, right = np.array([0.9, 0.9, 0.9, 0.1]), np.array([1.0, 1.0, 0.0, 0.0])
-    bins = metrics.bin_of(confidence)
-    sums = {
-        "confident": np.bincount(bins, confidence, metrics.BINS),
-        "right": np.bincount(bins, right, metrics.BINS),
-        "tokens": np.float64(4),
-    }
-    assert metrics.values(sums)["ece"] == pytest.approx((abs(2.7 - 2) + 0.1) / 4)
-    assert metrics.bin_of(np.array([0.0, 1.0])).tolist() == [0, metrics.BINS - 1]
-
-
-def test_an_interval_narrows_with_more_problems_and_holds_the_mean():
-    random = np.random.default_rng(0)
-    widths = []
-    for groups in (20, 2000):
-        hits = random.integers(0, 2, (1, groups)).astype(float)
-        sums = {"rougeL": hits, "rougeL_count": np.ones((1, groups))}
-        low, high = bootstrap.interval(bootstrap.bootstrap(sums)["rougeL"])
-        assert low <= hits.mean() <= high
-        widths.append(high - low)
-    assert widths[1] < widths[0] / 5 and bootstrap.interval(np.array([np.nan])) is None
-
-
-def test_a_handful_of_problems_has_no_interval():
-    sums = {"rougeL": np.random.default_rng(0).random((2, 4)), "rougeL_count": np.ones((2, 4))}
-    assert bootstrap.interval(bootstrap.bootstrap(sums)["rougeL"]) is None
-    more = {name: np.concatenate([values, values], axis=1) for name, values in sums.items()}
-    assert bootstrap.interval(bootstrap.bootstrap(more)["rougeL"]) is not None
-
-
-def test_intervals_are_paired_so_that_equal_models_differ_by_nothing():
-    hits = np.random.default_rng(1).random((1, 50))
-    sums = {"rougeL": hits, "rougeL_count": np.ones((1, 50))}
-    one, other = bootstrap.bootstrap(sums)["rougeL"], bootstrap.bootstrap(sums)["rougeL"]
-    assert bootstrap.interval(one - other) == (0, 0) and bootstrap.interval(one / other) == (1, 1)
-
-
-def test_runs_of_a_kind_widen_the_interval():
-    alike = np.full((2, 200), 0.5)
-    apart = np.stack([np.full(200, 0.2), np.full(200, 0.8)])
-    one, two = (bootstrap.bootstrap({"rougeL": s, "rougeL_count": np.ones_like(s)})["rougeL"] for s in (alike, apart))
-    assert np.ptp(bootstrap.interval(one)) == pytest.approx(0) and np.ptp(bootstrap.interval(two)) > 0.3
 
 
 def test_retention_is_the_ratio_to_the_teacher_at_the_same_temperature(tmp_path):
