@@ -190,15 +190,19 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
     from kdcache import machine
     from kdcache.capture import ray as cluster
     from kdcache.capture import run as capture
-    from kdcache.capture.plan import CaptureConfig, Plan
+    from kdcache.capture.config import CaptureConfig
+    from kdcache.capture.dry_run import dry_run
+    from kdcache.capture.resolve import resolve
     from kdcache.examples import types
-    from kdcache.teachers import Sampling, runs_on_gpu
+    from kdcache.progress import Progress
+    from kdcache.teachers import Sampling
+    from kdcache.teachers.device import runs_on_gpu
 
     warn_of_unsafe(options["unsafe_exec"])
-    workers = cluster.Workers(options.pop("ray_address"), options.pop("workers"), options.pop("gpus_per_worker"))
-    if workers.address is None and (workers.count or workers.gpus is not None):
+    ray = cluster.RayOptions(options.pop("ray_address"), options.pop("workers"), options.pop("gpus_per_worker"))
+    if ray.address is None and (ray.workers or ray.gpus_per_worker is not None):
         raise click.UsageError("--workers and --gpus-per-worker go with --ray")
-    if workers.address and options["plan_slice"]:
+    if ray.address and options["plan_slice"]:
         raise click.UsageError(
             "--ray hands out the shards itself; --plan-slice is for processes that do not know each other"
         )
@@ -211,31 +215,26 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         engine_extra=extra,
         **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")},
     )
-    plan = Plan(config)
+    plan = resolve(config)
     device = machine.chosen(runs_on_gpu(config.engine))
     named = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
-    note(f"{named} on {device}, {len(plan.examples)} examples -> {config.out}")
-    for text in (*plan.introduction(), *plan.notes()):
+    note(f"{named} on {device}, {plan.example_count} examples -> {config.out}")
+    for text in (*plan.introduction.lines(), *plan.notes):
         note(text)
     if options["dry_run"]:
-        print_facts(capture.dry_run(plan), options["as_json"])
+        print_facts(dry_run(plan), options["as_json"])
         return
     run = capture.run_slice if config.plan_slice else capture.run
-    if workers.address:
-        run = partial(cluster.run, workers=workers)
+    if ray.address:
+        run = partial(cluster.run, options=ray)
     line = ProgressLine("samples")
 
-    def show(state: capture.Progress) -> None:
-        shards = f"shard {min(state.shards_done + 1, state.shards)}/{state.shards}"
-        if workers.address:
-            shards += f"  {state.workers} workers" + (f" ({state.lost} lost)" if state.lost else "")
-        line.show(
-            state.samples_done, state.samples, f"{shards}  {state.tokens_per_second:,.0f} tokens/s", state.eta_seconds
-        )
+    def show(progress: Progress) -> None:
+        line.show(progress.done, progress.total, progress.note, progress.seconds_left)
 
     with CtrlC(lambda: line.last > 0) as interrupt:
         try:
-            found = run(plan, progress=show, stop=lambda: interrupt.asked, say=note)
+            found = run(plan, show=show, stop=lambda: interrupt.asked, say=note)
         except KeyboardInterrupt:
             line.close()
             note(f"interrupted; whole shards are kept. To continue:\n  {this_command()}")

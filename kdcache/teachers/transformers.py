@@ -13,7 +13,8 @@ import numpy as np
 from kdcache import models
 from kdcache.errors import UsageError
 from kdcache.prompts.tokenize import ids_in
-from kdcache.teachers import Answer, EngineOptions, Request, has_gpu
+from kdcache.teachers import Answer, EngineOptions, Request
+from kdcache.teachers.device import has_gpu
 
 
 class TransformersTeacher:

@@ -19,8 +19,9 @@ import numpy as np
 
 from kdcache import extras, models
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.teachers import Answer, EngineOptions, Refusal, Request, Say, runs_on_gpu
+from kdcache.teachers import Answer, EngineOptions, Refusal, Request, Say
 from kdcache.teachers.collector import ArrayCollector, Both
+from kdcache.teachers.device import runs_on_gpu
 
 #: On a machine without a GPU: one process (loads in a few seconds, schedules deterministically), a small KV cache.
 CPU_ENVIRONMENT = {

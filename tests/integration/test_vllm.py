@@ -16,7 +16,8 @@ from kdcache import models
 from kdcache.examples import load as examples
 from kdcache.examples import types
 from kdcache.prompts.tokenize import Prompts
-from kdcache.teachers import EngineOptions, Refusal, Request, Sampling, load
+from kdcache.teachers import EngineOptions, Refusal, Request, Sampling
+from kdcache.teachers.engine import load
 
 pytestmark = pytest.mark.integration
 K = 20
@@ -195,13 +196,17 @@ def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
 OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np
-from kdcache import embedded, examples, models
+from kdcache import models
+from kdcache.examples import load as examples
+from kdcache.examples.types import Columns
+from kdcache.models import embedded
 from kdcache.prompts.tokenize import Prompts
-from kdcache.teachers import EngineOptions, Request, load
+from kdcache.teachers import EngineOptions, Request
+from kdcache.teachers.engine import load
 
 model = str(embedded.prepare())
 prompts = Prompts(model, models.tokenizer(model))
-asked = [prompts.ask(e.messages, e.given) for e in examples.load("builtin", examples.Columns(), 24)]
+asked = [prompts.ask(e.messages, e.given) for e in examples.load("builtin", Columns(), 24)]
 requests = [Request(("x", str(i)), a.prompt_ids, a.completion_ids) for i, a in enumerate(asked)]
 teacher = load("vllm", EngineOptions(model, 8, 512, "float32", extra={"max_num_batched_tokens": 2048}))
 expected = {r.key: a for r, a in teacher.run(requests)}

@@ -81,7 +81,7 @@ def test_a_slice_makes_a_recorded_shard_anew(tiny_cache, tiny_model, rows_file, 
     """What the manifest said of a shard that is gone does not stand against the one that takes its place."""
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = capture_plan(tiny_model, rows_file, copy, plan_slice=(1, 2))
-    (copy / plan.mine()[0].name).unlink()
+    (copy / plan.assigned_shards()[0].name).unlink()
     assert capture.run_slice(plan)["complete"]
     assert manifest.summary(copy)["complete"]
     assert_same_cache(copy, tiny_cache)
@@ -192,37 +192,37 @@ def test_what_goes_wrong_in_a_worker_is_one_sentence_and_has_changed_nothing(
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = capture_plan(tiny_model, rows_file, copy, overwrite=True, seed=9, engine_extra={"max_num_seqs": 1})
     with pytest.raises(KDError, match=r"^--max-num-seqs: an option of vLLM; --engine transformers does not take it$"):
-        cluster.run(plan, cluster.Workers(count=1))
+        cluster.run(plan, cluster.RayOptions(workers=1))
     assert_same_cache(copy, tiny_cache)
-    unexpected = cluster._as_one_sentence(ValueError("no such head\nmore"))
+    unexpected = cluster.as_one_sentence(ValueError("no such head\nmore"))
     assert str(unexpected) == "a worker failed: ValueError: no such head. Whole shards are kept"
 
 
 def test_without_ray_it_says_how_to_get_it(tiny_model, rows_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(KDError, match=r"ray is not installed: pip install 'kdcache\[ray\]'"):
-        cluster.run(capture_plan(tiny_model, rows_file, tmp_path / "out"), cluster.Workers(count=1))
+        cluster.run(capture_plan(tiny_model, rows_file, tmp_path / "out"), cluster.RayOptions(workers=1))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_worker_has_the_gpus_that_its_engines_parallelism_asks_for(tiny_model, rows_file, tmp_path):
     plan = capture_plan(tiny_model, rows_file, tmp_path / "out", engine_extra={"tensor_parallel_size": 4})
-    assert cluster.Workers().gpus_each(plan) == 4 and cluster.Workers(gpus=8).gpus_each(plan) == 8
+    assert cluster.RayOptions().gpus(plan) == 4 and cluster.RayOptions(gpus_per_worker=8).gpus(plan) == 8
     with pytest.raises(UsageError, match="the engine's parallelism asks for 4"):
-        cluster.Workers(gpus=2).gpus_each(plan)
-    assert cluster.Workers().gpus_each(capture_plan(tiny_model, rows_file, tmp_path / "out")) == 0
+        cluster.RayOptions(gpus_per_worker=2).gpus(plan)
+    assert cluster.RayOptions().gpus(capture_plan(tiny_model, rows_file, tmp_path / "out")) == 0
 
 
 def test_a_lost_workers_shards_are_the_next_to_be_drawn():
-    desk = cluster.Desk(["a", "b", "c", "d"])
-    assert [desk.draw(0), desk.draw(0), desk.draw(1)] == [["a"], ["b"], ["c"]]
-    desk.report(0, cluster.Report(shards=1, samples=7))
-    desk.put_back(0, [1])  # the first was written
-    assert desk.reports()[0].shards == 1 and desk.begun(0) == []
-    assert [desk.draw(2), desk.draw(2), desk.draw(2)] == [["b"], ["d"], []]
-    desk.put_back(2, [1, 3])
-    desk.close()
-    assert desk.draw(3) == []
+    shard_queue = cluster.ShardQueue(["a", "b", "c", "d"])
+    assert [shard_queue.draw(0), shard_queue.draw(0), shard_queue.draw(1)] == [["a"], ["b"], ["c"]]
+    shard_queue.report(0, capture.Tally(shards_written=1, answers=7))
+    shard_queue.put_back(0, [1])  # the first was written
+    assert shard_queue.tallies()[0].shards_written == 1 and shard_queue.begun(0) == []
+    assert [shard_queue.draw(2), shard_queue.draw(2), shard_queue.draw(2)] == [["b"], ["d"], []]
+    shard_queue.put_back(2, [1, 3])
+    shard_queue.close()
+    assert shard_queue.draw(3) == []
 
 
 @pytest.mark.slow

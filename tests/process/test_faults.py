@@ -17,6 +17,7 @@ import pytest
 from helpers import ROOT, capture_plan
 from kdcache.cache import integrity, manifest, query, reader
 from kdcache.cache.format import parquet_options
+from kdcache.capture import folder
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.storage import lock
@@ -319,7 +320,7 @@ def test_a_full_disk_stops_with_what_is_needed_and_keeps_whole_shards(kd, tiny_c
         with pytest.raises(KDError, match=r"disk full: vocab.parquet needs about 0.7 MB, and 0.\d MB are free"):
             capture.run(plan)
         (disk / "ballast").unlink()
-        capture.claim_folder(plan)
+        folder.claim(plan)
         fill_but(50_000)
         with pytest.raises(
             KDError, match=r"disk full: data/\S+ needs about \d\.\d MB, and 0\.\d MB are free at .*Whole shards"
@@ -356,9 +357,8 @@ class HalfBlindTeacher:
 
 def test_a_request_that_fails_is_recorded_with_the_reason_and_the_run_goes_on(tiny_model, rows_file, tmp_path):
     plan = capture_plan(tiny_model, rows_file, tmp_path / "out", mode="score")
-    capture.claim_folder(plan)
-    state = capture.Progress()
-    capture.fill(plan, plan.shards, HalfBlindTeacher(), state)
+    folder.claim(plan)
+    capture.fill(plan, plan.shards, HalfBlindTeacher(), capture.Tally())
     found = manifest.write(tmp_path / "out")
     assert found["complete"] and found["rows"] == 36 and found["rejected"] == 4
     reasons = {json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()}
@@ -376,7 +376,7 @@ def test_strict_fails_at_a_row_that_cannot_be_taken(tiny_model, rows_file, tmp_p
     with pytest.raises(KDError, match=r"--strict: rows:r17: row 18: no prompt"):
         capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", strict=True))
     capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
-    with pytest.raises(KDError, match="--strict: 1 rows could not be taken"):
+    with pytest.raises(KDError, match="--strict: 1 rows were rejected"):
         capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", strict=True))
 
 

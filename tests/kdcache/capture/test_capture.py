@@ -1,6 +1,8 @@
 """Phase one with the transformers engine and a tiny model: what is in a row, and that nothing is lost or mixed."""
 
 import json
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from helpers import ROOT, capture_plan
 from kdcache.cache import manifest, query
+from kdcache.capture import folder
 from kdcache.capture import run as capture
+from kdcache.capture.dry_run import dry_run
+from kdcache.capture.requests import questions_of
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import atomic, seal
 
@@ -162,7 +167,7 @@ def test_messages_are_read_up_to_the_last_assistant_turn(tiny_model, tmp_path):
 
 
 def test_the_dry_run_counts_and_writes_nothing(tiny_model, rows_file, tmp_path):
-    facts = capture.dry_run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
+    facts = dry_run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
     assert facts["samples_to_do"] == 78 and facts["rejected"] == 1 and facts["shards_to_do"] == facts["shards"]
     assert facts["sampled_completion_tokens_at_most"] == 39 * 12 and not (tmp_path / "out").exists()
 
@@ -229,11 +234,11 @@ def test_two_captures_started_into_one_folder_are_not_mixed(tiny_model, rows_fil
     """Both found the folder free; while the second's engine started, the first claimed it."""
     first = capture_plan(tiny_model, rows_file, tmp_path / "out")
     second = capture_plan(tiny_model, rows_file, tmp_path / "out", seed=1)
-    first.check_folder(), second.check_folder()
-    capture.claim_folder(first)
+    folder.check(first), folder.check(second)
+    folder.claim(first)
     with pytest.raises(KDError, match="seed: 0 -> 1"):
-        capture.claim_folder(second)
-    capture.claim_folder(capture_plan(tiny_model, rows_file, tmp_path / "out"))  # the same one is welcome
+        folder.claim(second)
+    folder.claim(capture_plan(tiny_model, rows_file, tmp_path / "out"))  # the same one is welcome
 
 
 def test_a_run_killed_before_its_first_file_leaves_no_obstacle(tiny_model, rows_file, tmp_path):
@@ -279,8 +284,9 @@ def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_p
     yesterday = "2001-02-03"
     atomic.write_json(tmp_path / "out/plan.json", seal.with_checksum(plan | {"date": yesterday}))
     again = capture_plan(str(model), rows, tmp_path / "out", mode="score")
-    (sample,) = again.samples_of(again.shards[0], again.examples[0])
-    assert sample.fields["prompt"] == "Today is 2001-02-03. a: "
+    [shard] = again.shards
+    (question,) = questions_of(again, again.open_prompts(), shard, shard.examples[0])
+    assert question.prompt == "Today is 2001-02-03. a: "
 
 
 @pytest.mark.parametrize("name", ["logprobs_mode", "model", "enable_prefix_caching"])
@@ -291,6 +297,20 @@ def test_options_that_would_falsify_the_cache_are_refused(tiny_model, rows_file,
 
 def test_only_what_differs_is_named_where_another_capture_is_in_the_folder(tiny_cache, tiny_model, rows_file):
     with pytest.raises(KDError) as refused:
-        capture_plan(tiny_model, rows_file, tiny_cache, seed=1).check_folder()
+        folder.check(capture_plan(tiny_model, rows_file, tiny_cache, seed=1))
     named = str(refused.value).partition("(old -> new):\n")[2].partition("\nA cache")[0]
     assert [line.strip() for line in named.splitlines()] == ["seed: 0 -> 1"]
+
+
+def test_a_plan_is_data(tiny_model, rows_file, tmp_path):
+    plan = capture_plan(tiny_model, rows_file, tmp_path / "out")
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_progress_says_the_shard_the_speed_and_the_time_left(tiny_model, rows_file, tmp_path):
+    reports = []
+    capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=8), reports.append)
+    assert [report.done for report in reports] == [*range(1, 17), 16]
+    assert {(report.total, report.unit) for report in reports} == {(16, "samples")}
+    assert all(re.fullmatch(r"shard \d/\d  [\d,]+ tokens/s", report.note) for report in reports)
+    assert all(report.seconds_left > 0 for report in reports[:15]) and reports[-1].seconds_left == 0

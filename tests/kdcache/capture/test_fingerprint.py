@@ -7,7 +7,7 @@ import pytest
 
 from helpers import capture_plan
 from kdcache.cache.format import fingerprint
-from kdcache.capture import plan
+from kdcache.capture import fingerprint as fingerprinted
 from kdcache.examples.types import BadRow, Columns, Example
 from kdcache.prompts.tokenize import TemplateFacts
 from kdcache.teachers import Sampling
@@ -75,10 +75,10 @@ def test_a_configuration_has_the_fingerprint_that_it_always_had(tiny_model, tmp_
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        (Example, plan.FINGERPRINTED_EXAMPLE),
-        (BadRow, plan.FINGERPRINTED_BAD_ROW),
-        (Sampling, plan.FINGERPRINTED_SAMPLING),
-        (TemplateFacts, plan.FINGERPRINTED_TEMPLATE),
+        (Example, fingerprinted.FINGERPRINTED_EXAMPLE),
+        (BadRow, fingerprinted.FINGERPRINTED_BAD_ROW),
+        (Sampling, fingerprinted.FINGERPRINTED_SAMPLING),
+        (TemplateFacts, fingerprinted.FINGERPRINTED_TEMPLATE),
     ],
 )
 def test_every_field_that_decides_a_number_is_in_the_fingerprint(kind, names):
