@@ -40,7 +40,7 @@ def _joined(arrays: Sequence[Any], dtype: type) -> pa.ListArray:
 
 
 def rows_to_table(rows: Sequence[CacheRow], precision: str) -> pa.Table:
-    """Return the Arrow table of one row group, rounded to ``precision``: ``q8`` (codebook and half), or ``f32`` (exact)."""
+    """Return the Arrow table of one row group, rounded to ``q8`` (codebook and half precision) or exact (``f32``)."""
     exact = precision == "f32"
     half = (lambda values: values.astype(np.float32)) if exact else round_half
     lengths = [row.completion_tokens for row in rows]
@@ -71,8 +71,8 @@ def rows_to_table(rows: Sequence[CacheRow], precision: str) -> pa.Table:
 def write_shard(path: Location, rows: Sequence[CacheRow], precision: str, metadata: dict[str, Any]) -> bool:
     """Write one shard as a whole, and return whether it got its name.
 
-    On a disk the file is written beside its final name, synced, and linked into place; in a store it is one upload. False
-    means that another writer's shard already has the name: that one is kept and this one is discarded.
+    On a disk the file is written beside its final name, synced, and linked into place; in a store it is one upload.
+    False means that another writer's shard already has the name: that one is kept and this one is discarded.
     A shard whose rows were all rejected has no row group, because an empty one breaks ``load_dataset``. The shard's own
     name is added to ``metadata``, so that a shard that was moved to another name is noticed.
     """

@@ -1,4 +1,4 @@
-"""The configuration of a capture: every option of ``kd cache-teacher``, and the checks that need no model and no data."""
+"""The configuration of a capture: the options of ``kd cache-teacher``, and the checks that need no model and no data."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from kdcache.teachers import Sampling
 
 MODES = ("score", "sample", "both")
 
-#: Without --max-model-len, on a CPU: vLLM must prefill a prompt in one piece there, and tries its memory at start-up.
+#: The default of --max-model-len on a CPU, where vLLM prefills a prompt in one piece and reserves memory for that.
 CPU_MAX_MODEL_LEN = 2048
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float", "half")  # the last two are vLLM's names
 
-#: Options that would make the cache say something else than it claims, or that have a name here.
+#: Engine options that would make a cache's numbers mean something else, or that have another name here; why.
 REFUSED_OPTIONS = {
     "model": "use --teacher",
     "tokenizer": "the teacher's own is used",
     "logprobs_mode": "a cache holds log-probabilities of the raw softmax",
     "skip_tokenizer_init": "the tokenizer is needed",
-    "enable_prefix_caching": "vLLM cannot score a prompt whose start it took from its cache",
+    "enable_prefix_caching": "vLLM cannot score a prompt whose start comes from that cache",
 }
 
-#: Engine options that change speed and memory, not numbers: recorded, not part of the fingerprint.
+#: Engine options that change speed and memory but no numbers, so they are not part of the fingerprint.
 SPEED_OPTIONS = frozenset(
     [
         "gpu_memory_utilization",
@@ -115,7 +115,8 @@ def check(config: CaptureConfig) -> None:
             raise UsageError(f"--plan-slice {index}/{count}: expected I/N with I from 0 to N - 1, as in 0/4 .. 3/4")
         if config.overwrite:
             raise UsageError(
-                "--overwrite would have each slice delete what the others wrote; delete the folder first, or use another --out"
+                "--overwrite would have each slice delete what the others wrote; delete the folder first, or use "
+                "another --out"
             )
     for flag, value in (
         ("--teacher", config.teacher),

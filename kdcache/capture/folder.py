@@ -106,8 +106,8 @@ def prepare(plan: Plan) -> None:
     Slices of one plan do so one after the other, so that two of them never rewrite the manifest at the same time.
     """
     out = plan.config.out
-    one_at_a_time = lock.held(out, ".lock-claim", wait=True) if plan.config.plan_slice else contextlib.nullcontext()
-    with one_at_a_time:
+    turn = lock.held(out, ".lock-claim", wait=True) if plan.config.plan_slice else contextlib.nullcontext()
+    with turn:
         if plan.config.plan_slice:
             folders.recover(out, CACHE)
         claim(plan)

@@ -39,7 +39,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration, resolved against its teacher and its examples. Picklable; it holds no tokenizer and no weights."""
+    """A configuration, resolved against its teacher and its examples. It can be pickled: it holds no tokenizer."""
 
     config: CaptureConfig
     model: str  # the teacher's folder

@@ -4,8 +4,8 @@
 
 The plan is the same as for one process. A *worker* is a Ray actor that holds one engine and fills shards with
 ``kdcache.capture.run.fill``; it draws the next shard from a *queue*, another actor, when its engine has room. The
-*driver* starts the workers, replaces those that die, shows progress, and writes the manifest at the end. All of them must
-see the cache's folder under one path.
+*driver* starts the workers, replaces those that die, shows progress, and writes the manifest at the end. All of them
+must see the cache's folder under one path.
 """
 
 from __future__ import annotations
@@ -230,9 +230,9 @@ class Driver:
         self._written_at_last_loss = self._tally.shards_written
         if self._losses_in_succession > MAX_LOSSES:
             raise KDError(
-                f"{self._losses_in_succession} workers died one after the other, and no shard was written in between; whole "
-                "shards are kept. Out of memory? Lower --workers, --max-num-batched-tokens or --gpu-memory-utilization, and "
-                "run the same command again"
+                f"{self._losses_in_succession} workers died one after the other, and no shard was written in between; "
+                "whole shards are kept. Out of memory? Lower --workers, --max-num-batched-tokens or "
+                "--gpu-memory-utilization, and run the same command again"
             )
 
     def _has_shards_left(self) -> bool:
@@ -249,8 +249,8 @@ class Driver:
             tallies = self._ray.get(self._queue.tallies.remote()).values()
         except exceptions.RayError as error:
             raise KDError(
-                f"Ray lost the actor that hands out the shards ({first_line(error)}); whole shards are kept: run the same "
-                "command again"
+                f"Ray lost the actor that hands out the shards ({first_line(error)}); whole shards are kept: run the "
+                "same command again"
             ) from None
         self._tally.shards_written = self._before.shards_written + sum(tally.shards_written for tally in tallies)
         self._tally.answers = sum(tally.answers for tally in tallies)
@@ -311,8 +311,8 @@ def _connected(plan: Plan, options: RayOptions) -> Iterator[Connection]:
         resources = ray.cluster_resources()
         if gpus > resources.get("GPU", 0) or resources.get("CPU", 0) < 1:
             raise KDError(
-                f"--gpus-per-worker {gpus:g}: Ray has {resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} CPUs "
-                "in all, so no worker would ever start"
+                f"--gpus-per-worker {gpus:g}: Ray has {resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} "
+                "CPUs in all, so no worker would ever start"
             )
         workers = options.workers or (max(1, int(resources["GPU"] // gpus)) if gpus else 1)
         yield Connection(ray, workers, gpus)

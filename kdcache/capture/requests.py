@@ -100,23 +100,23 @@ def beyond_vocabulary(token: int, vocab_size: int) -> str:
     return f"token {token}, is beyond the model's vocabulary of {vocab_size}: its tokenizer has more tokens than that"
 
 
-def _question(plan: Plan, shard: Shard, example: Example, asked: Asked, index: int | None) -> Question:
-    """``index`` None: score the given answer; else sample the teacher's answer of that number."""
+def _question(plan: Plan, shard: Shard, example: Example, text: Asked, index: int | None) -> Question:
+    """Return the question that scores the given answer (``index`` None), or that samples answer number ``index``."""
     sample_id = f"{example.source}:{example.row_id}:{'g' if index is None else f's{index}'}"
     seed = None if index is None else request_seed(plan.config.seed, sample_id, index)
     return Question(
-        request=Request((shard.name, sample_id), asked.prompt_ids, asked.completion_ids, seed),
+        request=Request((shard.name, sample_id), text.prompt_ids, text.completion_ids, seed),
         row_id=example.row_id,
-        differs=asked.differs,
+        differs=text.differs,
         sample_id=sample_id,
-        prompt_id=f"{stable_hash(asked.prompt):016x}",
+        prompt_id=f"{stable_hash(text.prompt):016x}",
         group_id=group_of(example),
         source=example.source,
         split=shard.split,
         task=example.task,
         language=example.language,
-        prompt=asked.prompt,
-        completion=asked.completion,
+        prompt=text.prompt,
+        completion=text.completion,
         reference=example.reference,
         verifier=example.verifier,
         sample_index=index,

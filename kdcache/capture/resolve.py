@@ -94,8 +94,8 @@ def _check_candidates(config: CaptureConfig, vocab_size: int) -> None:
     capture_k = sparsify.parse(config.sparsify, config.capture_k).capture_k
     if capture_k > vocab_size:
         raise UsageError(
-            f"{capture_k} candidates per position were asked for, but {config.teacher} has a vocabulary of {vocab_size}; "
-            "lower --sparsify or --capture-k"
+            f"{capture_k} candidates per position were asked for, but {config.teacher} has a vocabulary of {vocab_size}"
+            "; lower --sparsify or --capture-k"
         )
 
 
@@ -125,7 +125,7 @@ def _template_date(cache: Location) -> date:
 
 
 def _load(config: CaptureConfig) -> Rows:
-    """Return the first --limit examples in the data set's order or, with --shuffle, in the order of a hash of their ids."""
+    """Return the first --limit examples in the data set's order or, with --shuffle, in that of a hash of their ids."""
     limit = None if config.shuffle else config.limit
     rows = load.load(config.examples, config.columns, limit, config.data_path, config.prompt_format)
     if config.shuffle:
@@ -173,13 +173,13 @@ def describe_first_prompt(
     if example is None:
         return None
     try:
-        asked = ask_about(config, prompts, example, with_answer=config.mode != "sample")
+        ids = ask_about(config, prompts, example, with_answer=config.mode != "sample")
     except ValueError as error:
         return str(error)
     decode = prompts.tokenizer.decode
-    text = repr(decode(asked.prompt_ids))
-    if asked.completion_ids:
-        text += f" -> {decode(asked.completion_ids)!r}"
+    text = repr(decode(ids.prompt_ids))
+    if ids.completion_ids:
+        text += f" -> {decode(ids.completion_ids)!r}"
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 

@@ -2,8 +2,8 @@
 
     kd cache-teacher --teacher embedded --examples builtin --limit 50 --out data/first
 
-The plan (``plan.py``) says what will be in which shard. A shard is written when its last answer is in, as a whole or not
-at all. So the same command, run again after any interruption, continues with the shards that are missing.
+The plan (``plan.py``) says what will be in which shard. A shard is written when its last answer is in, as a whole or
+not at all. So the same command, run again after any interruption, continues with the shards that are missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run(
 ) -> dict[str, Any]:
     """Write the missing shards of a plan, and return the manifest.
 
-    Once ``stop`` returns True, no further shard is begun: the shards that are begun are finished, and the manifest is not
+    Once ``stop`` returns True, no further shard is begun: those that are begun are finished, and the manifest is not
     complete. ``say`` receives what the user should know about the engine.
     """
     with folders.held(plan.config.out, folders.CACHE):
@@ -59,7 +59,7 @@ def run_slice(
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Write the missing shards of a plan's slice, beside the processes of the other slices; return facts about the slice.
+    """Write the missing shards of a plan's slice, beside the processes of other slices; return facts about the slice.
 
     Slices do not write the manifest, which would be a race; ``kd cache info`` does when all are finished.
     """
@@ -110,7 +110,7 @@ def write_manifest(plan: Plan) -> dict[str, Any]:
 
 
 def sandbox_for(plan: Plan) -> Sandbox | None:
-    """Return where answers that are programs will run; None if there are none. KDError if this machine has no sandbox."""
+    """Return where answers that are programs will run; None if there are none. KDError where no sandbox works."""
     if not plan.config.verify:
         return None
     examples = (example for shard in plan.shards for example in shard.examples)
@@ -289,7 +289,7 @@ def reject(plan: Plan, opened: OpenShard, row: BadRow) -> None:
 
 
 def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> None:
-    """Write a shard whose answers are all in. ``seconds`` have passed since the shard before, so they sum to the run's."""
+    """Write a shard whose answers are all in. ``seconds`` count from the shard before, so they sum to the run's."""
     config = plan.config
     rows = [opened.rows[sample_id] for sample_id in opened.questions if sample_id in opened.rows]
     metadata = {

@@ -31,6 +31,6 @@ def needs_space(folder: Location, what: str, about_bytes: float) -> Iterator[Non
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise KDError(
-            f"disk full: {what} needs about {about_bytes / 1e6:.1f} MB, and {storage.free_bytes(folder) / 1e6:.1f} MB are "
-            f"free at {folder}. Whole shards are kept; make room and run the same command again"
+            f"disk full: {what} needs about {about_bytes / 1e6:.1f} MB, and {storage.free_bytes(folder) / 1e6:.1f} MB "
+            f"are free at {folder}. Whole shards are kept; make room and run the same command again"
         ) from None

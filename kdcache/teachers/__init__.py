@@ -27,7 +27,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """Score ``completion_ids`` after ``prompt_ids``; with ``completion_ids`` None, sample a completion with ``seed``."""
+    """Score ``completion_ids`` after ``prompt_ids``; with ``completion_ids`` None, sample one with ``seed``."""
 
     key: tuple[str, str]  # shard and sample_id
     prompt_ids: Sequence[int]

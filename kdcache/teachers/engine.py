@@ -1,4 +1,4 @@
-"""Load an engine by its name. The engines import the protocol from ``kdcache.teachers``; only this module imports them."""
+"""Load an engine by its name. Engines import the protocol from ``kdcache.teachers``; this module imports the engines."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def load(engine: str, options: EngineOptions, say: Say = lambda _: None) -> Teac
 def resolve_dtype(dtype: str, model_dtype: str | None, engine: str) -> str:
     """Return the dtype that ``auto`` stands for, and any other as it is.
 
-    On a GPU ``auto`` is what vLLM would choose. On a CPU it is the checkpoint's own dtype, or float32 where the processor
-    has no bfloat16 instructions, because vLLM's bfloat16 falls back to plain loops there (``benchmarks/dtype.py``
-    measures it). It is resolved here and not by the engine, because the fingerprint names it.
+    On a GPU ``auto`` is what vLLM would choose. On a CPU it is the checkpoint's own dtype, or float32 where the
+    processor has no bfloat16 instructions, because vLLM's bfloat16 falls back to plain loops there
+    (``benchmarks/dtype.py`` measures it). It is resolved here and not by the engine, because the fingerprint names it.
     """
     if dtype != "auto":
         return dtype
