@@ -1,4 +1,4 @@
-"""The configuration of a capture: the options of ``kd cache-teacher``, and the checks that need no model and no data."""
+"""The configuration of a capture: the options of ``kd cache-teacher``, and the checks that need no model or data."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from kdcache.examples.types import BadRow, Example
 from kdcache.models import embedded, identity
 from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, Prompts
 
-#: The fields that are hashed of an example, of a row that cannot be used, of the sampling options, and of the facts about
-#: a chat template. These names are part of every cache that exists: a field that is renamed keeps its old name here, and
-#: a new field is hashed only where it is not at its default.
+#: The fields that are hashed: of an example, of a row that cannot be used, of the sampling options, and of what a chat
+#: template does. These names are part of every cache that exists: a field that is renamed keeps its old name here, and a
+#: new field is hashed only where it is not at its default.
 FINGERPRINTED_EXAMPLE = (
     *("source", "row_id", "messages", "completion", "answer", "tools", "group_id", "reference", "task", "language"),
     *("verifier", "prompt", "content"),

@@ -38,7 +38,7 @@ class ShardQueue:
         self._closed = False
 
     def draw(self, worker: int) -> list[Any]:
-        """Return the next shard's reference in a list, as Ray would resolve a bare one; an empty list if none is left."""
+        """Return the next shard's reference in a list (Ray would resolve a bare one); an empty list if none is left."""
         if self._closed or not self._left:
             return []
         number = self._left.popleft()

@@ -1,4 +1,4 @@
-"""Load an engine by its name. Engines import the protocol from ``kdcache.teachers``; this module imports the engines."""
+"""Load an engine by its name. Engines import the protocol from ``kdcache.teachers``; this module imports them."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class VLLMTeacher:
                 if not smaller:
                     raise KDError(
                         f"vLLM stopped: {reason}. Whole shards are kept; run the same command again to continue. "
-                        "Out of memory? Lower --max-num-batched-tokens or --gpu-memory-utilization, which change no numbers."
+                        "Out of memory? Lower --max-num-batched-tokens or --gpu-memory-utilization: no number changes."
                     ) from error
             self._say(
                 "warning: vLLM ran out of memory; it starts again with steps of at most "
@@ -203,7 +203,7 @@ class VLLMTeacher:
         return _make_answer(ids, *self._flat(completion.logprobs, 0, len(ids)), reason)
 
     def _flat(self, flat: Any, first: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return rows ``first`` .. ``first + rows`` of vLLM's flat lists: ids and logprobs [rows, K+1], ranks [rows]."""
+        """Return rows ``first`` .. ``first + rows`` of vLLM's flat lists: ids, logprobs [rows, K+1], ranks [rows]."""
         width = self._k + 1
         part = slice(first * width, (first + rows) * width)
         return (
