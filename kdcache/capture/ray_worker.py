@@ -27,7 +27,7 @@ REPORT_SECONDS = 0.5
 class ShardQueue:
     """Knows which shards are left, and which worker has begun which. An actor; none of its methods blocks.
 
-    Shards are numbered as in the list it is made of.
+    A shard's number is its place in the list that the queue was made with.
     """
 
     def __init__(self, shards: Sequence[Any]):

@@ -169,9 +169,9 @@ def expected(plan: Plan, todo: list[Shard]) -> Tally:
 #     last answer of the shard  --->  wait for the shard's verdicts      <---  verdict
 #                                     write the shard
 #
-# The engine answers in any order, and opens the next shard before the last one is complete, so several shards are open
-# at a time. The background thread works in the order in which it was handed work: a shard's rows are all made before
-# the shard is written. A bounded queue makes the engine wait if the disk is slower.
+# The engine answers in any order, and draws from the next shard while answers of the previous one are missing, so several
+# shards are open at a time. The background thread works in the order in which it was handed work, so all rows of a shard
+# are made before the shard is written. Its queue is bounded: if the disk is slower than the engine, the engine waits.
 
 
 @dataclass
@@ -197,7 +197,8 @@ def fill(
 ) -> None:
     """Ask the teacher for all samples of ``shards``, and write each shard when its last answer is in.
 
-    ``shards`` is read only as far as the engine has room. ``tally`` is counted up; ``after_answer`` is called then.
+    A shard is drawn from ``shards`` when the engine has room for it. After each answer ``tally`` is counted up and
+    ``after_answer`` is called. Errors of all threads are raised here; shards that are not complete are dropped.
     """
     prompts = plan.open_prompts()
     open_shards: dict[str, OpenShard] = {}
