@@ -24,12 +24,15 @@ from typing import Any
 
 from shared import hardware, ratio
 
-from kdcache import teachers
+from kdcache.capture import folder
 from kdcache.capture import run as capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.plan import Plan
+from kdcache.capture.requests import questions_of
+from kdcache.capture.resolve import resolve
 from kdcache.teachers import Sampling
 from kdcache.teachers.collector import ArrayCollector
+from kdcache.teachers.engine import load
 
 K = 64
 
@@ -73,7 +76,13 @@ def drain(engine: Any, plan: Plan, **changes: Any) -> int:
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
-    samples = [s for shard in plan.shards for example in shard.examples for s in plan.samples_of(shard, example)]
+    prompts = plan.open_prompts()
+    samples: list[Any] = [
+        question
+        for shard in plan.shards
+        for example in shard.examples
+        for question in questions_of(plan, prompts, shard, example)
+    ]
     tokens = 0
     for number, sample in enumerate(samples):
         request = sample.request
@@ -101,10 +110,10 @@ def drain(engine: Any, plan: Plan, **changes: Any) -> int:
 
 def with_kd(teacher: Any, plan: Plan) -> int:
     shutil.rmtree(plan.config.out, ignore_errors=True)
-    capture.claim_folder(plan)
-    state = capture.Progress()
-    capture.fill(plan, plan.shards, teacher, state)
-    return state.tokens_done
+    folder.claim(plan)
+    tally = capture.Tally()
+    capture.fill(plan, plan.shards, teacher, tally)
+    return tally.tokens
 
 
 def seconds(run: Callable[[], int]) -> tuple[float, int]:
@@ -144,7 +153,7 @@ def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
 
     places = {
         "arrays": ("kd", (ArrayCollector, "update_from_output"), (ArrayCollector, "arrays")),
-        "sparsify_and_write": ("kd", (capture, "make_row"), (capture, "write")),
+        "sparsify_and_write": ("kd", (capture, "answered"), (capture, "write")),
         "flat": ("flat", (LogprobsProcessor, "update_from_output")),
         "dicts": ("dicts", (LogprobsProcessor, "update_from_output")),
     }
@@ -175,7 +184,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     scratch = Path(tempfile.mkdtemp(prefix="kdcache-benchmark-"))
     plans = {
-        mode: Plan(
+        mode: resolve(
             CaptureConfig(
                 out=scratch / mode,
                 teacher=options.teacher,
@@ -188,7 +197,7 @@ def main() -> None:
         )
         for mode in ("score", "sample")
     }
-    teacher: Any = teachers.load("vllm", plans["sample"].engine_options())
+    teacher: Any = load("vllm", plans["sample"].engine_options())
     found: dict[str, Any] = {
         "date": str(date.today()),
         "hardware": options.hardware,

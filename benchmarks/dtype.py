@@ -22,7 +22,8 @@ def measure(dtype: str) -> None:
     from kdcache.examples import types
     from kdcache.models import embedded
     from kdcache.prompts.tokenize import Prompts
-    from kdcache.teachers import EngineOptions, Request, load
+    from kdcache.teachers import EngineOptions, Request
+    from kdcache.teachers.engine import load
 
     model = str(embedded.prepare())
     prompts = Prompts(model, models.tokenizer(model))

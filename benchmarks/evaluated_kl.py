@@ -24,7 +24,7 @@ from shared import hardware, say
 
 from kdcache.capture import run as capture
 from kdcache.capture.config import CaptureConfig
-from kdcache.capture.plan import Plan
+from kdcache.capture.resolve import resolve
 from kdcache.machine import cpu, versions
 from kdcache.models import embedded
 from kdcache.storage import atomic
@@ -75,7 +75,7 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
         max_model_len=300,
         split_ratios=(0, 0, 1),
     )
-    capture.run(Plan(config))
+    capture.run(resolve(config))
     caches = open_caches([out])
     units = select(caches, "test")
     samples = units.load(np.arange(len(units)), ("entropies",))

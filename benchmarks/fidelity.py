@@ -49,6 +49,7 @@ from kdcache.cache.candidates import Candidates
 from kdcache.cache.format import CANDIDATE_LEAVES, FORMAT_VERSION, fingerprint
 from kdcache.cache.layout import shard_name
 from kdcache.cache.reader import normalise
+from kdcache.cache.row import CacheRow
 from kdcache.examples import load as examples
 from kdcache.examples import types
 from kdcache.hashing import stable_hash
@@ -243,9 +244,17 @@ def written_and_read(
     shard_rows = []
     for row, candidates in zip(rows, kept):
         zeros = np.zeros(len(row.completion_ids), np.float32)
-        fields = {"sample_id": row.sample_id, "split": "train"}
-        ranks = zeros.astype(np.int32)
-        shard_rows.append(writer.Row(fields, row.prompt_ids, row.completion_ids, zeros, ranks, zeros, candidates))
+        shard_row = CacheRow(
+            sample_id=row.sample_id,
+            split="train",
+            prompt_ids=row.prompt_ids,
+            completion_ids=row.completion_ids,
+            token_logprobs=zeros,
+            token_ranks=zeros.astype(np.int32),
+            entropies=zeros,
+            candidates=candidates,
+        )
+        shard_rows.append(shard_row)
     with tempfile.TemporaryDirectory() as scratch:
         name = shard_name("train", 0)
         path = Path(scratch) / name

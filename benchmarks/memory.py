@@ -23,6 +23,7 @@ from shared import peak_bytes, write_plan
 from kdcache.cache import manifest, writer
 from kdcache.cache.format import fingerprint
 from kdcache.cache.layout import shard_name
+from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.machine import cpu
 from kdcache.models import identity
@@ -60,9 +61,19 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
         logprobs = np.take_along_axis(full, ids, axis=1).astype(np.float32)
         completion = random.integers(2, VOCABULARY, TOKENS)
         own = full[np.arange(TOKENS), completion].astype(np.float32)
-        columns = {"sample_id": f"made-up:{i}:g", "split": "train", "origin": "given", "group_id": str(i)}
-        given = random.integers(2, VOCABULARY, 20).tolist(), completion.tolist(), own, np.ones(TOKENS, np.int32)
-        rows.append(writer.Row(columns, *given, -own, sparsifier(ids, logprobs)))
+        row = CacheRow(
+            sample_id=f"made-up:{i}:g",
+            split="train",
+            origin="given",
+            group_id=str(i),
+            prompt_ids=random.integers(2, VOCABULARY, 20).tolist(),
+            completion_ids=completion.tolist(),
+            token_logprobs=own,
+            token_ranks=np.ones(TOKENS, np.int32),
+            entropies=-own,
+            candidates=sparsifier(ids, logprobs),
+        )
+        rows.append(row)
     (folder / "data").mkdir(parents=True)
     first = folder / shard_name("train", 0)
     meta = {"format_version": 1, "fingerprint": cache_fingerprint, "rejected": []}

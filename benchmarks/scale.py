@@ -35,6 +35,7 @@ from shared import hardware, save_figure, say
 from kdcache.cache import manifest, sparsify, writer
 from kdcache.cache.format import SCHEMA, SPLITS, fingerprint, parquet_options
 from kdcache.cache.layout import shard_name, split_of_shard
+from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.judge import rewards_file as judging
 from kdcache.machine import cpu, peak_resident_bytes, versions
@@ -93,10 +94,24 @@ def base_table(rows: int) -> pa.Table:
         completion = random.integers(2, VOCABULARY, TOKENS)
         own = full[np.arange(TOKENS), completion]
         ranks = (full >= own[:, None]).sum(axis=1).astype(np.int32)
-        fields = {"source": "made-up", "task": "none", "language": "en", "origin": "given"}
-        fields |= {"prompt": "w2 " * PROMPT_TOKENS, "completion": "w3 " * TOKENS}
-        given = random.integers(2, VOCABULARY, PROMPT_TOKENS).tolist(), completion.tolist(), own, ranks
-        made.append(writer.Row(fields, *given, -(np.exp(full) * full).sum(axis=1), sparsifier(ids, logprobs)))
+        made.append(
+            CacheRow(
+                sample_id="",  # ``with_ids`` writes the ids
+                split="",
+                source="made-up",
+                task="none",
+                language="en",
+                origin="given",
+                prompt="w2 " * PROMPT_TOKENS,
+                completion="w3 " * TOKENS,
+                prompt_ids=random.integers(2, VOCABULARY, PROMPT_TOKENS).tolist(),
+                completion_ids=completion.tolist(),
+                token_logprobs=own,
+                token_ranks=ranks,
+                entropies=-(np.exp(full) * full).sum(axis=1),
+                candidates=sparsifier(ids, logprobs),
+            )
+        )
     return writer.rows_to_table(made, "q8")
 
 
@@ -173,7 +188,7 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
         import transformers  # noqa: F401
 
         from kdcache.capture.config import CaptureConfig
-        from kdcache.capture.plan import Plan
+        from kdcache.capture.resolve import resolve
     elif what == "loader":
         import trainer.data.select
         import trainer.data.stream
@@ -197,7 +212,7 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
             sparsify=f"topk:{K}",
             rows_per_shard=json.loads((cache / "plan.json").read_text())["shards"][0]["examples"],
         )
-        plan = timed("plan", lambda: Plan(config))
+        plan = timed("plan", lambda: resolve(config))
         (folder / "planned/data").mkdir(parents=True)
         for shard in plan.shards[:-1]:
             (folder / "planned" / shard.name).touch()
@@ -249,14 +264,15 @@ def writing() -> dict[str, float]:
         ranks = np.ones(256, np.int32)
         begun = time.thread_time()
         rows = [
-            writer.Row(
-                {"sample_id": str(i), "split": "train"},
-                ids[0, :20].tolist(),
-                ids[:, 0].tolist(),
-                logprobs[:, 0],
-                ranks,
-                sparsify.entropies(logprobs),
-                sparsifier(ids, logprobs, 0, str(i)),
+            CacheRow(
+                sample_id=str(i),
+                split="train",
+                prompt_ids=ids[0, :20].tolist(),
+                completion_ids=ids[:, 0].tolist(),
+                token_logprobs=logprobs[:, 0],
+                token_ranks=ranks,
+                entropies=sparsify.entropies(logprobs),
+                candidates=sparsifier(ids, logprobs, 0, str(i)),
             )
             for i in range(128)
         ]

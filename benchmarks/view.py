@@ -34,6 +34,7 @@ from shared import hardware, write_plan
 from kdcache.cache import writer
 from kdcache.cache.format import fingerprint
 from kdcache.cache.layout import shard_name
+from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
@@ -85,17 +86,29 @@ def make_cache(folder: Path, samples: int) -> None:
             candidates = pool[random.integers(len(pool))]
             length = len(candidates.counts)
             prompt, completion = random.integers(0, VOCABULARY, 30), random.integers(0, VOCABULARY, length)
-            columns = {
-                **{"sample_id": f"made-up:{i}:g", "prompt_id": f"{i:032x}", "group_id": str(i), "source": "made-up"},
-                **{"split": split, "task": "t", "language": "en", "origin": "given"},
-                "prompt": "".join(words[t] for t in prompt),
-                "completion": "".join(words[t] for t in completion),
-                "reward": float(i % 4 > 0) if i % 2 else None,
-            }
             entropies = random.gamma(2.0, random.uniform(0.2, 1), length).astype(np.float32)
             own = -random.gamma(2.0, random.uniform(0.2, 1), length).astype(np.float32)
             ranks = random.integers(1, 9, length).astype(np.int32)
-            rows.append(writer.Row(columns, prompt.tolist(), completion.tolist(), own, ranks, entropies, candidates))
+            row = CacheRow(
+                sample_id=f"made-up:{i}:g",
+                prompt_id=f"{i:032x}",
+                group_id=str(i),
+                source="made-up",
+                split=split,
+                task="t",
+                language="en",
+                origin="given",
+                prompt="".join(words[t] for t in prompt),
+                completion="".join(words[t] for t in completion),
+                reward=float(i % 4 > 0) if i % 2 else None,
+                prompt_ids=prompt.tolist(),
+                completion_ids=completion.tolist(),
+                token_logprobs=own,
+                token_ranks=ranks,
+                entropies=entropies,
+                candidates=candidates,
+            )
+            rows.append(row)
         shards.append({"name": shard_name(split, number), "examples": count})
         writer.write_shard(folder / shards[-1]["name"], rows, "q8", meta)
     plan = {"format_version": 1, "fingerprint": meta["fingerprint"], "fields": fields, "teacher_revision": None}

@@ -12,6 +12,7 @@ from typing import Any
 
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.plan import Plan
+from kdcache.capture.resolve import resolve
 from kdcache.teachers import Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +55,7 @@ def capture_plan(teacher: str, examples: Path, out: Path, **changes: Any) -> Pla
         "rows_per_shard": 16,
         "split_ratios": (0.6, 0.2, 0.2),
     }
-    return Plan(CaptureConfig(**(settings | changes)))
+    return resolve(CaptureConfig(**(settings | changes)))
 
 
 Kd = Callable[..., subprocess.CompletedProcess]

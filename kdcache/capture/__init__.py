@@ -1,1 +1,1 @@
-"""Phase one: run the teacher over the examples and write what it says into a cache."""
+"""Phase one: run the teacher over examples, and write its distributions into a cache. Start reading in ``run.py``."""

@@ -1,335 +1,300 @@
-"""Phase one on Ray: several engines fill one cache, and a worker that dies costs the shards it had begun.
+"""Phase one on Ray: several engines fill one cache, and a worker that dies costs only the shards it had begun.
 
     kd cache-teacher --teacher Qwen/Qwen2.5-3B-Instruct --examples rows.jsonl --out /shared/qwen --ray auto --workers 8
 
-The plan is the very one that one process follows. A *worker* is a Ray actor that holds one engine and feeds it with
-``capture.fill``, drawing the next shard from the *desk* whenever the engine has room; the desk is an actor that knows
-which worker has which shard. The driver starts workers, shows what they report, puts the shards of a lost one back on the
-desk and a new worker in its place, and sums the manifest at the end: workers write shards and nothing else. All of them
-need the folder of the cache under one path.
+The plan is the same as for one process. A *worker* is a Ray actor that holds one engine and fills shards with
+``kdcache.capture.run.fill``; it draws the next shard from a *queue*, another actor, when its engine has room. The
+*driver* starts the workers, replaces those that die, shows progress, and writes the manifest at the end. All of them
+must see the cache's folder under one path.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import os
-import platform
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kdcache import extras, models
-from kdcache.capture import run as capture
+from kdcache.capture import folder
 from kdcache.capture.plan import Plan, Shard
-from kdcache.capture.run import Progress
+from kdcache.capture.ray_worker import REPORT_SECONDS, ShardQueue, Worker
+from kdcache.capture.run import Tally, expected, sandbox_for, write_manifest
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.judge.sandbox import Sandbox
-from kdcache.models import identity
 from kdcache.progress import ShowProgress, silent
 from kdcache.storage import folders
-from kdcache.teachers import Say, Teacher, load, runs_on_gpu
+from kdcache.teachers import Say
+from kdcache.teachers.device import runs_on_gpu
 
 LOCAL = "local"
-#: So many workers may die one after the other without a shard written between; then it is not bad luck.
+#: This many workers may die in succession without a shard written in between. After one more, the run ends.
 MAX_LOSSES = 3
-REPORT_SECONDS = 0.5
-#: What a node's workers are told of the driver's environment; never a token or a key.
+#: The driver's environment variables that the workers get, by how they begin. None of them holds a token or a key.
 PASSED_ON = ("VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "TORCH_", "HF_HUB_DISABLE_", models.TRUST)
 
 
 @dataclass(frozen=True)
-class Workers:
-    """Where and how many: ``address`` is LOCAL (this machine), ``auto`` (the cluster it is part of) or HOST:PORT."""
+class RayOptions:
+    """Where the workers run, and how many."""
 
-    address: str | None = LOCAL
-    count: int | None = None  # None: as many as there are GPUs for, else one
-    gpus: float | None = None  # of each worker; None: as many as its engine's parallelism asks for
+    address: str | None = LOCAL  # LOCAL (this machine), ``auto`` (the cluster it belongs to) or HOST:PORT; None: no Ray
+    workers: int | None = None  # None: as many as there are GPUs for, else one
+    gpus_per_worker: float | None = None  # None: as many as the engine's parallelism asks for
 
-    def gpus_each(self, plan: Plan) -> float:
+    def gpus(self, plan: Plan) -> float:
+        """Return the GPUs of each worker."""
         extra = plan.config.engine_extra
         engine = int(extra.get("tensor_parallel_size", 1)) * int(extra.get("pipeline_parallel_size", 1))
-        if self.gpus is None:
+        if self.gpus_per_worker is None:
             return engine if engine > 1 or runs_on_gpu(plan.config.engine) else 0
-        if engine > 1 and self.gpus < engine:
-            raise UsageError(f"--gpus-per-worker {self.gpus:g}: the engine's parallelism asks for {engine}")
-        return self.gpus
-
-
-@dataclass
-class Report:
-    """What one worker has done."""
-
-    shards: int = 0
-    samples: int = 0
-    tokens: int = 0
-    more_samples: int = 0  # than the plan counted: some examples have one sample more or less
-
-
-class Desk:
-    """Which shards are left, and who has which. Runs as an actor; nothing in it blocks."""
-
-    def __init__(self, shards: Sequence[Any]):
-        self._shards = shards  # Ray's references: a shard's examples travel to the worker that takes it
-        self._left = deque(range(len(shards)))
-        self._begun: dict[int, list[int]] = {}  # by worker
-        self._reports: dict[int, Report] = {}
-        self._closed = False
-
-    def draw(self, worker: int) -> list[Any]:
-        """The next shard's reference, in a list (Ray would resolve a bare one); an empty one if there is none."""
-        if self._closed or not self._left:
-            return []
-        number = self._left.popleft()
-        self._begun.setdefault(worker, []).append(number)
-        return [self._shards[number]]
-
-    def report(self, worker: int, report: Report) -> None:
-        self._reports[worker] = report
-
-    def reports(self) -> dict[int, Report]:
-        return self._reports
-
-    def begun(self, worker: int) -> list[int]:
-        return self._begun.get(worker, [])
-
-    def put_back(self, worker: int, missing: Sequence[int]) -> None:
-        """A lost worker's shards that were not written are the next to be drawn."""
-        self._left.extendleft(reversed(missing))
-        report = self._reports.setdefault(worker, Report())
-        report.shards = len(self._begun.pop(worker, [])) - len(missing)
-
-    def close(self) -> None:
-        self._closed = True
-
-
-class Worker:
-    """One engine. Runs as an actor; what goes wrong is raised from its methods, and Ray carries it to the driver."""
-
-    def __init__(self, plan: Plan, number: int, desk: Any, sandboxed: bool):
-        self._plan, self._number, self._desk, self._sandboxed = plan, number, desk, sandboxed
-        self._teacher: Teacher | None = None
-
-    def start(self, driver_has_gpu: bool) -> list[str]:
-        """Start the engine, of the very teacher that the plan names; returns what the user should know of it."""
-        import ray
-
-        plan, config = self._plan, self._plan.config
-        if self._sandboxed:
-            self._sandbox: Sandbox | None = Sandbox(config.unsafe_exec)
-            self._sandbox.check()
-        else:
-            self._sandbox = None
-        if runs_on_gpu(config.engine) != driver_has_gpu and (config.dtype == "auto" or config.max_model_len is None):
-            raise KDError(
-                f"{platform.node()} {'has no' if driver_has_gpu else 'has a'} GPU, and the driver's machine is the other "
-                "way: name --dtype and --max-model-len, which would follow from the driver's"
-            )
-        plan.model = identity.model_folder(config.teacher, identity.revision(plan.model) or config.revision)
-        if identity.weights(plan.model) != plan.fields["weights"]:
-            raise KDError(f"{platform.node()}: the weights of {config.teacher} there are not those that the driver has")
-        self._ray = ray
-        said: list[str] = []
-        self._teacher = load(config.engine, plan.engine_options(), said.append)
-        return said
-
-    def run(self) -> None:
-        """Take shards until there are none."""
-        out = self._plan.config.out
-        if not (out / "plan.json").is_file():
-            raise KDError(f"{platform.node()} does not see {out}: --out must be a folder that all nodes share")
-        assert self._teacher is not None
-        state, reported = Progress(), 0.0
-
-        def report(state: Progress, at_once: bool = False) -> None:
-            nonlocal reported
-            if at_once or time.monotonic() - reported > REPORT_SECONDS:
-                reported = time.monotonic()
-                found = Report(state.shards_done, state.samples_done, state.tokens_done, state.samples)
-                sent = self._desk.report.remote(self._number, found)
-                if at_once:
-                    self._ray.get(sent)
-
-        capture.fill(self._plan, self._shards(), self._teacher, state, report, sandbox=self._sandbox)
-        report(state, at_once=True)
-
-    def _shards(self) -> Iterator[Shard]:
-        while drawn := self._ray.get(self._desk.draw.remote(self._number)):
-            yield self._ray.get(drawn[0])
+        if engine > 1 and self.gpus_per_worker < engine:
+            raise UsageError(f"--gpus-per-worker {self.gpus_per_worker:g}: the engine's parallelism asks for {engine}")
+        return self.gpus_per_worker
 
 
 def run(
     plan: Plan,
-    workers: Workers,
-    progress: ShowProgress = silent,
+    options: RayOptions,
+    show: ShowProgress = silent,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """``capture.run`` by several workers: do what is missing of a plan, and return the manifest."""
+    """Write the missing shards of a plan with several workers, and return the manifest.
+
+    The arguments are those of ``kdcache.capture.run.run``.
+    """
     with folders.held(plan.config.out, folders.CACHE):
-        capture.check_folder(plan)
+        folder.check_and_drop_stale_claim(plan)
         todo = plan.todo()
         if not todo:
-            capture.prepare(plan)
+            folder.prepare(plan)
         else:
-            with _connected(plan, workers) as (ray, count, gpus):
-                _Driver(ray, plan, todo, gpus).work(count, capture.begun(plan, progress), stop, say)
-        return capture.sum_up(plan)
+            with _connected(plan, options) as connection:
+                Driver(connection, plan, todo).work(folder.dropping_old_cache(plan, show), stop, say)
+        return write_manifest(plan)
 
 
-class _Driver:
-    """Hires workers, watches them, replaces the lost."""
+# --- the driver -------------------------------------------------------------------------------------------------------
+#
+# The life of a worker. Its state is which of its two methods it is in; Ray says when a method returns.
+#
+#                 start() returns                run() returns: no shard is left
+#     STARTING ---------------------> RUNNING ------------------------------------> finished
+#        |                               |
+#        |        its process dies       |
+#        +---------------+---------------+
+#                        v
+#                      lost: a new worker starts, if shards are left
+#
+# An error raised by start() or run() is not a loss. It would meet every worker, so it ends the capture.
+#
+# The life of a shard. Only the folder says what is written; what workers report serves the progress line.
+#
+#     queued ---- drawn by a worker ----> begun ---- its file exists ----> written
+#       ^                                   |
+#       +-- its worker is lost, no file ----+
+#
+# Ctrl-C closes the queue: begun shards are finished, and queued ones stay for the next run.
 
-    def __init__(self, ray: Any, plan: Plan, todo: list[Shard], gpus: float):
-        self._ray, self._plan, self._todo = ray, plan, todo
-        self._state = capture.expected(plan, todo)
-        self._done_before, self._planned_samples = self._state.shards_done, self._state.samples
-        self._sandboxed = capture.sandbox_for(plan) is not None
+
+@dataclass(frozen=True)
+class Connection:
+    """A connection to Ray, and what was asked of it."""
+
+    ray: Any
+    workers: int
+    gpus: float  # of each worker
+
+
+@dataclass
+class RunningCall:
+    """A worker, and which of its methods has been called and has not returned."""
+
+    number: int
+    actor: Any
+    is_started: bool = False  # False: in start(); True: in run()
+
+
+class Driver:
+    """Start workers, watch them, and replace those that are lost."""
+
+    def __init__(self, connection: Connection, plan: Plan, todo: list[Shard]):
+        self._connection, self._ray, self._plan, self._todo = connection, connection.ray, plan, todo
+        self._before = expected(plan, todo)
+        self._tally = expected(plan, todo)
+        self._sandboxed = sandbox_for(plan) is not None
         self._numbers = itertools.count()
-        self._losses = self._written_at_loss = self._redone = 0
-        self._actors: dict[int, Any] = {}
-        # The plan goes to every worker, its examples only shard by shard.
-        self._bare = copy.copy(plan)
-        self._bare.examples, self._bare.shards = [], []
+        self._calls: dict[Any, RunningCall] = {}  # by Ray's reference of the result
+        self._is_claimed = self._is_closed = False
+        self._lost = 0
+        self._losses_in_succession = self._written_at_last_loss = 0
+        self._repeated_answers = 0  # of lost workers, for shards that they did not write
+        self._sentences: set[str] = set()  # that the user has read: many workers say the same
+        # Each worker gets the plan without the shards; each shard goes to the worker that draws it.
         out = plan.config.out.absolute() if isinstance(plan.config.out, Path) else plan.config.out
-        self._bare.config = replace(plan.config, out=out, overwrite=False)
-        self._bare_ref = ray.put(self._bare)
-        self._desk = ray.remote(Desk).options(num_cpus=0).remote([ray.put(shard) for shard in todo])
-        self._actor_class = ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0)
+        config = replace(plan.config, out=out, overwrite=False)
+        self._plan_reference = self._ray.put(replace(plan, config=config, shards=()))
+        references = [self._ray.put(shard) for shard in todo]
+        self._queue = self._ray.remote(ShardQueue).options(num_cpus=0).remote(references)
+        self._worker_class = self._ray.remote(Worker).options(num_cpus=1, num_gpus=connection.gpus, max_restarts=0)
 
-    def work(self, count: int, progress: Callable[[Progress], None], stop: Callable[[], bool], say: Say) -> None:
-        said: set[str] = set()  # many workers have the same to say
-        starting: dict[Any, int] = {}
-        running: dict[Any, int] = {}
-        claimed = closed = False
+    def work(self, show: ShowProgress, stop: Callable[[], bool], say: Say) -> None:
+        """Return when every shard is written, or when ``stop`` was heeded and the begun shards are written."""
         try:
-            for _ in range(min(count, len(self._todo))):
-                starting |= self._hire()
-            while running or (starting and not closed and self._left()):
-                done, _ = self._ray.wait([*starting, *running], timeout=REPORT_SECONDS)
-                for ref in done:
-                    started = ref in starting
-                    number = starting.pop(ref) if started else running.pop(ref)
-                    if not self._returned(ref):
-                        self._lost(number)
-                        starting |= self._hire() if self._left() and not closed else {}
-                    elif started:
-                        for sentence in self._ray.get(ref):
-                            if sentence not in said:
-                                say(sentence)
-                            said.add(sentence)
-                        if not claimed:  # now that an engine runs: if none can start, --overwrite has deleted nothing
-                            capture.prepare(self._plan)
-                            self._state.started = time.monotonic()
-                            claimed = True
-                        running |= {self._actors[number].run.remote(): number}
-                    else:
-                        del self._actors[number]
-                if not closed and stop():
-                    self._desk.close.remote()
-                    closed = True
-                self._look(len(running))
-                if self._state.samples_done:
-                    progress(self._state)
-            if not claimed:
-                capture.prepare(self._plan)
-            progress(self._state)
+            for _ in range(min(self._connection.workers, len(self._todo))):
+                self._start_worker()
+            while self._is_busy():
+                returned, _ = self._ray.wait(list(self._calls), timeout=REPORT_SECONDS)
+                for reference in returned:
+                    self._on_return(reference, say)
+                if not self._is_closed and stop():
+                    self._queue.close.remote()
+                    self._is_closed = True
+                self._read_tallies()
+                if self._tally.answers:
+                    show(self._tally.progress(self._workers()))
+            if not self._is_claimed:
+                folder.prepare(self._plan)
+            show(self._tally.progress(self._workers()))
         finally:
-            for actor in self._actors.values():
-                self._ray.kill(actor)
+            for call in self._calls.values():
+                self._ray.kill(call.actor)
 
-    def _hire(self) -> dict[Any, int]:
+    def _is_busy(self) -> bool:
+        """Return whether to wait: for running workers always, for starting ones only while there is work for them."""
+        running = any(call.is_started for call in self._calls.values())
+        return running or (bool(self._calls) and not self._is_closed and self._has_shards_left())
+
+    def _start_worker(self) -> None:
         number = next(self._numbers)
-        actor = self._actor_class.remote(self._bare_ref, number, self._desk, self._sandboxed)
-        self._actors[number] = actor
-        return {actor.start.remote(runs_on_gpu(self._plan.config.engine)): number}
+        actor = self._worker_class.remote(self._plan_reference, number, self._queue, self._sandboxed)
+        reference = actor.start.remote(runs_on_gpu(self._plan.config.engine))
+        self._calls[reference] = RunningCall(number, actor)
 
-    def _left(self) -> bool:
+    def _on_return(self, reference: Any, say: Say) -> None:
+        """Move a worker to its next state."""
+        call = self._calls.pop(reference)
+        try:
+            sentences = self._result(reference)
+        except WorkerLost:
+            self._on_loss(call)
+            if self._has_shards_left() and not self._is_closed:
+                self._start_worker()
+            return
+        if call.is_started:
+            return  # finished
+        for sentence in sentences:
+            if sentence not in self._sentences:
+                say(sentence)
+            self._sentences.add(sentence)
+        if not self._is_claimed:  # the first engine runs: if none could start, --overwrite has deleted nothing
+            folder.prepare(self._plan)
+            self._tally.started = time.monotonic()
+            self._is_claimed = True
+        call.is_started = True
+        self._calls[call.actor.run.remote()] = call
+
+    def _result(self, reference: Any) -> Any:
+        """Return what a worker's method returned. WorkerLost if the worker is gone; its own errors become KDErrors."""
+        from ray import exceptions
+
+        try:
+            return self._ray.get(reference)
+        except exceptions.RayTaskError as error:
+            raise as_one_sentence(error.cause) from None
+        except exceptions.RayError:
+            raise WorkerLost from None
+
+    def _on_loss(self, call: RunningCall) -> None:
+        """Queue again what a lost worker had begun and not written. KDError if losses go on without progress."""
+        with contextlib.suppress(Exception):  # if it is only out of reach, it must not come back
+            self._ray.kill(call.actor)
+        begun = self._ray.get(self._queue.begun.remote(call.number))
+        missing = [number for number in begun if not self._is_written(self._todo[number])]
+        kept_answers = sum(
+            len(self._todo[number].examples) * self._plan.samples_per_example
+            for number in begun
+            if number not in missing
+        )
+        reported = self._ray.get(self._queue.tallies.remote()).get(call.number, Tally())
+        self._repeated_answers += max(reported.answers - kept_answers, 0)
+        self._ray.get(self._queue.put_back.remote(call.number, missing))
+        self._read_tallies()
+        self._lost += 1
+        is_progress = self._tally.shards_written > self._written_at_last_loss
+        self._losses_in_succession = 1 if is_progress else self._losses_in_succession + 1
+        self._written_at_last_loss = self._tally.shards_written
+        if self._losses_in_succession > MAX_LOSSES:
+            raise KDError(
+                f"{self._losses_in_succession} workers died one after the other, and no shard was written in between; "
+                "whole shards are kept. Out of memory? Lower --workers, --max-num-batched-tokens or "
+                "--gpu-memory-utilization, and run the same command again"
+            )
+
+    def _has_shards_left(self) -> bool:
         return any(not self._is_written(shard) for shard in self._todo)
 
     def _is_written(self, shard: Shard) -> bool:
         return (self._plan.config.out / shard.name).exists()
 
-    def _returned(self, ref: Any) -> bool:
-        """Whether a call of a worker ended well; False if the worker is no more. Its own errors are raised here."""
+    def _read_tallies(self) -> None:
+        """Sum the workers' tallies, those of lost workers included."""
         from ray import exceptions
 
         try:
-            self._ray.get(ref)
-        except exceptions.RayTaskError as error:
-            raise _as_one_sentence(error.cause) from None
-        except exceptions.RayError:
-            return False
-        return True
-
-    def _lost(self, number: int) -> None:
-        """Put back what a lost worker had begun and not written. KDError if that goes on and nothing gets done."""
-        with contextlib.suppress(Exception):  # it is dead, or not to be reached: then it must not come back
-            self._ray.kill(self._actors[number])
-        del self._actors[number]
-        begun = self._ray.get(self._desk.begun.remote(number))
-        missing = [index for index in begun if not self._is_written(self._todo[index])]
-        reported = self._ray.get(self._desk.reports.remote()).get(number, Report())
-        per = self._plan.samples_per_example
-        kept = sum(len(self._todo[index].examples) * per for index in begun if index not in missing)
-        self._redone += max(reported.samples - kept, 0)
-        self._ray.get(self._desk.put_back.remote(number, missing))
-        self._look(0)
-        self._state.lost += 1
-        self._losses = 1 + (self._losses if self._state.shards_done == self._written_at_loss else 0)
-        self._written_at_loss = self._state.shards_done
-        if self._losses > MAX_LOSSES:
-            raise KDError(
-                f"{self._losses} workers died one after the other and no shard was written between; whole shards are kept. Out of "
-                "memory? Lower --workers, --max-num-batched-tokens or --gpu-memory-utilization, and run the same command again"
-            )
-
-    def _look(self, alive: int) -> None:
-        from ray import exceptions
-
-        try:
-            reports = self._ray.get(self._desk.reports.remote()).values()
+            tallies = self._ray.get(self._queue.tallies.remote()).values()
         except exceptions.RayError as error:
             raise KDError(
-                f"Ray lost the actor that hands out the shards ({first_line(error)}); whole shards are kept: run the same "
-                "command again"
+                f"Ray lost the actor that hands out the shards ({first_line(error)}); whole shards are kept: run the "
+                "same command again"
             ) from None
-        state = self._state
-        state.workers = alive
-        state.shards_done = self._done_before + sum(report.shards for report in reports)
-        state.samples_done = sum(report.samples for report in reports)
-        state.tokens_done = sum(report.tokens for report in reports)
-        state.samples = self._planned_samples + self._redone + sum(report.more_samples for report in reports)
+        self._tally.shards_written = self._before.shards_written + sum(tally.shards_written for tally in tallies)
+        self._tally.answers = sum(tally.answers for tally in tallies)
+        self._tally.tokens = sum(tally.tokens for tally in tallies)
+        corrections = sum(tally.samples for tally in tallies)  # a worker counts by how much the plan was wrong
+        self._tally.samples = self._before.samples + self._repeated_answers + corrections
+
+    def _workers(self) -> str:
+        running = sum(call.is_started for call in self._calls.values())
+        return f"{running} workers" + (f" ({self._lost} lost)" if self._lost else "")
 
 
-def _as_one_sentence(cause: BaseException) -> KDError:
+class WorkerLost(Exception):
+    """A worker's process has died, or its node is out of reach."""
+
+
+def as_one_sentence(cause: BaseException) -> KDError:
+    """Return a worker's own sentence, or one that names an error nobody expected."""
     if isinstance(cause, KDError):
         return cause
     return KDError(f"a worker failed: {type(cause).__name__}: {first_line(cause)}. Whole shards are kept")
 
 
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
-def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]:
-    """Ray, how many workers, GPUs of each; KDError if it is missing or has no room for one worker."""
+def _connected(plan: Plan, options: RayOptions) -> Iterator[Connection]:
+    """Start Ray or connect to it. KDError if it is not installed, out of reach, or has no room for one worker."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns that it will be so one day
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns of a new default where it is unset
     try:
         import ray
     except ImportError:
         raise extras.missing("ray") from None
-    gpus = workers.gpus_each(plan)
+    gpus = options.gpus(plan)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
-        if workers.address == LOCAL:
+        if options.address == LOCAL:
             cores = os.cpu_count() or 1
             if not gpus:  # Ray would give each engine one thread
-                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (workers.count or 1))))
+                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // (options.workers or 1))))
             ray.init(
-                num_cpus=workers.count or cores,  # what Ray counts: one for each worker
+                num_cpus=options.workers or cores,  # Ray counts one for each worker
                 include_dashboard=False,
                 object_store_memory=256_000_000,
                 _node_ip_address="127.0.0.1",
@@ -337,16 +302,17 @@ def _connected(plan: Plan, workers: Workers) -> Iterator[tuple[Any, int, float]]
             )
         else:
             passed = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
-            ray.init(address=workers.address, runtime_env={"env_vars": passed}, **quiet)
+            ray.init(address=options.address, runtime_env={"env_vars": passed}, **quiet)
     except Exception as error:
-        raise KDError(f"--ray {workers.address}: Ray could not be started or reached: {first_line(error)}") from None
-    # Ray prints what it thinks of a lost worker to stdout, where data goes; it is counted in the progress line.
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.ExitStack() as leaving:
-        leaving.callback(ray.shutdown)
-        there = ray.cluster_resources()
-        if gpus > there.get("GPU", 0) or there.get("CPU", 0) < 1:
+        raise KDError(f"--ray {options.address}: Ray could not be started or reached: {first_line(error)}") from None
+    # Ray prints its opinion of a lost worker to stdout, where data goes. The progress line counts lost workers instead.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.ExitStack() as on_exit:
+        on_exit.callback(ray.shutdown)
+        resources = ray.cluster_resources()
+        if gpus > resources.get("GPU", 0) or resources.get("CPU", 0) < 1:
             raise KDError(
-                f"--gpus-per-worker {gpus:g}: Ray has {there.get('GPU', 0):g} GPUs and {there.get('CPU', 0):g} CPUs in all, "
-                "so no worker would ever start"
+                f"--gpus-per-worker {gpus:g}: Ray has {resources.get('GPU', 0):g} GPUs and {resources.get('CPU', 0):g} "
+                "CPUs in all, so no worker would ever start"
             )
-        yield ray, workers.count or (max(1, int(there["GPU"] // gpus)) if gpus else 1), gpus
+        workers = options.workers or (max(1, int(resources["GPU"] // gpus)) if gpus else 1)
+        yield Connection(ray, workers, gpus)

@@ -1,236 +1,325 @@
-"""Phase one, top to bottom: skip what is done, run the teacher, sparsify, write.
+"""Phase one, top to bottom: skip what is written, run the teacher, sparsify, write.
 
     kd cache-teacher --teacher embedded --examples builtin --limit 50 --out data/first
 
-``plan.py`` has fixed what will be in which shard. A shard is written when all its answers are in, whole or not at all;
-so running the same command again after any interruption continues with the shards that are missing.
+The plan (``plan.py``) says what will be in which shard. A shard is written when its last answer is in, as a whole or
+not at all. So the same command, run again after any interruption, continues with the shards that are missing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from kdcache import machine, storage
-from kdcache import progress as kdprogress
-from kdcache.cache import manifest, sparsify, writer
-from kdcache.cache.format import FORMAT_VERSION, SPLITS
-from kdcache.capture.plan import Plan, Sample, Shard
+from kdcache.cache import manifest, writer
+from kdcache.cache.format import FORMAT_VERSION
+from kdcache.cache.row import CacheRow
+from kdcache.capture import folder
+from kdcache.capture.plan import Plan, Shard
+from kdcache.capture.requests import Question, answered, questions_of
+from kdcache.capture.space import bytes_per_token, needs_space
 from kdcache.errors import KDError
-from kdcache.examples.types import BadRow
-from kdcache.judge import rewards_file as judging
+from kdcache.examples.types import BadRow, Example
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox, Workers
-from kdcache.progress import ShowProgress, silent
-from kdcache.prompts.tokenize import vocab_table, whole_turn
-from kdcache.storage import Location, atomic, folders, lock
-from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
-
-#: Bytes a candidate (id and q8 log-probability) takes on disk; the rest of a row takes about 25 bytes a token.
-#: Both measured on real text; used for the prediction of --dry-run alone.
-BYTES_PER_CANDIDATE = {"q8": 2.3, "f32": 4.9}
-OTHER_BYTES_PER_TOKEN = 25
-
-
-@dataclass
-class Progress:
-    """Handed to the progress callback after every answer."""
-
-    shards_done: int = 0
-    shards: int = 0
-    samples_done: int = 0
-    tokens_done: int = 0
-    samples: int = 0  # expected in this run
-    workers: int = 0  # that are at it, where there are several
-    lost: int = 0  # workers that died; others have taken over
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens_done / max(time.monotonic() - self.started, 1e-9)
-
-    @property
-    def eta_seconds(self) -> float | None:
-        if not self.samples_done:
-            return None
-        return (time.monotonic() - self.started) / self.samples_done * max(self.samples - self.samples_done, 0)
-
-    def shown(self) -> kdprogress.Progress:
-        """Return what users see of it."""
-        shards = f"shard {min(self.shards_done + 1, self.shards)}/{self.shards}"
-        if self.workers or self.lost:
-            shards += f"  {self.workers} workers" + (f" ({self.lost} lost)" if self.lost else "")
-        text = f"{shards}  {self.tokens_per_second:,.0f} tokens/s"
-        return kdprogress.Progress(self.samples_done, self.samples, "samples", text, self.eta_seconds)
-
-
-@dataclass
-class OpenShard:
-    """A shard whose answers are coming in."""
-
-    shard: Shard
-    samples: dict[str, Sample] = field(default_factory=dict)  # by sample_id, in the plan's order
-    rejected: list[BadRow] = field(default_factory=list)
-    rows: dict[str, writer.Row] = field(default_factory=dict)  # by sample_id
-    verdicts: dict[str, Future[verifiers.Verdict]] = field(default_factory=dict)  # of rows that have a verifier
-    answers: int = 0
+from kdcache.progress import Progress, ShowProgress, silent
+from kdcache.prompts.tokenize import Prompts, whole_turn
+from kdcache.storage import folders, lock
+from kdcache.teachers import Answer, Refusal, Request, Say, Teacher
+from kdcache.teachers.device import runs_on_gpu
+from kdcache.teachers.engine import load
 
 
 def run(
     plan: Plan,
-    progress: ShowProgress = silent,
+    show: ShowProgress = silent,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Do what is missing of a plan, and return the manifest.
+    """Write the missing shards of a plan, and return the manifest.
 
-    Once ``stop`` says so, no further shard is begun: those begun are finished, and the manifest is not complete.
-    ``say`` is told what the user should know of the engine.
+    Once ``stop`` returns True, no further shard is begun: those that are begun are finished, and the manifest is not
+    complete. ``say`` receives what the user should know about the engine.
     """
     with folders.held(plan.config.out, folders.CACHE):
-        _work(plan, progress, stop, say)
-        return sum_up(plan)
+        _write_missing(plan, show, stop, say)
+        return write_manifest(plan)
 
 
 def run_slice(
     plan: Plan,
-    progress: ShowProgress = silent,
+    show: ShowProgress = silent,
     stop: Callable[[], bool] = lambda: False,
     say: Say = lambda _: None,
 ) -> dict[str, Any]:
-    """Do what is missing of a plan's slice, beside the processes that do the others; returns what is there of it.
+    """Write the missing shards of a plan's slice, beside the processes of other slices; return facts about the slice.
 
-    Slices write shards (the first to come also what is fixed before); the manifest is summed by ``kd cache info``.
+    Slices do not write the manifest, which would be a race; ``kd cache info`` does when all are finished.
     """
     assert plan.config.plan_slice is not None
     with lock.held_slice(plan.config.out, *plan.config.plan_slice):
-        state = _work(plan, progress, stop, say)
-    mine = plan.mine()
+        tally = _write_missing(plan, show, stop, say)
+    assigned = plan.assigned_shards()
     missing = {shard.name for shard in plan.missing(plan.shards)}
-    of_mine = sum(shard.name in missing for shard in mine)
+    missing_assigned = sum(shard.name in missing for shard in assigned)
     return {
         "cache": str(plan.config.out),
         "plan_slice": "/".join(map(str, plan.config.plan_slice)),
-        "complete": not of_mine,
-        "shards": len(mine) - of_mine,
-        "shards_planned": len(mine),
-        "samples_now": state.samples_done,
-        "completion_tokens_now": state.tokens_done,
+        "complete": not missing_assigned,
+        "shards": len(assigned) - missing_assigned,
+        "shards_planned": len(assigned),
+        "samples_now": tally.answers,
+        "completion_tokens_now": tally.tokens,
         "shards_missing_in_the_cache": len(missing),
         "fingerprint": plan.fingerprint,
     }
 
 
-def _work(plan: Plan, progress: ShowProgress, stop: Callable[[], bool], say: Say) -> Progress:
-    """Write the shards that are this process's and are missing."""
-    check_folder(plan)
+def _write_missing(plan: Plan, show: ShowProgress, stop: Callable[[], bool], say: Say) -> Tally:
+    """Write the shards that are assigned to this process and missing, and return what was counted on the way."""
+    folder.check_and_drop_stale_claim(plan)
     todo = plan.todo()
-    state = expected(plan, todo)
-    sandbox = sandbox_for(plan) if todo else None
-    # The engine first: if it cannot start, --overwrite has deleted nothing.
-    teacher = load(plan.config.engine, plan.engine_options(), say) if todo else None
-    prepare(plan)
-    if teacher is not None:
-        state.started = time.monotonic()
-        fill(plan, todo, teacher, state, begun(plan, progress), stop, sandbox)
-    return state
+    tally = expected(plan, todo)
+    if not todo:
+        folder.prepare(plan)
+        return tally
+    sandbox = sandbox_for(plan)
+    # The engine starts before the folder is touched: if it cannot start, --overwrite has deleted nothing.
+    teacher = load(plan.config.engine, plan.engine_options(), say)
+    folder.prepare(plan)
+    tally.started = time.monotonic()
+    show = folder.dropping_old_cache(plan, show)
+    fill(plan, todo, teacher, tally, lambda: show(tally.progress()), stop, sandbox)
+    return tally
 
 
-def begun(plan: Plan, progress: ShowProgress) -> Callable[[Progress], None]:
-    """``progress`` that also deletes the old cache, which was set aside, at the first answer."""
-
-    def shown(state: Progress) -> None:
-        folders.drop(plan.config.out)
-        progress(state.shown())
-
-    return shown
-
-
-def check_folder(plan: Plan) -> None:
-    """Refuse a folder that is something else; delete a claim under which no shard was ever written."""
-    plan.check_folder()
-    if plan.finds_stale_claim() and not plan.config.overwrite:
-        assert isinstance(plan.config.out, Path)
-        folders.delete(plan.config.out, folders.CACHE)
+def write_manifest(plan: Plan) -> dict[str, Any]:
+    """Write the manifest from the shards, and return it. KDError for rejected rows under --strict."""
+    with needs_space(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
+        content = manifest.write(plan.config.out)
+    if plan.config.strict and content["rejected"]:
+        raise KDError(f"--strict: {content['rejected']} rows were rejected; see {plan.config.out}/rejected.jsonl")
+    return content
 
 
-def expected(plan: Plan, todo: list[Shard]) -> Progress:
-    """The state of a run that has ``todo`` before it."""
-    mine = len(plan.mine())
+def sandbox_for(plan: Plan) -> Sandbox | None:
+    """Return where answers that are programs will run; None if there are none. KDError where no sandbox works."""
+    if not plan.config.verify:
+        return None
+    examples = (example for shard in plan.shards for example in shard.examples)
+    try:
+        return verifiers.sandbox_for(
+            (example.verifier for example in examples if isinstance(example, Example)), plan.config.unsafe_exec
+        )
+    except KDError as error:
+        raise KDError(f"{error}; or --no-verify, and kd verify-answers later") from None
+
+
+# --- what is counted --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tally:
+    """How far a run has come. ``fill`` counts up; ``progress`` turns the counts into what the user sees."""
+
+    shards_written: int = 0  # those of earlier runs included
+    shards: int = 0
+    answers: int = 0  # of this run
+    samples: int = 0  # that this run will ask for, as far as is known
+    tokens: int = 0  # of completions, in this run
+    started: float = field(default_factory=time.monotonic)
+
+    def progress(self, workers: str = "") -> Progress:
+        """Return the state for the user; ``workers`` says how many processes share the work, if several do."""
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        shard = f"shard {min(self.shards_written + 1, self.shards)}/{self.shards}"
+        return Progress(
+            done=self.answers,
+            total=self.samples,
+            unit="samples",
+            note="  ".join(filter(None, [shard, workers, f"{self.tokens / seconds:,.0f} tokens/s"])),
+            seconds_left=seconds / self.answers * max(self.samples - self.answers, 0) if self.answers else None,
+        )
+
+
+def expected(plan: Plan, todo: list[Shard]) -> Tally:
+    """Return the tally of a run that is about to write ``todo``."""
+    assigned = len(plan.assigned_shards())
     samples = sum(len(shard.examples) for shard in todo) * plan.samples_per_example
-    return Progress(shards=mine, shards_done=mine - len(todo), samples=samples)
+    return Tally(shards_written=assigned - len(todo), shards=assigned, samples=samples)
 
 
-def prepare(plan: Plan) -> None:
-    """Claim the folder, and strike what its manifest and rewards say of shards that are to be written anew.
+# --- from shards to answers to shards ---------------------------------------------------------------------------------
+#
+# ``fill`` keeps three kinds of threads busy at the same time. Each answer moves from left to right:
+#
+#     this thread: the engine         the background thread: NumPy, disk       the judges: one program each
+#     -----------------------         ----------------------------------       ---------------------------
+#     open a shard when the engine
+#     has room, send its questions
+#     answer of a question      --->  sparsify it into a row             --->  judge it, if it has a verifier
+#     ... (other answers) ...                                                  ...
+#     last answer of the shard  --->  wait for the shard's verdicts      <---  verdict
+#                                     write the shard
+#
+# The engine answers in any order, and draws from the next shard while answers of the previous one are missing, so several
+# shards are open at a time. The background thread works in the order in which it was handed work, so all rows of a shard
+# are made before the shard is written. Its queue is bounded: if the disk is slower than the engine, the engine waits.
 
-    Slices of one plan do so one after the other: what a later one finds missing, an earlier one has struck already.
+
+@dataclass
+class OpenShard:
+    """A shard whose answers are coming in. All dictionaries are by sample_id."""
+
+    shard: Shard
+    questions: dict[str, Question] = field(default_factory=dict)  # in the plan's order
+    rejected: list[BadRow] = field(default_factory=list)
+    answers: int = 0  # counted by the engine's thread
+    rows: dict[str, CacheRow] = field(default_factory=dict)  # made by the background thread
+    verdicts: dict[str, Future[verifiers.Verdict]] = field(default_factory=dict)
+
+
+def fill(
+    plan: Plan,
+    shards: Iterable[Shard],
+    teacher: Teacher,
+    tally: Tally,
+    after_answer: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    sandbox: Sandbox | None = None,
+) -> None:
+    """Ask the teacher for all samples of ``shards``, and write each shard when its last answer is in.
+
+    A shard is drawn from ``shards`` when the engine has room for it. After each answer ``tally`` is counted up and
+    ``after_answer`` is called. Errors of all threads are raised here; shards that are not complete are dropped.
     """
-    out = plan.config.out
-    one_at_a_time = lock.held(out, ".lock-claim", wait=True) if plan.config.plan_slice else contextlib.nullcontext()
-    with one_at_a_time:
-        if plan.config.plan_slice:
-            folders.recover(out, folders.CACHE)
-        claim_folder(plan)
-        missing = plan.missing(plan.shards)
-        if missing:
-            manifest.forget(out, [shard.name for shard in missing])
-            judging.forget(out)
+    prompts = plan.open_prompts()
+    open_shards: dict[str, OpenShard] = {}
+    last_written = time.monotonic()
+
+    def requests() -> Iterator[Request]:
+        """Open one shard after the other; the engine draws from here when it has room."""
+        for shard in shards:
+            if stop():
+                return
+            opened = open_shards[shard.name] = open_shard(plan, prompts, shard)
+            # The plan counted every example as equally many samples; some have fewer.
+            tally.samples += len(opened.questions) - len(shard.examples) * plan.samples_per_example
+            yield from [question.request for question in opened.questions.values()]
+            if not opened.questions:
+                close(opened)
+
+    def close(opened: OpenShard) -> None:
+        del open_shards[opened.shard.name]
+        background(partial(write_and_count, opened))
+
+    def write_and_count(opened: OpenShard) -> None:
+        nonlocal last_written
+        add_rewards(opened)
+        written = time.monotonic()
+        write(plan, opened, teacher, seconds=written - last_written)
+        last_written = written
+        tally.shards_written += 1
+
+    with Workers() as judges, Background() as background, judges.stopped_by_errors():
+        for request, answer in teacher.run(requests()):
+            shard_name, sample_id = request.key
+            opened = open_shards[shard_name]
+            question = opened.questions[sample_id]
+            background(partial(add_answer, plan, prompts, opened, question, answer, judges, sandbox))
+            opened.answers += 1
+            tally.answers += 1
+            tally.tokens += 0 if isinstance(answer, Refusal) else len(answer.completion_ids)
+            if opened.answers == len(opened.questions):
+                close(opened)
+            after_answer()
+    after_answer()
 
 
-def sum_up(plan: Plan) -> dict[str, Any]:
-    """Write the manifest, and return it."""
-    with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
-        found = manifest.write(plan.config.out)
-    if plan.config.strict and found["rejected"]:
-        raise KDError(f"--strict: {found['rejected']} rows could not be taken; see {plan.config.out}/rejected.jsonl")
-    return found
+def open_shard(plan: Plan, prompts: Prompts, shard: Shard) -> OpenShard:
+    """Return a shard with its questions; examples that cannot be asked about are rejected."""
+    opened = OpenShard(shard)
+    for example in shard.examples:
+        for question in questions_of(plan, prompts, shard, example):
+            if isinstance(question, BadRow):
+                reject(plan, opened, question)
+            else:
+                opened.questions[question.sample_id] = question
+    return opened
 
 
-def claim_folder(plan: Plan) -> None:
-    """Make the folder this plan's: everything that is fixed before the first row is run."""
-    out = plan.config.out
-    if plan.config.overwrite and (out / "plan.json").is_file():
-        plan.check_folder()  # again: starting the engine took its time
-        if isinstance(out, Path):
-            folders.set_aside(out)
-        else:
-            empty(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not atomic.create_json(out / "plan.json", plan.as_json()):
-        plan.check_folder(overwrite=False)  # it may have come from another run while the engine started
-    (out / "data").mkdir(exist_ok=True)
-    judging.prepare(out)
-    for folder in (out, out / "data"):
-        atomic.remove_leftovers(folder)
-    if not (out / "vocab.parquet").is_file():
-        with room_for(out, "vocab.parquet", 15 * plan.vocab_size):
-            writer.write_table(out / "vocab.parquet", vocab_table(plan.prompts.tokenizer, plan.vocab_size))
+def add_answer(
+    plan: Plan,
+    prompts: Prompts,
+    opened: OpenShard,
+    question: Question,
+    answer: Answer | Refusal,
+    judges: Workers,
+    sandbox: Sandbox | None,
+) -> None:
+    """Make the row of an answer, and hand the answer to the judges if its row has a verifier."""
+    row = answered(plan, prompts, question, answer)
+    if isinstance(row, BadRow):
+        reject(plan, opened, row)
+        return
+    opened.rows[row.sample_id] = row
+    if plan.config.verify and row.verifier is not None:
+        turn = whole_turn(question.prompt, row.completion or "")
+        verdict = judges.submit(verifiers.verify, row.verifier, turn, row.reference, sandbox)
+        opened.verdicts[row.sample_id] = verdict
 
 
-def empty(cache: Location) -> None:
-    """Delete a remote cache, plan.json last: interrupted anywhere, what is left is still a cache, to be overwritten."""
-    assert not isinstance(cache, Path)
-    for path in sorted(cache.below(), key=lambda path: path.name == "plan.json"):
-        path.unlink(missing_ok=True)
+def add_rewards(opened: OpenShard) -> None:
+    """Wait for the verdicts on a shard's answers, and put their rewards into the rows."""
+    for sample_id, verdict in opened.verdicts.items():
+        opened.rows[sample_id] = replace(opened.rows[sample_id], reward=verdict.result().reward)
+
+
+def reject(plan: Plan, opened: OpenShard, row: BadRow) -> None:
+    """Record a row that cannot be used in its shard; KDError under --strict."""
+    if plan.config.strict:
+        raise KDError(f"--strict: {row.source}:{row.row_id}: {row.reason}")
+    opened.rejected.append(row)
+
+
+def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> None:
+    """Write a shard whose answers are all in. ``seconds`` count from the shard before, so they sum to the run's."""
+    config = plan.config
+    rows = [opened.rows[sample_id] for sample_id in opened.questions if sample_id in opened.rows]
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": plan.fingerprint,
+        "date": str(plan.template_date),
+        "precision": config.precision,
+        "sparsify": str(plan.sparsifier),
+        "temperature": config.sampling.temperature,
+        "top_p": config.sampling.top_p,
+        "engine": teacher.version,
+        "hardware": "gpu" if runs_on_gpu(config.engine) else "cpu",
+        "seconds": round(seconds, 1),
+        "rejected": [asdict(row) for row in opened.rejected],
+        "differs": Counter(
+            question.differs
+            for question in opened.questions.values()
+            if question.differs and question.sample_id in opened.rows
+        ),
+    }
+    tokens = sum(row.completion_tokens for row in rows)
+    with needs_space(config.out, opened.shard.name, tokens * bytes_per_token(plan)):
+        writer.write_shard(config.out / opened.shard.name, rows, config.precision, metadata)
 
 
 class Background:
-    """One thread that sparsifies and writes while the engine works on; what is waiting for it is bounded.
+    """One thread that works while the engine goes on. Calling it hands work in, and waits while ``waiting`` are queued.
 
-    The first error ends its work and is raised from the next call.
+    The first error ends its work, and is raised from the next call or at the end.
     """
 
     def __init__(self, waiting: int = 128):
@@ -255,7 +344,7 @@ class Background:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        """Wait for what was handed in; after an error, for the piece of work at hand only."""
+        """Wait until all work is finished or, after an error, until the piece in progress is."""
         self._error = self._error or error
         self._work.put(None)
         self._thread.join()
@@ -265,204 +354,3 @@ class Background:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
-
-
-def fill(
-    plan: Plan,
-    todo: Iterable[Shard],
-    teacher: Teacher,
-    state: Progress,
-    progress: Callable[[Progress], None] = lambda _: None,
-    stop: Callable[[], bool] = lambda: False,
-    sandbox: Sandbox | None = None,
-) -> None:
-    """Feed the teacher from all shards to do in turn; write each shard when its last answer is in.
-
-    Shards are drawn from ``todo`` as the engine has room for them.
-    Answers are judged by their row's verifier in threads of their own, while the teacher goes on.
-    """
-    open_shards: dict[str, OpenShard] = {}
-    written = time.monotonic()
-
-    def requests() -> Iterator[Request]:
-        for shard in todo:
-            if stop():
-                return
-            opened = open_shards[shard.name] = OpenShard(shard)
-            for example in shard.examples:
-                for sample in plan.samples_of(shard, example):
-                    if isinstance(sample, BadRow):
-                        reject(plan, opened, sample)
-                    else:
-                        opened.samples[sample.sample_id] = sample
-            state.samples += len(opened.samples) - len(shard.examples) * plan.samples_per_example
-            for sample in opened.samples.values():
-                yield sample.request
-            if not opened.samples:
-                finish(opened)
-
-    def take(opened: OpenShard, sample: Sample, answer: Answer | Refusal) -> None:
-        row = make_row(plan, sample, answer)
-        if isinstance(row, BadRow):
-            reject(plan, opened, row)
-            return
-        opened.rows[sample.sample_id] = row
-        verifier = row.fields["verifier"]
-        if plan.config.verify and verifier is not None:
-            turn = whole_turn(row.fields["prompt"], row.fields["completion"])
-            asked = (verifier, turn, row.fields["reference"], sandbox)
-            opened.verdicts[sample.sample_id] = judges.submit(verifiers.verify, *asked)
-
-    def finish(opened: OpenShard) -> None:
-        del open_shards[opened.shard.name]
-        background(lambda: put(opened))
-
-    def put(opened: OpenShard) -> None:
-        nonlocal written
-        for sample_id, verdict in opened.verdicts.items():
-            opened.rows[sample_id].fields["reward"] = verdict.result().reward
-        now = time.monotonic()
-        write(plan, opened, teacher, seconds=now - written)
-        written = now
-        state.shards_done += 1
-
-    with Workers() as judges, Background() as background, judges.stopped_by_errors():
-        for request, answer in teacher.run(requests()):
-            shard_name, sample_id = request.key
-            opened = open_shards[shard_name]
-            background(partial(take, opened, opened.samples[sample_id], answer))
-            opened.answers += 1
-            state.samples_done += 1
-            state.tokens_done += 0 if isinstance(answer, Refusal) else len(answer.completion_ids)
-            if opened.answers == len(opened.samples):
-                finish(opened)
-            progress(state)
-    progress(state)
-
-
-def sandbox_for(plan: Plan) -> Sandbox | None:
-    """Where answers that are programs are run; None if there are none. KDError if there is no such place."""
-    if not plan.config.verify:
-        return None
-    asked = (example.verifier for example in plan.examples if not isinstance(example, BadRow))
-    try:
-        return verifiers.sandbox_for(asked, plan.config.unsafe_exec)
-    except KDError as error:
-        raise KDError(f"{error}; or --no-verify, and kd verify-answers later") from None
-
-
-def reject(plan: Plan, opened: OpenShard, row: BadRow) -> None:
-    """A row that cannot be taken is recorded with its shard, and the run goes on."""
-    if plan.config.strict:
-        raise KDError(f"--strict: {row.source}:{row.row_id}: {row.reason}")
-    opened.rejected.append(row)
-
-
-def make_row(plan: Plan, sample: Sample, answer: Answer | Refusal) -> writer.Row | BadRow:
-    """The teacher's answer, sparsified, with what was known of the sample before; or why there is none to be kept."""
-    fields = dict(sample.fields)
-    if isinstance(answer, Refusal):
-        return BadRow(fields["source"], sample.row_id, answer.reason)
-    if not len(answer.completion_ids):
-        return BadRow(fields["source"], sample.row_id, "the teacher answered nothing")
-    finite = np.isfinite(answer.token_logprobs).all() and np.isfinite(answer.logprobs[:, 0]).all()
-    if not finite or np.isnan(answer.logprobs).any():
-        return BadRow(fields["source"], sample.row_id, "the teacher's log-probabilities are not finite numbers")
-    if fields["origin"] == "sampled":
-        fields["completion"] = plan.prompts.decode(answer.completion_ids)
-        fields["finish_reason"] = answer.finish_reason
-    return writer.Row(
-        fields=fields,
-        prompt_ids=sample.request.prompt_ids,
-        completion_ids=answer.completion_ids,
-        token_logprobs=answer.token_logprobs,
-        token_ranks=answer.token_ranks,
-        entropies=sparsify.entropies(answer.logprobs),
-        candidates=plan.sparsifier(answer.ids, answer.logprobs, plan.config.seed, sample.sample_id),
-    )
-
-
-def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> None:
-    config = plan.config
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": plan.fingerprint,
-        "date": str(plan.date),
-        "precision": config.precision,
-        "sparsify": str(plan.sparsifier),
-        "temperature": config.sampling.temperature,
-        "top_p": config.sampling.top_p,
-        "engine": teacher.version,
-        "hardware": "gpu" if runs_on_gpu(config.engine) else "cpu",
-        "seconds": round(seconds, 1),  # since the shard before: they sum to the run's
-        "rejected": [asdict(row) for row in opened.rejected],
-        "differs": Counter(s.differs for id_, s in opened.samples.items() if s.differs and id_ in opened.rows),
-    }
-    rows = [opened.rows[sample_id] for sample_id in opened.samples if sample_id in opened.rows]
-    tokens = sum(len(row.completion_ids) for row in rows)
-    with room_for(config.out, opened.shard.name, tokens * bytes_per_token(plan)):
-        writer.write_shard(config.out / opened.shard.name, rows, config.precision, metadata)
-
-
-@contextlib.contextmanager
-def room_for(folder: Location, what: str, about_bytes: float) -> Iterator[None]:
-    """A full disk ends the run with what is needed and what is free; whole shards stay."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise KDError(
-            f"disk full: {what} needs about {about_bytes / 1e6:.1f} MB, and {storage.free_bytes(folder) / 1e6:.1f} MB are "
-            f"free at {folder}. Whole shards are kept; make room and run the same command again"
-        ) from None
-
-
-def bytes_per_token(plan: Plan) -> float:
-    """Predicted, and rather too much for ``threshold``, which seldom keeps the most it may."""
-    return plan.sparsifier.most_candidates * BYTES_PER_CANDIDATE[plan.config.precision] + OTHER_BYTES_PER_TOKEN
-
-
-def dry_run(plan: Plan) -> dict[str, Any]:
-    """What a run would do: samples, tokens, predicted bytes, free disk, shards. Nothing is written."""
-    config = plan.config
-    plan.check_folder()
-    todo = plan.todo()
-    samples = prompt_tokens = given_tokens = sampled_tokens = rejected = 0
-    differs: Counter[str] = Counter()
-    for shard in todo:
-        for sample in (s for example in shard.examples for s in plan.samples_of(shard, example)):
-            if isinstance(sample, BadRow):
-                rejected += 1
-                continue
-            samples += 1
-            differs.update([sample.differs] if sample.differs else [])
-            prompt_tokens += len(sample.request.prompt_ids)
-            if sample.request.completion_ids is None:
-                sampled_tokens += config.sampling.max_tokens
-            else:
-                given_tokens += len(sample.request.completion_ids)
-    return {
-        "out": str(config.out),
-        "fingerprint": plan.fingerprint,
-        "teacher": plan.fields["teacher"],
-        "engine": config.engine,
-        "dtype": plan.dtype,
-        "max_model_len": plan.max_model_len,
-        "device": machine.chosen(runs_on_gpu(config.engine)),
-        "examples": len(plan.examples),
-        "samples_to_do": samples,
-        "rejected": rejected,
-        "template": plan.prompts.facts.describe(plan.prompts.tokenizer),
-        "differs_from_template": dict(differs) or None,
-        "asks_first": plan.first_asked(),
-        "near_duplicates_dropped": plan.near_duplicates,
-        "prompt_tokens": prompt_tokens,
-        "given_completion_tokens": given_tokens,
-        "sampled_completion_tokens_at_most": sampled_tokens,
-        "predicted_bytes_at_most": int((given_tokens + sampled_tokens) * bytes_per_token(plan)),
-        "free_disk_bytes": storage.free_bytes(config.out),
-        "shards": len(plan.shards),
-        "shards_to_do": len(todo),
-        "shards_by_split": {split: sum(s.split == split for s in plan.shards) for split in SPLITS},
-    }

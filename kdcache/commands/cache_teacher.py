@@ -76,7 +76,8 @@ def cache_teacher(
     quiet.libraries()
     from kdcache.capture import ray as cluster
     from kdcache.capture import run as capture
-    from kdcache.capture.plan import Plan
+    from kdcache.capture.dry_run import dry_run as predicted
+    from kdcache.capture.resolve import resolve
 
     warn_of_unsafe(options["unsafe_exec"])
     if ray_address is None and (workers is not None or gpus_per_worker is not None):
@@ -86,17 +87,17 @@ def cache_teacher(
             "--ray assigns the shards itself; --plan-slice is for processes that do not know each other"
         )
     engine_options = cache_teacher.library_options(context)
-    plan = Plan(config_from(CaptureConfig, options, engine_extra=engine_options))
+    plan = resolve(config_from(CaptureConfig, options, engine_extra=engine_options))
     _introduce(plan)
     if dry_run:
-        print_facts(capture.dry_run(plan), as_json)
+        print_facts(predicted(plan), as_json)
         return
     run = capture.run_slice if plan.config.plan_slice else capture.run
     if ray_address is not None:
-        run = partial(cluster.run, workers=cluster.Workers(ray_address, workers, gpus_per_worker))
+        run = partial(cluster.run, options=cluster.RayOptions(ray_address, workers, gpus_per_worker))
     with ProgressLine() as line, CtrlC(lambda: line.begun) as interrupt:
         try:
-            manifest = run(plan, progress=line.show, stop=lambda: interrupt.requested, say=note)
+            manifest = run(plan, show=line.show, stop=lambda: interrupt.requested, say=note)
         except KeyboardInterrupt:
             line.close()
             note(f"interrupted; whole shards are kept. To continue:\n  {this_command()}")
@@ -115,12 +116,12 @@ def cache_teacher(
 def _introduce(plan: Plan) -> None:
     """Print, before the engine starts, which teacher runs where, and what the user should know."""
     from kdcache import machine
-    from kdcache.teachers import runs_on_gpu
+    from kdcache.teachers.device import runs_on_gpu
 
     config = plan.config
     teacher = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
-    note(f"{teacher} on {machine.chosen(runs_on_gpu(config.engine))}, {len(plan.examples)} examples -> {config.out}")
-    for text in (*plan.introduction(), *plan.notes()):
+    note(f"{teacher} on {machine.chosen(runs_on_gpu(config.engine))}, {plan.example_count} examples -> {config.out}")
+    for text in (*plan.introduction.lines(), *plan.notes):
         note(text)
 
 

@@ -1,8 +1,11 @@
-"""vLLM's log-probabilities as the arrays they are, before its front end makes Python objects of them.
+"""Collect vLLM's log-probabilities as arrays, before its front end turns them into Python objects.
 
-vLLM's engine hands [rows, K+1] arrays to a ``LogprobsProcessor`` a request, which turns them into lists: several
-microseconds a token, in one thread, for what we turn into arrays again. ``ArrayCollector`` stands in for it. It leans on
-vLLM's inside, so ``vllm.py`` uses it only after ``Both`` has shown at start-up that it gives the same bits.
+For each request vLLM's engine hands arrays [R, K+1] to a ``LogprobsProcessor``, which makes lists of them: several
+microseconds per token, in one thread, for what we would turn into arrays again. ``ArrayCollector`` takes its place. It
+relies on vLLM's internals, so ``vllm.py`` uses it only after a comparison at start-up, in which ``Both`` feeds the two
+side by side, has shown that the results are equal to the bit.
+
+Shapes: R positions of one request, K candidates per position.
 """
 
 from __future__ import annotations
@@ -14,16 +17,18 @@ import numpy as np
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 
-# What a step adds is a view of the whole batch's arrays: cheap to take, dear to keep. So many are held, then copied.
-VIEWS = 256
+# A step's output is a view into the arrays of the whole batch: it costs nothing to take, but keeps the batch in memory.
+# After this many steps the views are copied into one array and released.
+MOST_VIEWS = 256
 
 
 class ArrayCollector:
-    """Rows ``first`` .. ``first + rows`` of a request's log-probabilities; all rows with ``rows`` None.
+    """Collect rows ``first`` .. ``first + rows`` of one request's log-probabilities; with ``rows`` None, all of them.
 
-    Row layout, as vLLM has it: the token itself, then the K best.
+    Each row is laid out as in vLLM: the token itself, then the K best.
     """
 
+    # vLLM reads these attributes of a processor; None says that there is nothing to turn into text or lists.
     tokenizer = logprobs = prompt_logprobs = cumulative_logprob = prompt_token_id_logprobs = None
 
     def __init__(self, k: int, first: int = 0, rows: int | None = None):
@@ -33,17 +38,17 @@ class ArrayCollector:
         self._joined: list[Arrays] = []
 
     def update_from_output(self, output: Any) -> None:
-        """What vLLM calls with each of the engine's outputs for the request."""
+        """Take one output of the engine for this request. vLLM calls this after every step."""
         if output.new_logprobs is not None:
             self._views.append(output.new_logprobs)
-            if len(self._views) == VIEWS:
+            if len(self._views) == MOST_VIEWS:
                 self._joined.append(self._join(self._views))
                 self._views = []
         if output.new_prompt_logprobs_tensors is not None:
             self._views.append([tensor.numpy() for tensor in output.new_prompt_logprobs_tensors[:3]])
 
     def arrays(self) -> Arrays:
-        """ids [R, K+1] int32, logprobs [R, K+1] float32, rank of the token itself [R] int32."""
+        """Return ids [R, K+1] int32, logprobs [R, K+1] float32, and the rank of the token itself [R] int32."""
         ids, logprobs, ranks = self._join([*self._joined, *self._views])
         return ids[self._rows], logprobs[self._rows], ranks[self._rows]
 
@@ -61,7 +66,7 @@ class ArrayCollector:
 
 
 class Both:
-    """vLLM's own processor and a collector, fed from the very same outputs, to be compared."""
+    """Feed vLLM's own processor and a collector from the same outputs, so that they can be compared."""
 
     def __init__(self, public: Any, collector: ArrayCollector):
         self._public, self.collector = public, collector

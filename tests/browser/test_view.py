@@ -20,6 +20,7 @@ from playwright.sync_api import expect
 from helpers import ROOT
 from kdcache.cache import query, writer
 from kdcache.cache.layout import shard_name
+from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.storage import atomic, seal
 
@@ -86,11 +87,23 @@ def make_hostile(folder: Path, like: Path, tokenizer: str) -> None:
         logprobs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True) - 0.2
         candidates = random.permuted(np.tile(np.arange(49152), (1, 1)), axis=1)[0, :8] + np.zeros((len(ids), 1), int)
         candidates[:, 0] = ids
-        per_token = (np.full(len(ids), -1, np.float32), np.ones(len(ids), np.int32), np.full(len(ids), 2, np.float32))
-        columns = {"sample_id": name, "split": "train", "source": SCRIPT, "origin": "given", "group_id": name}
-        columns |= {"prompt": prompt, "completion": completion, "reference": SCRIPT}
-        sparse = sparsifier(candidates.astype(np.int32), logprobs.astype(np.float32))
-        rows.append(writer.Row(columns, encode(prompt[:2000]), ids, *per_token, sparse))
+        row = CacheRow(
+            sample_id=name,
+            split="train",
+            source=SCRIPT,
+            origin="given",
+            group_id=name,
+            prompt=prompt,
+            completion=completion,
+            reference=SCRIPT,
+            prompt_ids=encode(prompt[:2000]),
+            completion_ids=ids,
+            token_logprobs=np.full(len(ids), -1, np.float32),
+            token_ranks=np.ones(len(ids), np.int32),
+            entropies=np.full(len(ids), 2, np.float32),
+            candidates=sparsifier(candidates.astype(np.int32), logprobs.astype(np.float32)),
+        )
+        rows.append(row)
     meta = {"format_version": 1, "fingerprint": plan["fingerprint"], "rejected": []}
     writer.write_shard(folder / plan["shards"][0]["name"], rows, "q8", meta)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from kdcache.cache import integrity, query
-from kdcache.capture import plan as plans
+from kdcache.capture import fingerprint
 from kdcache.capture import run as capture
 from kdcache.capture.config import CaptureConfig
-from kdcache.capture.plan import Plan
+from kdcache.capture.resolve import resolve
+from kdcache.prompts import tokenize
 
 pytestmark = pytest.mark.integration
 
@@ -23,7 +25,7 @@ def config(model: str, out: Path) -> CaptureConfig:
 
 def captured(model: str, out: Path) -> dict[str, np.ndarray]:
     """Log-probabilities of the given answers' tokens, by sample."""
-    capture.run(Plan(config(model, out)))
+    capture.run(resolve(config(model, out)))
     _, rows = query.run(out, "SELECT sample_id, token_logprobs FROM samples")
     return {sample_id: np.array(logprobs) for sample_id, logprobs in rows}
 
@@ -61,9 +63,10 @@ def test_the_teacher_expects_the_end_of_given_answers(mended_cache):
     "end, says", [(2, "nothing in it shows that this matters here"), (0, "hardly expects the end of given answers")]
 )
 def test_verify_says_of_an_old_cache_where_the_policy_matters(smollm, tmp_path, monkeypatch, end, says):
-    monkeypatch.setattr(plans, "COMPLETION_POLICY_VERSION", 1)
-    plan = Plan(config(smollm, tmp_path / "old"))
-    plan.prompts.end_of_turn = end  # 0: <|endoftext|>, as policy 1 took it from such a generation_config
-    capture.run(plan)
+    probe = tokenize._probe
+    monkeypatch.setattr(fingerprint, "COMPLETION_POLICY_VERSION", 1)
+    # 0: <|endoftext|>, as policy 1 took it from such a generation_config
+    monkeypatch.setattr(tokenize, "_probe", lambda *arguments: replace(probe(*arguments), end_of_turn=end))
+    capture.run(resolve(config(smollm, tmp_path / "old")))
     [note] = integrity.verify(tmp_path / "old").notes
     assert note.startswith("made under completion policy 1 (now 2)") and says in note

@@ -1,4 +1,4 @@
-"""The real vLLM and the real SmolLM2, against the transformers oracle in float32."""
+"""The real vLLM with the real SmolLM2 gives what the transformers engine gives in float32."""
 
 import json
 import os
@@ -16,7 +16,8 @@ from kdcache import models
 from kdcache.examples import load as examples
 from kdcache.examples import types
 from kdcache.prompts.tokenize import Prompts
-from kdcache.teachers import EngineOptions, Refusal, Request, Sampling, load
+from kdcache.teachers import EngineOptions, Refusal, Request, Sampling
+from kdcache.teachers.engine import load
 
 pytestmark = pytest.mark.integration
 K = 20
@@ -24,16 +25,16 @@ K = 20
 
 @pytest.fixture(scope="module")
 def requests(smollm):
-    """Given answers of each task, and sampled ones: short, so that some end and some are cut."""
+    """Given answers of each task, and sampled ones so short that some end by themselves and some are cut."""
     prompts = Prompts(smollm, models.tokenizer(smollm))
-    found = []
+    asks = []
     for i, example in enumerate(examples.load("builtin", types.Columns(), 8)):
-        asked = prompts.ask(example.messages, example.given)
-        found.append(Request(("x", f"given {i}"), asked.prompt_ids, asked.completion_ids))
-        found.append(Request(("x", f"sampled {i}"), asked.prompt_ids, None, seed=i))
+        ids = prompts.ask(example.messages, example.given)
+        asks.append(Request(("x", f"given {i}"), ids.prompt_ids, ids.completion_ids))
+        asks.append(Request(("x", f"sampled {i}"), ids.prompt_ids, None, seed=i))
     say = prompts.prompt_ids(prompts.render([{"role": "user", "content": "Say just: yes"}]))
     return [
-        *found,
+        *asks,
         Request(("x", "sampled short"), say, None, seed=3),
         Request(("x", "given one"), say, [prompts.end_of_turn]),
     ]
@@ -59,13 +60,13 @@ def oracle(smollm):
 
 
 def score_again(oracle, requests, answers):
-    """The oracle's view of the very completions that vLLM scored or sampled."""
+    """Score the very completions of vLLM with the oracle."""
     again = [Request(r.key, r.prompt_ids, list(answers[r.key[1]].completion_ids)) for r in requests]
     return {request.key[1]: answer for request, answer in oracle.run(again)}
 
 
 def differences(ours, theirs):
-    """(largest difference of log-probabilities, positions whose candidates differ by more than a tie)."""
+    """Return the largest difference of log-probabilities, and at how many positions candidates differ by more than a tie."""
     largest, wrong = 0.0, 0
     largest = max(largest, float(np.abs(ours.token_logprobs - theirs.token_logprobs).max()))
     largest = max(largest, float(np.abs(ours.logprobs - theirs.logprobs).max()))
@@ -78,7 +79,7 @@ def differences(ours, theirs):
     return largest, wrong
 
 
-def test_vllm_says_what_the_oracle_says_in_both_modes_end_of_turn_included(requests, vllm_answers, oracle):
+def test_vllm_equals_the_oracle_in_both_modes_end_of_turn_included(requests, vllm_answers, oracle):
     truth = score_again(oracle, requests, vllm_answers)
     assert len(truth) == len(requests) == len(vllm_answers)
     ended = 0
@@ -112,7 +113,7 @@ def test_sampling_is_the_seeds_whatever_the_order_and_the_batch_mates(vllm_teach
     }
 
 
-def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm_teacher, requests, vllm_answers):
+def test_the_array_collector_is_in_use_and_equals_the_public_outputs_to_the_bit(vllm_teacher, requests, vllm_answers):
     assert vllm_teacher.collects, "at start-up it was found to differ"
     alone = [[r] for r in requests[:6]]  # one at a time: batches would change the last bits
     collected = [next(iter(vllm_teacher.run(r)))[1] for r in alone]
@@ -124,32 +125,32 @@ def test_the_array_collector_is_in_use_and_gives_the_public_paths_very_bits(vllm
     for ours, theirs in zip(collected, public):
         assert list(ours.completion_ids) == list(theirs.completion_ids) and ours.finish_reason == theirs.finish_reason
         for name in ("ids", "logprobs", "token_logprobs", "token_ranks"):
-            mine, other = getattr(ours, name), getattr(theirs, name)
-            assert mine.dtype == other.dtype and np.array_equal(mine, other), name
+            left, right = getattr(ours, name), getattr(theirs, name)
+            assert left.dtype == right.dtype and np.array_equal(left, right), name
 
 
-def test_a_collector_that_differs_or_fails_is_not_used_and_the_user_is_told_why(vllm_teacher, monkeypatch):
+def test_a_collector_that_differs_or_fails_is_not_used_and_the_user_learns_why(vllm_teacher, monkeypatch):
     from kdcache.teachers import collector
 
     def shifted(self):
         ids, logprobs, ranks = arrays(self)
         return ids, logprobs + 1e-7, ranks
 
-    arrays, said, used = collector.ArrayCollector.arrays, [], []
+    arrays, warnings, used = collector.ArrayCollector.arrays, [], []
 
     def choose():
         vllm_teacher._choose_collector()
         used.append(vllm_teacher.collects)
 
-    monkeypatch.setattr(vllm_teacher, "_say", said.append)
+    monkeypatch.setattr(vllm_teacher, "_say", warnings.append)
     with monkeypatch.context() as broken:
         broken.setattr(collector.ArrayCollector, "arrays", shifted)
         choose()
         broken.setattr(collector.ArrayCollector, "update_from_output", lambda self, output: output.no_such_thing)
         choose()
     choose()
-    assert used == [False, False, True] and len(said) == 2
-    assert "other values than the public way's" in said[0] and "no attribute 'no_such_thing'" in said[1]
+    assert used == [False, False, True] and len(warnings) == 2
+    assert "other values than the public way's" in warnings[0] and "no attribute 'no_such_thing'" in warnings[1]
 
 
 def test_a_request_that_vllm_refuses_is_answered_with_the_reason(vllm_teacher, requests):
@@ -195,13 +196,17 @@ def test_kd_cache_teacher_with_vllm_killed_and_run_again(tmp_path, smollm):
 OUT_OF_MEMORY = """
 import resource, sys
 import numpy as np
-from kdcache import embedded, examples, models
+from kdcache import models
+from kdcache.examples import load as examples
+from kdcache.examples.types import Columns
+from kdcache.models import embedded
 from kdcache.prompts.tokenize import Prompts
-from kdcache.teachers import EngineOptions, Request, load
+from kdcache.teachers import EngineOptions, Request
+from kdcache.teachers.engine import load
 
 model = str(embedded.prepare())
 prompts = Prompts(model, models.tokenizer(model))
-asked = [prompts.ask(e.messages, e.given) for e in examples.load("builtin", examples.Columns(), 24)]
+asked = [prompts.ask(e.messages, e.given) for e in examples.load("builtin", Columns(), 24)]
 requests = [Request(("x", str(i)), a.prompt_ids, a.completion_ids) for i, a in enumerate(asked)]
 teacher = load("vllm", EngineOptions(model, 8, 512, "float32", extra={"max_num_batched_tokens": 2048}))
 expected = {r.key: a for r, a in teacher.run(requests)}

@@ -1,4 +1,4 @@
-"""Phase one by several processes: slices of one plan, and Ray workers. Their cache is the very cache of one process."""
+"""Phase one by several processes, slices of one plan or Ray workers, gives the same cache as one process."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
 
 
 def command(model, rows, out, *more):
-    """`kd cache-teacher` as ``capture_plan`` has it."""
+    """Return the arguments of `kd cache-teacher` for the configuration of ``capture_plan``."""
     words = ["cache-teacher", "--teacher", model, "--examples", rows, "--out", out, "--engine", "transformers"]
     words += ["--dtype", "float32", "--mode", "both", "--temperature", 0.8, "--max-tokens", 12, "--sparsify", "topk:8"]
     return [*map(str, [*words, "--rows-per-shard", 16, "--split-ratios", "0.6,0.2,0.2", *more])]
@@ -35,12 +35,12 @@ def start(*arguments, start_new_session=False, **environment):
     return subprocess.Popen(words, env=environment, start_new_session=start_new_session, **pipes)
 
 
-def assert_same_cache(one, other):
-    """The same plan, and the same rows to the bit; whole, nothing twice, nothing left behind."""
-    assert json.loads((one / "plan.json").read_text()) == json.loads((other / "plan.json").read_text())
-    assert query.run(one, ALL) == query.run(other, ALL)
-    assert integrity.verify(one).sound and not list(one.glob("**/.*"))
-    assert json.loads((one / "manifest.json").read_text())["complete"]
+def assert_same_cache(cache, other):
+    """Assert equal plans, and equal rows to the bit; complete, without duplicates or leftover files."""
+    assert json.loads((cache / "plan.json").read_text()) == json.loads((other / "plan.json").read_text())
+    assert query.run(cache, ALL) == query.run(other, ALL)
+    assert integrity.verify(cache).sound and not list(cache.glob("**/.*"))
+    assert json.loads((cache / "manifest.json").read_text())["complete"]
 
 
 # --- slices ----------------------------------------------------------------------------------------------------------
@@ -52,10 +52,10 @@ def test_two_slices_at_the_same_time_make_the_cache_of_one_process(kd, tiny_cach
     answers = [process.communicate(timeout=300) for process in slices]
     assert [process.returncode for process in slices] == [0, 0], answers
     assert not (out / "manifest.json").exists(), "parallel workers never write it"
-    found = [json.loads(stdout) for stdout, _ in answers]
+    facts = [json.loads(stdout) for stdout, _ in answers]
     shards = len(json.loads((out / "plan.json").read_text())["shards"])
-    assert sum(f["shards"] for f in found) == shards and all(f["complete"] for f in found)
-    assert abs(found[0]["shards"] - found[1]["shards"]) <= 1 and sum(f["samples_now"] for f in found) == 78
+    assert sum(f["shards"] for f in facts) == shards and all(f["complete"] for f in facts)
+    assert abs(facts[0]["shards"] - facts[1]["shards"]) <= 1 and sum(f["samples_now"] for f in facts) == 78
     assert "kd cache info" in answers[0][1]
     assert json.loads(kd("cache", "info", out, "--json").stdout)["complete"]
     assert_same_cache(out, tiny_cache)
@@ -64,8 +64,8 @@ def test_two_slices_at_the_same_time_make_the_cache_of_one_process(kd, tiny_cach
 def test_a_slice_is_stopped_and_resumed_and_leaves_the_others_shards_alone(tiny_cache, tiny_model, rows_file, tmp_path):
     out = tmp_path / "out"
     plans = [capture_plan(tiny_model, rows_file, out, plan_slice=(i, 2)) for i in range(2)]
-    seen = []
-    first = capture.run_slice(plans[0], seen.append, stop=lambda: len(seen) > 3)
+    reports = []
+    first = capture.run_slice(plans[0], reports.append, stop=lambda: len(reports) > 3)
     assert first["shards"] == 1 and not first["complete"]
     kept = {path: path.read_bytes() for path in out.glob("data/*")}
     assert [f"data/{path.name}" for path in kept] == [plans[0].shards[0].name]
@@ -77,11 +77,13 @@ def test_a_slice_is_stopped_and_resumed_and_leaves_the_others_shards_alone(tiny_
     assert_same_cache(out, tiny_cache)
 
 
-def test_a_slice_makes_a_recorded_shard_anew(tiny_cache, tiny_model, rows_file, tmp_path):
-    """What the manifest said of a shard that is gone does not stand against the one that takes its place."""
+def test_a_slice_writes_a_missing_shard_again_although_the_manifest_records_it(
+    tiny_cache, tiny_model, rows_file, tmp_path
+):
+    """The manifest's entry of the missing shard is not held against the new one."""
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = capture_plan(tiny_model, rows_file, copy, plan_slice=(1, 2))
-    (copy / plan.mine()[0].name).unlink()
+    (copy / plan.assigned_shards()[0].name).unlink()
     assert capture.run_slice(plan)["complete"]
     assert manifest.summary(copy)["complete"]
     assert_same_cache(copy, tiny_cache)
@@ -92,7 +94,7 @@ def test_a_slice_of_another_run_is_refused(tiny_cache, tiny_model, rows_file):
         capture.run_slice(capture_plan(tiny_model, rows_file, tiny_cache, seed=5, plan_slice=(0, 2)))
 
 
-def test_a_plan_that_was_cut_otherwise_is_refused(tiny_cache, tiny_model, rows_file, tmp_path):
+def test_a_plan_with_other_shards_is_refused(tiny_cache, tiny_model, rows_file, tmp_path):
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = json.loads((copy / "plan.json").read_text())
     plan["shards"][0]["examples"] += 1
@@ -126,7 +128,7 @@ def test_slices_cannot_overwrite_and_ray_takes_no_slice(tiny_model, rows_file, t
         assert result.exit_code == 2 and words in result.output
 
 
-def test_slices_share_the_folder_and_nobody_else_writes(tmp_path):
+def test_slices_share_the_folder_and_no_other_process_writes(tmp_path):
     out = tmp_path / "out"
     with lock.held_slice(out, 0, 2):
         with lock.held_slice(out, 1, 2):
@@ -134,7 +136,7 @@ def test_slices_share_the_folder_and_nobody_else_writes(tmp_path):
                 lock.held_slice(out, 1, 2).__enter__()
             with pytest.raises(KDError, match=r"out is being written by process"):
                 lock.held(out).__enter__()
-        with pytest.raises(KDError, match=r"out is being written by process"):  # the first still has it
+        with pytest.raises(KDError, match=r"out is being written by process"):  # the first slice still holds it
             lock.held(out).__enter__()
     with lock.held(out), pytest.raises(KDError, match=r"out is being written by process"):
         lock.held_slice(out, 0, 2).__enter__()
@@ -145,12 +147,12 @@ def test_slices_share_the_folder_and_nobody_else_writes(tmp_path):
 
 
 def workers_of(driver):
-    """The processes of Ray's workers under a driver, by what Linux says of them."""
+    """Return the process ids of the Ray workers that descend from a driver, read from /proc."""
 
     def parent(process):
         return int((Path("/proc") / str(process) / "stat").read_text().rpartition(")")[2].split()[1])
 
-    found = []
+    workers = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if not (folder / "cmdline").read_bytes().startswith(b"ray::Worker"):
@@ -161,8 +163,8 @@ def workers_of(driver):
         except OSError:
             continue
         if ancestor == driver:
-            found.append(int(folder.name))
-    return found
+            workers.append(int(folder.name))
+    return workers
 
 
 def test_two_ray_workers_one_of_them_killed_make_the_cache_of_one_process(tiny_model, tmp_path):
@@ -185,44 +187,42 @@ def test_two_ray_workers_one_of_them_killed_make_the_cache_of_one_process(tiny_m
     assert_same_cache(out, tmp_path / "whole")
 
 
-def test_what_goes_wrong_in_a_worker_is_one_sentence_and_has_changed_nothing(
-    tiny_cache, tiny_model, rows_file, tmp_path
-):
+def test_an_error_in_a_worker_is_one_sentence_and_changes_nothing(tiny_cache, tiny_model, rows_file, tmp_path):
     pytest.importorskip("ray")
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     plan = capture_plan(tiny_model, rows_file, copy, overwrite=True, seed=9, engine_extra={"max_num_seqs": 1})
     with pytest.raises(KDError, match=r"^--max-num-seqs: an option of vLLM; --engine transformers does not take it$"):
-        cluster.run(plan, cluster.Workers(count=1))
+        cluster.run(plan, cluster.RayOptions(workers=1))
     assert_same_cache(copy, tiny_cache)
-    unexpected = cluster._as_one_sentence(ValueError("no such head\nmore"))
+    unexpected = cluster.as_one_sentence(ValueError("no such head\nmore"))
     assert str(unexpected) == "a worker failed: ValueError: no such head. Whole shards are kept"
 
 
-def test_without_ray_it_says_how_to_get_it(tiny_model, rows_file, tmp_path, monkeypatch):
+def test_without_ray_the_error_says_how_to_install_it(tiny_model, rows_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(KDError, match=r"ray is not installed: pip install 'kdcache\[ray\]'"):
-        cluster.run(capture_plan(tiny_model, rows_file, tmp_path / "out"), cluster.Workers(count=1))
+        cluster.run(capture_plan(tiny_model, rows_file, tmp_path / "out"), cluster.RayOptions(workers=1))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_worker_has_the_gpus_that_its_engines_parallelism_asks_for(tiny_model, rows_file, tmp_path):
     plan = capture_plan(tiny_model, rows_file, tmp_path / "out", engine_extra={"tensor_parallel_size": 4})
-    assert cluster.Workers().gpus_each(plan) == 4 and cluster.Workers(gpus=8).gpus_each(plan) == 8
+    assert cluster.RayOptions().gpus(plan) == 4 and cluster.RayOptions(gpus_per_worker=8).gpus(plan) == 8
     with pytest.raises(UsageError, match="the engine's parallelism asks for 4"):
-        cluster.Workers(gpus=2).gpus_each(plan)
-    assert cluster.Workers().gpus_each(capture_plan(tiny_model, rows_file, tmp_path / "out")) == 0
+        cluster.RayOptions(gpus_per_worker=2).gpus(plan)
+    assert cluster.RayOptions().gpus(capture_plan(tiny_model, rows_file, tmp_path / "out")) == 0
 
 
 def test_a_lost_workers_shards_are_the_next_to_be_drawn():
-    desk = cluster.Desk(["a", "b", "c", "d"])
-    assert [desk.draw(0), desk.draw(0), desk.draw(1)] == [["a"], ["b"], ["c"]]
-    desk.report(0, cluster.Report(shards=1, samples=7))
-    desk.put_back(0, [1])  # the first was written
-    assert desk.reports()[0].shards == 1 and desk.begun(0) == []
-    assert [desk.draw(2), desk.draw(2), desk.draw(2)] == [["b"], ["d"], []]
-    desk.put_back(2, [1, 3])
-    desk.close()
-    assert desk.draw(3) == []
+    shard_queue = cluster.ShardQueue(["a", "b", "c", "d"])
+    assert [shard_queue.draw(0), shard_queue.draw(0), shard_queue.draw(1)] == [["a"], ["b"], ["c"]]
+    shard_queue.report(0, capture.Tally(shards_written=1, answers=7))
+    shard_queue.put_back(0, [1])  # the first was written
+    assert shard_queue.tallies()[0].shards_written == 1 and shard_queue.begun(0) == []
+    assert [shard_queue.draw(2), shard_queue.draw(2), shard_queue.draw(2)] == [["b"], ["d"], []]
+    shard_queue.put_back(2, [1, 3])
+    shard_queue.close()
+    assert shard_queue.draw(3) == []
 
 
 @pytest.mark.slow
@@ -249,8 +249,8 @@ def test_ctrl_c_once_lets_all_workers_finish_the_shards_they_have_begun(tiny_mod
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_two_ray_workers_with_the_real_vllm_say_what_one_process_says(tmp_path, smollm):
-    """The same plan, ids and, within what batches change in float32, the same log-probabilities."""
+def test_two_ray_workers_with_the_real_vllm_give_the_cache_of_one_process(tmp_path, smollm):
+    """Same plan, same ids, and log-probabilities that differ only by what batching changes in float32."""
     pytest.importorskip("ray")
     pytest.importorskip("vllm")
     words = ["cache-teacher", "--limit", 24, "--mode", "both", "--max-tokens", 12, "--sparsify", "topk:8"]

@@ -1,4 +1,4 @@
-"""Nothing lost, nothing mixed, nothing believed unchecked: killed, damaged, truncated, full, lied to, shared."""
+"""No fault loses or mixes rows: kills, damaged and truncated files, a full disk, a false manifest, a second writer."""
 
 import json
 import multiprocessing
@@ -17,6 +17,7 @@ import pytest
 from helpers import ROOT, capture_plan
 from kdcache.cache import integrity, manifest, query, reader
 from kdcache.cache.format import parquet_options
+from kdcache.capture import folder
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.storage import lock
@@ -31,30 +32,30 @@ def copy(tiny_cache, tmp_path):
 
 
 def redo(model, rows, cache):
-    """What a user does after --repair: the same command again."""
+    """Run the same command again, as a user does after --repair."""
     return capture.run(capture_plan(model, rows, cache))
 
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
 
-def capture_in_a_process(model, rows, out):
+def capture_once(model, rows, out):
     capture.run(capture_plan(model, rows, out, rows_per_shard=8, sparsify="threshold:0.02", capture_k=64))
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_nothing_is_lost_and_nothing_stands_twice(kills, tiny_model, tmp_path):
+def test_kills_at_random_moments_lose_nothing_and_duplicate_nothing(kills, tiny_model, tmp_path):
     rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
     rows.write_text(
         "".join(json.dumps({"prompt": f"Number {i}", "completion": f"{i} " * 9}) + "\n" for i in range(300))
     )
-    capture_in_a_process(tiny_model, rows, tmp_path / "whole")
-    # The imports are paid for once; each child is forked from a process that has computed nothing.
+    capture_once(tiny_model, rows, tmp_path / "whole")
+    # The imports happen once; each child is forked from a process that has computed nothing yet.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "kdcache.capture.run", "helpers", "datasets"])
     chance, in_the_middle, kept = random.Random(kills), 0, {}
     for _ in range(kills):
-        process = context.Process(target=capture_in_a_process, args=(tiny_model, rows, out))
+        process = context.Process(target=capture_once, args=(tiny_model, rows, out))
         process.start()
         if not (out / "data").exists():  # the first kill is after the first shard
             while process.is_alive() and not list(out.glob("data/*.parquet")):
@@ -67,7 +68,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_stands_twice(kills
         assert all(shards[path] == data for path, data in kept.items()), "a shard once written never changes"
         kept = shards
     assert in_the_middle >= 2
-    capture_in_a_process(tiny_model, rows, out)
+    capture_once(tiny_model, rows, out)
     assert query.run(out, ALL) == query.run(tmp_path / "whole", ALL)
     assert integrity.verify(out).sound and not list(out.glob("**/.*")), "no half-written file, no lock is left"
 
@@ -76,7 +77,7 @@ def test_killed_at_random_moments_nothing_is_lost_and_nothing_stands_twice(kills
 
 
 def parts_of(shard):
-    """A byte in each part of a shard: both magics, every page of every column, the footer and its length."""
+    """Return an offset in each part of a shard: both magics, every page of every column, the footer and its length."""
     data = shard.read_bytes()
     footer = int.from_bytes(data[-8:-4], "little")
     parts = {"first magic": 1, "last magic": len(data) - 2, "footer length": len(data) - 7}
@@ -90,15 +91,15 @@ def parts_of(shard):
                 start = chunk.dictionary_page_offset or chunk.data_page_offset
                 name = chunk.path_in_schema
                 parts[f"header of {name}"] = start + 2
-                if chunk.total_compressed_size > 300:  # not the header of a page of nulls
+                if chunk.total_compressed_size > 300:  # else it may be a page of nulls, which is all header
                     parts[f"data of {name}"] = start + chunk.total_compressed_size // 2
                 parts[f"end of {name}"] = start + chunk.total_compressed_size - 1
     return parts
 
 
 @pytest.mark.parametrize("vouched", [True, False])
-def test_a_flipped_bit_in_each_part_of_a_shard_is_found(vouched, copy):
-    """By the manifest's sha256 and by the shard's own seal: pages, their headers and the footer."""
+def test_a_flipped_bit_in_each_part_of_a_shard_is_noticed(vouched, copy):
+    """The manifest's sha256 finds it, and without a manifest the shard's own seal."""
     shard = sorted((copy / "data").glob("train-*"))[0]
     name, plan = f"data/{shard.name}", manifest.read_plan(copy)
     recorded = manifest.recorded(copy)[name] if vouched else None
@@ -140,7 +141,7 @@ def test_a_truncated_shard_is_found_and_redone(length, copy, tiny_cache, tiny_mo
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "falsify",
     [
         lambda m: m["shards"][0].update(rows=m["shards"][0]["rows"] + 1),
         lambda m: m["shards"][0].update(completion_tokens=7),
@@ -150,11 +151,11 @@ def test_a_truncated_shard_is_found_and_redone(length, copy, tiny_cache, tiny_mo
         lambda m: m["shards"][0].pop("name"),
     ],
 )
-def test_a_lying_manifest_is_found(lie, copy, tiny_cache, tiny_model, rows_file):
-    found = json.loads((copy / "manifest.json").read_text())
-    first = found["shards"][0]["name"]
-    lie(found)
-    (copy / "manifest.json").write_text(json.dumps(found))
+def test_a_false_manifest_is_noticed(falsify, copy, tiny_cache, tiny_model, rows_file):
+    content = json.loads((copy / "manifest.json").read_text())
+    first = content["shards"][0]["name"]
+    falsify(content)
+    (copy / "manifest.json").write_text(json.dumps(content))
     report = integrity.verify(copy)
     assert list(report.problems) in (["manifest.json"], [first])
     integrity.repair(report)
@@ -172,7 +173,7 @@ def test_a_shard_that_is_not_what_was_written_is_not_laundered_by_a_new_manifest
 
 
 def rewritten(shard, **changes):
-    """The shard with some columns' values changed, written with valid checksums: only the numbers are wrong."""
+    """Change values of some columns and write the shard again with valid checksums, so that only the numbers are wrong."""
     table = pq.read_table(shard)
     for name, change in changes.items():
         place = table.schema.get_field_index(name)
@@ -205,10 +206,10 @@ def in_first(change):
         ("sample_id", lambda rows: [rows[0]] * len(rows), "stands"),
     ],
 )
-def test_numbers_that_cannot_be_are_found(column, change, word, copy):
+def test_impossible_numbers_are_noticed(column, change, word, copy):
     shard = sorted((copy / "data").glob("train-*"))[0]
     rewritten(shard, **{column: change})
-    (copy / "manifest.json").unlink()  # so that nothing but the numbers gives it away
+    (copy / "manifest.json").unlink()  # so that only the numbers show it
     problems = integrity.verify(copy).problems
     assert word in " ".join(problems[f"data/{shard.name}"]) and len(problems) == 1
 
@@ -234,9 +235,9 @@ def test_files_that_are_missing_foreign_or_edited_are_named(copy, tiny_cache, ti
     assert integrity.verify(copy).sound and query.run(copy, ALL) == query.run(tiny_cache, ALL)
 
 
-def test_kd_cache_verify_says_what_is_wrong_with_exit_code_3_and_repairs(kd, copy):
-    found = json.loads(kd("cache", "verify", copy, "--json").stdout)
-    assert found["sound"] and found["samples"] == 78 and found["problems"] == {}
+def test_kd_cache_verify_reports_problems_with_exit_code_3_and_repairs_them(kd, copy):
+    report = json.loads(kd("cache", "verify", copy, "--json").stdout)
+    assert report["sound"] and report["samples"] == 78 and report["problems"] == {}
     shard = sorted((copy / "data").glob("train-*"))[0]
     shard.write_bytes(shard.read_bytes()[:500])
     done = kd("cache", "verify", copy, code=3)
@@ -250,7 +251,7 @@ def test_kd_cache_verify_says_what_is_wrong_with_exit_code_3_and_repairs(kd, cop
 # --- shared, interrupted, full ---------------------------------------------------------------------------------------
 
 
-def test_a_second_writer_is_told_who_holds_the_cache(tiny_model, rows_file, tmp_path):
+def test_a_second_writer_learns_which_process_holds_the_cache(tiny_model, rows_file, tmp_path):
     with (
         lock.held(tmp_path / "out"),
         pytest.raises(KDError, match=rf"is being written by process {os.getpid()} on .* since 2"),
@@ -271,11 +272,11 @@ def test_an_engine_that_cannot_start_leaves_no_folder_behind(tiny_model, rows_fi
     assert not (tmp_path / "out").exists()
 
 
-def test_asked_to_stop_it_finishes_the_shards_that_are_begun_and_no_others(tiny_cache, tiny_model, rows_file, tmp_path):
-    seen = []
+def test_a_stopped_run_finishes_the_shards_that_it_has_begun_and_no_others(tiny_cache, tiny_model, rows_file, tmp_path):
+    reports = []
     plan = capture_plan(tiny_model, rows_file, tmp_path / "out")
-    found = capture.run(plan, seen.append, stop=lambda: len(seen) > 3)
-    assert len(found["shards"]) == 1 and not found["complete"]
+    summary = capture.run(plan, reports.append, stop=lambda: len(reports) > 3)
+    assert len(summary["shards"]) == 1 and not summary["complete"]
     assert capture.run(plan)["complete"] and query.run(tmp_path / "out", ALL) == query.run(tiny_cache, ALL)
 
 
@@ -319,7 +320,7 @@ def test_a_full_disk_stops_with_what_is_needed_and_keeps_whole_shards(kd, tiny_c
         with pytest.raises(KDError, match=r"disk full: vocab.parquet needs about 0.7 MB, and 0.\d MB are free"):
             capture.run(plan)
         (disk / "ballast").unlink()
-        capture.claim_folder(plan)
+        folder.claim(plan)
         fill_but(50_000)
         with pytest.raises(
             KDError, match=r"disk full: data/\S+ needs about \d\.\d MB, and 0\.\d MB are free at .*Whole shards"
@@ -356,11 +357,10 @@ class HalfBlindTeacher:
 
 def test_a_request_that_fails_is_recorded_with_the_reason_and_the_run_goes_on(tiny_model, rows_file, tmp_path):
     plan = capture_plan(tiny_model, rows_file, tmp_path / "out", mode="score")
-    capture.claim_folder(plan)
-    state = capture.Progress()
-    capture.fill(plan, plan.shards, HalfBlindTeacher(), state)
-    found = manifest.write(tmp_path / "out")
-    assert found["complete"] and found["rows"] == 36 and found["rejected"] == 4
+    folder.claim(plan)
+    capture.fill(plan, plan.shards, HalfBlindTeacher(), capture.Tally())
+    summary = manifest.write(tmp_path / "out")
+    assert summary["complete"] and summary["rows"] == 36 and summary["rejected"] == 4
     reasons = {json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()}
     assert {
         *(
@@ -372,11 +372,11 @@ def test_a_request_that_fails_is_recorded_with_the_reason_and_the_run_goes_on(ti
     assert integrity.verify(tmp_path / "out").sound
 
 
-def test_strict_fails_at_a_row_that_cannot_be_taken(tiny_model, rows_file, tmp_path):
+def test_strict_fails_at_a_row_that_cannot_be_used(tiny_model, rows_file, tmp_path):
     with pytest.raises(KDError, match=r"--strict: rows:r17: row 18: no prompt"):
         capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", strict=True))
     capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
-    with pytest.raises(KDError, match="--strict: 1 rows could not be taken"):
+    with pytest.raises(KDError, match="--strict: 1 rows were rejected"):
         capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", strict=True))
 
 

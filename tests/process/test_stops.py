@@ -1,4 +1,4 @@
-"""A base student that is trained from an instruct teacher's cache leaves able to stop, wherever its folder is opened."""
+"""A base student trained from an instruct teacher's cache learns to end its turns, in every program that opens its folder."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ END, BASE_END = 2, 0  # <|im_end|> of the teacher's template, <|endoftext|> of t
 
 @pytest.fixture(scope="module")
 def teacher(tiny_model, tmp_path_factory) -> str:
-    """The tiny model with heads of 64 numbers, which vLLM has a kernel for on CPUs."""
+    """The tiny model with attention heads of 64 dimensions, for which vLLM has a CPU kernel."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(
         tiny_model, hidden_size=64, head_dim=64, num_attention_heads=1, num_key_value_heads=1
@@ -34,7 +34,7 @@ def teacher(tiny_model, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def base(teacher, tmp_path_factory) -> Path:
-    """The teacher's family before it learned to chat: no template, another end."""
+    """The teacher's base model: no chat template, and another end of turn."""
     folder = Path(shutil.copytree(teacher, tmp_path_factory.mktemp("models") / "base"))
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     tokenizer.chat_template, tokenizer.eos_token = None, "<|endoftext|>"
@@ -73,12 +73,12 @@ def trained(base, cache, out, steps, lora_r=None) -> str:
 
 @pytest.fixture(scope="module")
 def student(base, cache, tmp_path_factory) -> str:
-    """Trained until it knows the one answer of the cache."""
+    """A student that was trained until it knows the single answer of the cache."""
     return trained(base, cache, tmp_path_factory.mktemp("runs") / "student", 60)
 
 
-def asked(folder: str) -> tuple[AutoTokenizer, list[int]]:
-    """The question as transformers asks it of the folder."""
+def question_ids(folder: str) -> tuple[AutoTokenizer, list[int]]:
+    """Return the folder's tokenizer, and the ids of the question as its chat template renders it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True
@@ -87,7 +87,7 @@ def asked(folder: str) -> tuple[AutoTokenizer, list[int]]:
 
 
 def test_it_stops_by_itself_in_transformers(student):
-    tokenizer, ids = asked(student)
+    tokenizer, ids = question_ids(student)
     model = AutoModelForCausalLM.from_pretrained(student)
     answer = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False)[0, len(ids) :].tolist()
     assert tokenizer.decode(answer) == f"{ANSWER}<|im_end|>"
@@ -98,7 +98,7 @@ def test_it_stops_by_itself_in_kd_chat_with_the_same_text(student):
 
 
 @pytest.mark.parametrize("lora_r", [None, 2], ids=["full", "LoRA"])
-def test_its_folder_names_the_ends_of_its_turns_and_has_the_template(lora_r, base, cache, tmp_path):
+def test_its_folder_names_the_ends_of_turn_and_holds_the_template(lora_r, base, cache, tmp_path):
     folder = Path(trained(base, cache, tmp_path / "student", 1, lora_r))
     config, tokenizer = (
         json.loads((folder / "generation_config.json").read_text()),

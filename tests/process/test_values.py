@@ -14,6 +14,7 @@ from cli import kd as command
 from helpers import capture_plan
 from kdcache.cache.reader import Cache
 from kdcache.capture import run as capture
+from kdcache.capture.requests import questions_of
 from kdcache.errors import KDError, UsageError
 
 ABSURD = ("nan", "inf", "-1", "0", "1e99", "", str(10**30), "9" * 5000)
@@ -76,7 +77,13 @@ def small_plan(model: str, folder: Path, *rows: dict, **changes):
 
 
 def samples_of(plan):
-    return [sample for shard in plan.shards for example in shard.examples for sample in plan.samples_of(shard, example)]
+    prompts = plan.open_prompts()
+    return [
+        question
+        for shard in plan.shards
+        for example in shard.examples
+        for question in questions_of(plan, prompts, shard, example)
+    ]
 
 
 # --- every option -----------------------------------------------------------------------------------------------------
@@ -228,7 +235,7 @@ def test_verifiers_that_are_not_understood_are_counted_with_the_first_reason(sma
         for w, v in (("a", {"kind": "exact"}), ("b", {"kind": "magic"}), ("c", "{"))
     ]
     [note] = [
-        note for note in small_plan(small_model, tmp_path, *rows, near_duplicates="keep").notes() if "BOS" not in note
+        note for note in small_plan(small_model, tmp_path, *rows, near_duplicates="keep").notes if "BOS" not in note
     ]
     assert (
         "verifiers of 2 of 3 rows are not understood" in note and "rows:1: a verifier is an object whose kind" in note
@@ -277,7 +284,7 @@ def test_a_vocabulary_that_is_no_number_is_one_sentence(small_model, tmp_path, v
 
 
 def test_a_model_that_names_bos_beside_a_tokenizer_that_adds_none_is_warned_of(small_model, tmp_path):
-    [note] = small_plan(small_model, tmp_path).notes()
+    [note] = small_plan(small_model, tmp_path).notes
     assert "(<s>, id 1)" in note and "--bos add" in note
 
 
@@ -289,7 +296,7 @@ def test_bos_stands_before_a_prompt_once_or_not_at_all(tmp_path, bos, adds, begi
     plan = small_plan(make_model(tmp_path / "m", adds_bos=adds), tmp_path, bos=bos)
     [sample] = samples_of(plan)
     assert sample.request.prompt_ids == [*begins, *[4, 5][len(begins) - (begins == [1]) :]]
-    assert not plan.notes() or (bos, adds) == ("auto", False)
+    assert not plan.notes or (bos, adds) == ("auto", False)
 
 
 def test_a_chat_template_keeps_the_bos_it_has(tiny_model, tmp_path):

@@ -1,6 +1,8 @@
-"""Phase one with the transformers engine and a tiny model: what is in a row, and that nothing is lost or mixed."""
+"""Phase one with the transformers engine and a tiny model: a row holds what it should, and nothing is lost or mixed."""
 
 import json
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from helpers import ROOT, capture_plan
 from kdcache.cache import manifest, query
+from kdcache.capture import folder
 from kdcache.capture import run as capture
+from kdcache.capture.dry_run import dry_run
+from kdcache.capture.requests import questions_of
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import atomic, seal
 
@@ -27,15 +32,15 @@ def all_rows(cache, columns=COLUMNS):
 
 
 def check_rows(rows, model, shift=0):
-    """Each row against the model's own distributions at its completion positions (``shift`` misaligns them)."""
+    """Compare each row with the model's own distributions at its completion positions, which ``shift`` misaligns."""
     for _, prompt, completion, ids, logprobs, tails, own, ranks in rows:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([prompt + completion])).logits[0]
         first = len(prompt) - 1 + shift
         full = torch.log_softmax(logits[first : first + len(completion)].double(), -1)
         best = full.topk(len(ids[0]), -1)
-        found = torch.tensor(logprobs, dtype=torch.float64)
-        assert ((best.values - found).abs() <= 0.02 * (-best.values).sqrt() + 1e-3).all()  # the codebook's rounding
+        stored = torch.tensor(logprobs, dtype=torch.float64)
+        assert ((best.values - stored).abs() <= 0.02 * (-best.values).sqrt() + 1e-3).all()  # the codebook's rounding
         assert (torch.tensor(ids)[:, 0] == best.indices[:, 0]).float().mean() > 0.9  # ties may swap
         truth = full.gather(1, torch.tensor(completion)[:, None])[:, 0]
         assert (truth - torch.tensor(own, dtype=torch.float64)).abs().max() < 0.02
@@ -43,7 +48,7 @@ def check_rows(rows, model, shift=0):
         assert ((1 - best.values.exp().sum(-1)) - torch.tensor(tails, dtype=torch.float64).exp()).abs().max() < 2e-3
 
 
-def test_every_row_says_what_the_model_says(tiny_cache, tiny_model):
+def test_every_row_holds_the_models_own_distributions(tiny_cache, tiny_model):
     check_rows(all_rows(tiny_cache), AutoModelForCausalLM.from_pretrained(tiny_model))
 
 
@@ -120,9 +125,9 @@ def test_rows_that_do_not_fit_are_rejected_whole(tiny_model, tmp_path):
     plan = capture_plan(
         tiny_model, rows, tmp_path / "out", mode="score", max_model_len=100, split_ratios=(1.0, 0.0, 0.0)
     )
-    found = capture.run(plan)
+    summary = capture.run(plan)
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
-    assert found["rows"] == 1 and found["rejected"] == 3
+    assert summary["rows"] == 1 and summary["rejected"] == 3
     assert "do not fit max_model_len 100" in reasons[0] and reasons[1] == "the completion is empty"
     assert reasons[2] == "no completion to score"
 
@@ -136,8 +141,8 @@ def test_a_slice_whose_rows_were_all_rejected_is_a_shard_without_row_groups(tiny
     plan = capture_plan(
         tiny_model, rows, tmp_path / "out", mode="score", rows_per_shard=1, split_ratios=(1.0, 0.0, 0.0)
     )
-    found = capture.run(plan)
-    assert [s["rows"] for s in found["shards"]] == [1, 0, 1]
+    summary = capture.run(plan)
+    assert [shard["rows"] for shard in summary["shards"]] == [1, 0, 1]
     assert load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "hf"))["train"].num_rows == 2
     assert query.run(tmp_path / "out", "SELECT count(*) FROM samples")[1] == [(2,)]
 
@@ -162,7 +167,7 @@ def test_messages_are_read_up_to_the_last_assistant_turn(tiny_model, tmp_path):
 
 
 def test_the_dry_run_counts_and_writes_nothing(tiny_model, rows_file, tmp_path):
-    facts = capture.dry_run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
+    facts = dry_run(capture_plan(tiny_model, rows_file, tmp_path / "out"))
     assert facts["samples_to_do"] == 78 and facts["rejected"] == 1 and facts["shards_to_do"] == facts["shards"]
     assert facts["sampled_completion_tokens_at_most"] == 39 * 12 and not (tmp_path / "out").exists()
 
@@ -173,7 +178,7 @@ def test_more_candidates_than_the_vocabulary_are_refused(tiny_model, rows_file, 
 
 
 def test_sample_seeds_do_not_depend_on_order(tiny_cache, tiny_model, rows_file, tmp_path):
-    """The rows in reverse give the same answers."""
+    """Rows in reverse order give the same answers."""
     reverse = tmp_path / "rows.jsonl"  # of the same name: it is part of the ids
     reverse.write_text(
         "".join(reversed(rows_file.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8"
@@ -226,14 +231,14 @@ def test_the_array_of_a_row_is_in_candidate_order(tiny_cache):
 
 
 def test_two_captures_started_into_one_folder_are_not_mixed(tiny_model, rows_file, tmp_path):
-    """Both found the folder free; while the second's engine started, the first claimed it."""
+    """Both saw an empty folder; the first claimed it while the second's engine started."""
     first = capture_plan(tiny_model, rows_file, tmp_path / "out")
     second = capture_plan(tiny_model, rows_file, tmp_path / "out", seed=1)
-    first.check_folder(), second.check_folder()
-    capture.claim_folder(first)
+    folder.check(first), folder.check(second)
+    folder.claim(first)
     with pytest.raises(KDError, match="seed: 0 -> 1"):
-        capture.claim_folder(second)
-    capture.claim_folder(capture_plan(tiny_model, rows_file, tmp_path / "out"))  # the same one is welcome
+        folder.claim(second)
+    folder.claim(capture_plan(tiny_model, rows_file, tmp_path / "out"))  # the same plan may go on
 
 
 def test_a_run_killed_before_its_first_file_leaves_no_obstacle(tiny_model, rows_file, tmp_path):
@@ -242,7 +247,7 @@ def test_a_run_killed_before_its_first_file_leaves_no_obstacle(tiny_model, rows_
     assert capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2))["rows"] == 4
 
 
-def test_overwrite_deletes_the_old_cache_only_once_the_engine_runs(tiny_cache, tiny_model, rows_file, tmp_path):
+def test_overwrite_deletes_the_old_cache_only_after_the_engine_has_started(tiny_cache, tiny_model, rows_file, tmp_path):
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     before = all_rows(copy)
     broken = capture_plan(tiny_model, rows_file, copy, overwrite=True, seed=9, engine_extra={"max_num_seqs": 1})
@@ -253,16 +258,16 @@ def test_overwrite_deletes_the_old_cache_only_once_the_engine_runs(tiny_cache, t
     assert all_rows(copy) != before and json.loads((copy / "plan.json").read_text())["fields"]["seed"] == 9
 
 
-def test_strange_rows_are_rejected_and_the_others_taken(tiny_model, tmp_path):
+def test_strange_rows_are_rejected_and_the_others_captured(tiny_model, tmp_path):
     rows = tmp_path / "rows.jsonl"
     parts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "image"}]}]
     good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     half = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "HALF"}]
     text = "".join(json.dumps({"messages": m}) + "\n" for m in (good, parts, half)).replace("HALF", "\\ud83d")
     rows.write_text(text)
-    found = capture.run(capture_plan(tiny_model, rows, tmp_path / "out", mode="score"))
+    summary = capture.run(capture_plan(tiny_model, rows, tmp_path / "out", mode="score"))
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
-    assert found["rows"] == 1 and len(reasons) == 2
+    assert summary["rows"] == 1 and len(reasons) == 2
     assert any("a part that is no text (image)" in r for r in reasons) and any(
         "not valid Unicode" in r for r in reasons
     )
@@ -279,8 +284,9 @@ def test_a_resumed_capture_tells_templates_the_day_of_its_plan(tiny_model, tmp_p
     yesterday = "2001-02-03"
     atomic.write_json(tmp_path / "out/plan.json", seal.with_checksum(plan | {"date": yesterday}))
     again = capture_plan(str(model), rows, tmp_path / "out", mode="score")
-    (sample,) = again.samples_of(again.shards[0], again.examples[0])
-    assert sample.fields["prompt"] == "Today is 2001-02-03. a: "
+    [shard] = again.shards
+    (question,) = questions_of(again, again.open_prompts(), shard, shard.examples[0])
+    assert question.prompt == "Today is 2001-02-03. a: "
 
 
 @pytest.mark.parametrize("name", ["logprobs_mode", "model", "enable_prefix_caching"])
@@ -291,6 +297,20 @@ def test_options_that_would_falsify_the_cache_are_refused(tiny_model, rows_file,
 
 def test_only_what_differs_is_named_where_another_capture_is_in_the_folder(tiny_cache, tiny_model, rows_file):
     with pytest.raises(KDError) as refused:
-        capture_plan(tiny_model, rows_file, tiny_cache, seed=1).check_folder()
+        folder.check(capture_plan(tiny_model, rows_file, tiny_cache, seed=1))
     named = str(refused.value).partition("(old -> new):\n")[2].partition("\nA cache")[0]
     assert [line.strip() for line in named.splitlines()] == ["seed: 0 -> 1"]
+
+
+def test_a_plan_is_data(tiny_model, rows_file, tmp_path):
+    plan = capture_plan(tiny_model, rows_file, tmp_path / "out")
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+def test_progress_says_the_shard_the_speed_and_the_time_left(tiny_model, rows_file, tmp_path):
+    reports = []
+    capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=8), reports.append)
+    assert [report.done for report in reports] == [*range(1, 17), 16]
+    assert {(report.total, report.unit) for report in reports} == {(16, "samples")}
+    assert all(re.fullmatch(r"shard \d/\d  [\d,]+ tokens/s", report.note) for report in reports)
+    assert all(report.seconds_left > 0 for report in reports[:15]) and reports[-1].seconds_left == 0

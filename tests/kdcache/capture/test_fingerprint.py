@@ -1,4 +1,4 @@
-"""Fingerprints stay as they were: whoever has a cache, or half of one, can go on with it after an update."""
+"""Fingerprints never change: a cache, or half of one, stays usable after an update."""
 
 import json
 from dataclasses import fields
@@ -7,7 +7,7 @@ import pytest
 
 from helpers import capture_plan
 from kdcache.cache.format import fingerprint
-from kdcache.capture import plan
+from kdcache.capture import fingerprint as fingerprinted
 from kdcache.examples.types import BadRow, Columns, Example
 from kdcache.prompts.tokenize import TemplateFacts
 from kdcache.teachers import Sampling
@@ -67,18 +67,18 @@ FINGERPRINTS = {
 def test_a_configuration_has_the_fingerprint_that_it_always_had(tiny_model, tmp_path, name):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    made = capture_plan(tiny_model, rows, tmp_path / "cache", **CONFIGURATIONS[name])
+    plan = capture_plan(tiny_model, rows, tmp_path / "cache", **CONFIGURATIONS[name])
     of_this_machine = {"weights": "weights", "tokenizer": "tokenizer"}  # their files change with the library's version
-    assert fingerprint(made.fields | of_this_machine) == FINGERPRINTS[name]
+    assert fingerprint(plan.fields | of_this_machine) == FINGERPRINTS[name]
 
 
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
-        (Example, plan.FINGERPRINTED_EXAMPLE),
-        (BadRow, plan.FINGERPRINTED_BAD_ROW),
-        (Sampling, plan.FINGERPRINTED_SAMPLING),
-        (TemplateFacts, plan.FINGERPRINTED_TEMPLATE),
+        (Example, fingerprinted.FINGERPRINTED_EXAMPLE),
+        (BadRow, fingerprinted.FINGERPRINTED_BAD_ROW),
+        (Sampling, fingerprinted.FINGERPRINTED_SAMPLING),
+        (TemplateFacts, fingerprinted.FINGERPRINTED_TEMPLATE),
     ],
 )
 def test_every_field_that_decides_a_number_is_in_the_fingerprint(kind, names):

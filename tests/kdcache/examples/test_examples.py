@@ -11,6 +11,7 @@ import pytest
 from helpers import capture_plan
 from kdcache.cache.format import SPLITS, differing_fields
 from kdcache.capture import run as capture
+from kdcache.capture.requests import questions_of
 from kdcache.errors import KDError, UsageError
 from kdcache.examples import load as examples
 from kdcache.examples import near_duplicates as splits
@@ -415,10 +416,16 @@ def test_alpaca_arrives_as_plain_token_ids(tiny_model, tmp_path):
     path = write(tmp_path / "dolly.jsonl", DOLLY)
     settings = {"data_path": path, "prompt_format": "alpaca", "mode": "score"}
     plan = capture_plan(tiny_model, "dolly", tmp_path / "out", **settings)
-    samples = {s.row_id: s for shard in plan.shards for e in shard.examples[:] for s in plan.samples_of(shard, e)}
-    prompt = samples["0"].fields["prompt"]
+    prompts = plan.open_prompts()
+    samples = {
+        question.row_id: question
+        for shard in plan.shards
+        for example in shard.examples
+        for question in questions_of(plan, prompts, shard, example)
+    }
+    prompt = samples["0"].prompt
     assert prompt.encode() == ENGLISH_ALPACA
-    tokenizer = plan.prompts.tokenizer
+    tokenizer = prompts.tokenizer
     assert samples["0"].request.prompt_ids == tokenizer(prompt)["input_ids"]
     assert tokenizer.decode(samples["0"].request.prompt_ids) == prompt and "<|im_start|>" not in prompt
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import capture_plan
 from kdcache.cache import query
 from kdcache.capture import run as capture
-from kdcache.capture.plan import Sample
+from kdcache.capture.requests import Question, questions_of
 from kdcache.commands import recipes as recipe
 from kdcache.errors import KDError, UsageError
 from kdcache.judge import rewards_file as judging
@@ -108,8 +108,9 @@ def test_reasoning_is_asked_for_in_the_rows_language_and_is_part_of_the_fingerpr
         for reasoning in (False, True)
     )
     assert plain.fingerprint != asked.fingerprint
-    found = [s for shard in asked.shards for e in shard.examples for s in asked.samples_of(shard, e)]
-    prompts = {s.row_id: s.fields["prompt"] for s in found if isinstance(s, Sample)}
+    opened = asked.open_prompts()
+    found = [q for shard in asked.shards for e in shard.examples for q in questions_of(asked, opened, shard, e)]
+    prompts = {q.row_id: q.prompt for q in found if isinstance(q, Question)}
     assert "Think first, between <think> and </think>" in prompts["a"] and "Piensa primero" in prompts["b"]
     with pytest.raises(UsageError, match="alpaca"):
         capture_plan(tiny_model, path, tmp_path / "c", reasoning=True, prompt_format="alpaca")

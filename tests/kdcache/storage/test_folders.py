@@ -13,6 +13,7 @@ import pytest
 import cli
 from helpers import ROOT, capture_plan
 from kdcache.capture import run as capture
+from kdcache.capture.folder import claim
 from kdcache.commands.passthrough import parse_options
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import folders, lock
@@ -260,7 +261,7 @@ def test_results_of_the_new_run_are_never_deleted_for_the_old_ones(tmp_path):
 
 
 def test_a_capture_that_failed_before_its_first_shard_can_be_corrected(tiny_model, rows_file, tmp_path):
-    capture.claim_folder(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2, seed=1))
+    claim(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2, seed=1))
     assert capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2))["complete"]
     with pytest.raises(KDError, match="made differently"):
         capture.run(capture_plan(tiny_model, rows_file, tmp_path / "out", limit=2, seed=1))
