@@ -34,7 +34,7 @@ import torch
 from shared import hardware, interval
 from size import completion_tokens, repeat
 
-from kdcache.cache import manifest, reader
+from kdcache.cache import manifest, reader, samples
 from kdcache.cache.candidates import Candidates
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
@@ -106,7 +106,7 @@ def by_rows(dataset: Any, flat: Callable[[Any, Any], np.ndarray], size: int, hea
 
 def by_tables(dataset: Any, size: int, head_rows: int) -> Iterator[Batch]:
     for table in dataset.with_format("arrow").iter(batch_size=size):
-        yield pack(reader._samples(table, range(len(table))), head_rows)
+        yield pack(samples.unpack(table, range(len(table))), head_rows)
 
 
 def check_same(expected: Batch, found: Batch, name: str) -> None:

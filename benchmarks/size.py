@@ -35,6 +35,7 @@ from shared import hardware, write_plan
 from kdcache.cache import manifest, reader, writer
 from kdcache.cache.format import SCHEMA
 from kdcache.cache.layout import shard_name
+from kdcache.cache.shard import column_chunks
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
 
@@ -48,7 +49,7 @@ def bytes_by_column(files: list[Path]) -> dict[str, int]:
     """Compressed bytes of each column, from the footers; what is left of the files is called ``footers``."""
     found: dict[str, int] = dict.fromkeys(SCHEMA.names, 0)
     for path in files:
-        for chunk in manifest.column_chunks(pq.read_metadata(path)):
+        for chunk in column_chunks(pq.read_metadata(path)):
             name = chunk.path_in_schema.partition(".")[0]
             found[name] = found.get(name, 0) + chunk.total_compressed_size
     found["footers"] = sum(path.stat().st_size for path in files) - sum(found.values())

@@ -26,6 +26,9 @@ PRECISIONS = ("q8", "f32")
 #: vLLM's log-probabilities are float32: a tail below this mass cannot be told from rounding, and is stored as none.
 MIN_TAIL_MASS = 1e-6
 
+#: Rounding may lift the log-probability of a certain token, or of a whole mass, a little above 0.
+MAX_LOGPROB = 1e-3
+
 #: 256 float32 log-probabilities, 0 down to -24, evenly spaced in the square root of -logprob.
 CODEBOOK = -((np.arange(256, dtype=np.float64) / 255 * np.sqrt(24.0)) ** 2).astype(np.float32) + np.float32(0)
 
@@ -120,6 +123,3 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-# --- paths ------------------------------------------------------------------------------------------------------------

@@ -176,14 +176,14 @@ def prepare(plan: Plan) -> None:
         claim_folder(plan)
         missing = plan.missing(plan.shards)
         if missing:
-            manifest.forget(out, [shard.name for shard in missing])
+            manifest.remove_entries(out, [shard.name for shard in missing])
             judging.forget(out)
 
 
 def sum_up(plan: Plan) -> dict[str, Any]:
     """Write the manifest, and return it."""
     with room_for(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
-        found = manifest.write(plan.config.out)
+        found = manifest.rebuild(plan.config.out)
     if plan.config.strict and found["rejected"]:
         raise KDError(f"--strict: {found['rejected']} rows could not be taken; see {plan.config.out}/rejected.jsonl")
     return found

@@ -46,7 +46,7 @@ def cache_verify(cache: Path, repair: bool, as_json: bool) -> None:
     from kdcache.cache.layout import REWARDS_FILE
 
     line = ProgressLine("shards")
-    report = integrity.verify(cache, lambda done, total: line.show(done, total, "", None))
+    report = integrity.verify(cache, lambda progress: line.show(progress.done, progress.total, "", None))
     line.close()
     if repair and not report.sound:
         integrity.repair(report)

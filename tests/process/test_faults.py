@@ -108,7 +108,7 @@ def test_a_flipped_bit_in_each_part_of_a_shard_is_found(vouched, copy):
             data = bytearray(whole)
             data[place] ^= bit
             shard.write_bytes(data)
-            if not list(integrity._Shard(shard, name, plan, recorded, needs_seal=True).problems()):
+            if not integrity.examine(shard, name, plan, recorded).problems:
                 missed.append((part, bit))
     assert not missed
 
@@ -359,7 +359,7 @@ def test_a_request_that_fails_is_recorded_with_the_reason_and_the_run_goes_on(ti
     capture.claim_folder(plan)
     state = capture.Progress()
     capture.fill(plan, plan.shards, HalfBlindTeacher(), state)
-    found = manifest.write(tmp_path / "out")
+    found = manifest.rebuild(tmp_path / "out")
     assert found["complete"] and found["rows"] == 36 and found["rejected"] == 4
     reasons = {json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()}
     assert {

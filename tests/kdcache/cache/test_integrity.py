@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import ROOT, capture_plan
-from kdcache.cache import integrity, manifest, query, reader, writer
+from kdcache.cache import documents, integrity, manifest, query, reader, writer
 from kdcache.cache.format import SCHEMA, SPLITS, parquet_options
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
@@ -51,7 +51,7 @@ def old(copy):
         shard |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         shard["sha256"] = seal.digest(copy / shard["name"]).sha256
     for name, content in (("plan.json", plan), ("manifest.json", found)):
-        known = {key: value for key, value in content.items() if key in manifest._BEFORE_CHECKSUMS[name]}
+        known = {key: value for key, value in content.items() if key in documents._ENTRIES_BEFORE_CHECKSUMS[name]}
         (copy / name).write_text(json.dumps(known))
     return copy
 

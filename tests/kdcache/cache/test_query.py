@@ -24,6 +24,8 @@ import pytest
 from helpers import ROOT, capture_plan
 from kdcache.cache import publish, query
 from kdcache.cache.format import SPLITS
+from kdcache.cache.query import views
+from kdcache.cache.query.document import document
 from kdcache.cache.reader import Cache
 from kdcache.capture import run as capture
 from kdcache.commands.console import print_table
@@ -98,7 +100,7 @@ def test_every_file_is_a_listed_view(kd):
 def test_every_file_has_a_header_a_comment_and_an_example_that_runs(path, cache):
     name, text = path.stem, path.read_text()
     assert text.startswith(f"-- {name}: ") and not text.splitlines()[1].strip("- ")
-    parts = query.header(name)
+    parts = views.header(name)
     assert {"answers", "columns", "example"} <= parts.keys() <= {"answers", "columns", "example", "parameters", "note"}
     assert ("parameters" in parts) == (name in MACROS) == ("MACRO" in text)
     names, _ = query.run(cache, parts["example"])
@@ -113,22 +115,22 @@ def test_every_column_of_every_view_is_in_its_header(cache):
     for name in query.VIEWS:
         names, _ = query.run(cache, f"FROM {MACROS.get(name, name)} LIMIT 0")
         if name != "samples":  # that is docs/format.md's
-            assert [n for n in names if not re.search(rf"\b{n}\b", query.header(name)["columns"])] == [], name
+            assert [n for n in names if not re.search(rf"\b{n}\b", views.header(name)["columns"])] == [], name
 
 
 def test_the_page_about_sql_is_made_of_the_files():
     made = subprocess.run(
         [sys.executable, "-m", "kdcache.cache.query"], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert (ROOT / "docs/sql.md").read_text() == made.stdout == query.document()
-    assert all(f"## {query.signature(name)}\n" in made.stdout for name in query.VIEWS)
+    assert (ROOT / "docs/sql.md").read_text() == made.stdout == document()
+    assert all(f"## {views.signature(name)}\n" in made.stdout for name in query.VIEWS)
 
 
 def test_the_files_answer_the_same_in_plain_duckdb_inside_the_cache(cache, monkeypatch):
     monkeypatch.chdir(cache)
     plain = duckdb.connect()
     for path in query.VIEWS:
-        plain.execute(query.source(path))
+        plain.execute(views.source(path))
     for name in query.VIEWS:
         sql = f"FROM {MACROS.get(name, name)}"
         assert sorted(map(repr, plain.execute(sql).fetchall())) == sorted(map(repr, query.run(cache, sql)[1])), name

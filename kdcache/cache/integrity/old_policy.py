@@ -7,6 +7,7 @@ that begin a thought which the prompt has opened already, and answers to --reaso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, THINK, opens_tho
 UNEXPECTED_END_NATS = -6.0
 
 
-def is_old(plan: dict[str, Any]) -> bool:
+def is_old(plan: Mapping[str, Any]) -> bool:
     version = plan["fields"].get("completion_policy", 1)
     return isinstance(version, int) and version < COMPLETION_POLICY_VERSION
 
