@@ -35,9 +35,28 @@ def document() -> str:
     ]
     for view in VIEWS:
         parts = header(view)
-        lines += ["", f"## {signature(view)}", "", parts["answers"]]
-        for part in ("parameters", "columns", "note"):
-            if part in parts:
-                lines += ["", f"*{part}*: {parts[part]}"]
+        lines += ["", f"## {signature(view)}", "", _sentence(parts["answers"])]
+        if "parameters" in parts:
+            lines += ["", f"Parameter {_item(parts['parameters'])}"]
+        lines += ["", *(f"* {_item(column)}" for column in _items(parts["columns"]))]
+        if "note" in parts:
+            lines += ["", parts["note"]]
         lines += ["", "```sql", parts["example"], "```"]
     return "\n".join(lines) + "\n"
+
+
+def _items(columns: str) -> list[str]:
+    """Cut the columns of a header into items: one begins on each line that names columns, ``name, name (unit): ...``."""
+    return re.split(r"\n(?=[\w, ()]+: )", columns)
+
+
+def _item(text: str) -> str:
+    """Return an item of a header as Markdown, with the names as code."""
+    names, colon, meaning = text.partition(": ")
+    if not colon:
+        return text
+    return re.sub(r"\b(?<!\()(\w+)\b(?!\))", r"`\1`", names) + colon + meaning.replace("\n", "\n  ")
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
