@@ -17,7 +17,7 @@ from kdcache.errors import KDError, first_line
 from kdcache.storage import Location, seal
 
 
-class Damaged(KDError):
+class DamagedDocument(KDError):
     """plan.json or manifest.json is not as it was written; ``name`` says which, ``problem`` in words what is wrong."""
 
     def __init__(self, cache: Location, name: str, problem: str):
@@ -60,7 +60,7 @@ _ENTRIES_BEFORE_CHECKSUMS = {
 
 
 def read_plan(cache: Location) -> dict[str, Any]:
-    """Read plan.json. Raise ``Damaged`` if it is not as it was written, KDError if the folder is no cache."""
+    """Read plan.json. Raise ``DamagedDocument`` if it is not as it was written, KDError if the folder is no cache."""
     if not cache.is_dir():
         raise KDError(f"{cache}: no such folder; make a cache with: kd cache-teacher --out {cache}")
     try:
@@ -69,16 +69,16 @@ def read_plan(cache: Location) -> dict[str, Any]:
         raise KDError(f"{cache} is not a cache (it has no {PLAN_FILE}){_hint(cache)}") from None
     _check_entries(cache, PLAN_FILE, plan, _PLAN_ENTRIES, _PLAN_SHARD_ENTRIES)
     if missing := [name for name in _PLAN_FIELDS if not isinstance(plan["fields"].get(name), str)]:
-        raise Damaged(cache, PLAN_FILE, f"its fields lack {', '.join(missing)}")
+        raise DamagedDocument(cache, PLAN_FILE, f"its fields lack {', '.join(missing)}")
     if fingerprint(plan["fields"]) != plan["fingerprint"]:
-        raise Damaged(
+        raise DamagedDocument(
             cache, PLAN_FILE, "its fields do not hash to its fingerprint: it was changed by hand, or by chance"
         )
     return plan
 
 
 def read_manifest(cache: Location) -> dict[str, Any] | None:
-    """Read manifest.json, None if there is none yet. Raise ``Damaged`` if it is not as it was written."""
+    """Read manifest.json, None if there is none yet. Raise ``DamagedDocument`` if it is not as it was written."""
     try:
         manifest = _read(cache, MANIFEST_FILE)
     except FileNotFoundError:
@@ -96,7 +96,7 @@ def recorded(cache: Location) -> dict[str, dict[str, Any]]:
     """Return what manifest.json says of each shard, by name; nothing where it is missing or damaged."""
     try:
         return entries_by_shard(read_manifest(cache))
-    except Damaged:
+    except DamagedDocument:
         return {}
 
 
@@ -127,38 +127,38 @@ def _read(cache: Location, name: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except RecursionError:
-        raise Damaged(cache, name, "it nests too deeply") from None
+        raise DamagedDocument(cache, name, "it nests too deeply") from None
     except ValueError as error:
-        raise Damaged(cache, name, f"it is not JSON ({first_line(error)})") from None
+        raise DamagedDocument(cache, name, f"it is not JSON ({first_line(error)})") from None
     except OSError as error:
         raise KDError(f"{cache}/{name} cannot be read: {error.strerror or first_line(error)}") from None
     if not isinstance(content, dict):
-        raise Damaged(cache, name, f"expected a JSON object, found {_type_name(content)}")
+        raise DamagedDocument(cache, name, f"expected a JSON object, found {_type_name(content)}")
     altered = is_protected(content) and seal.checksum(content) != content["checksum"]
     if (version := content.get("format_version")) != FORMAT_VERSION:
         # A later version of kdcache has written it, unless the checksum says that the number itself is damaged.
         doubt = ", and its checksum is not that of its content" if altered else ""
         sentence = f"{cache} has cache format {version}; this version of kdcache reads {FORMAT_VERSION}{doubt}"
-        raise Damaged(cache, name, sentence) if altered else KDError(sentence)
+        raise DamagedDocument(cache, name, sentence) if altered else KDError(sentence)
     if altered:
-        raise Damaged(cache, name, "its checksum is not that of its content")
+        raise DamagedDocument(cache, name, "its checksum is not that of its content")
     if not is_protected(content) and (unknown := sorted(content.keys() - _ENTRIES_BEFORE_CHECKSUMS[name])):
-        raise Damaged(cache, name, f"it has no checksum, and an unknown entry {unknown[0]!r}")
+        raise DamagedDocument(cache, name, f"it has no checksum, and an unknown entry {unknown[0]!r}")
     return content
 
 
 def _check_entries(
     cache: Location, name: str, content: dict[str, Any], entries: dict[str, type], shard_entries: dict[str, type]
 ) -> None:
-    """Raise ``Damaged`` unless a file and each of its shards have all their entries, and no shard's name is strange."""
+    """Raise ``DamagedDocument`` unless a file and each of its shards have all their entries, and shards have proper names."""
     _check_types(cache, name, content, entries)
     names: set[str] = set()
     for number, shard in enumerate(content["shards"]):
         if not isinstance(shard, dict):
-            raise Damaged(cache, name, f"shard {number} is {_type_name(shard)}, expected an object")
+            raise DamagedDocument(cache, name, f"shard {number} is {_type_name(shard)}, expected an object")
         _check_types(cache, name, shard, shard_entries, f"shard {number}: ")
         if not SHARD_NAME.fullmatch(shard["name"]) or shard["name"] in names:
-            raise Damaged(cache, name, f"{shard['name']!r} cannot be the name of shard {number}")
+            raise DamagedDocument(cache, name, f"{shard['name']!r} cannot be the name of shard {number}")
         names.add(shard["name"])
 
 
@@ -169,7 +169,7 @@ def _check_types(
         value = content.get(key)
         if not isinstance(value, expected) or isinstance(value, bool):
             problem = f"is {_type_name(value)}" if key in content else "is missing"
-            raise Damaged(cache, name, f"{where}{key} {problem}")
+            raise DamagedDocument(cache, name, f"{where}{key} {problem}")
 
 
 def _type_name(value: Any) -> str:

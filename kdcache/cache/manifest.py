@@ -21,7 +21,7 @@ from typing import Any
 from kdcache import storage
 from kdcache.cache import card, shard
 from kdcache.cache.documents import (
-    Damaged,
+    DamagedDocument,
     plan_was_set_aside,
     read_manifest,
     read_plan,
@@ -34,7 +34,7 @@ from kdcache.errors import KDError
 from kdcache.storage import Location, atomic, digests, seal
 
 __all__ = [
-    "Damaged",
+    "DamagedDocument",
     "plan_was_set_aside",
     "read_manifest",
     "read_plan",
@@ -74,7 +74,7 @@ def remove_entries(cache: Location, shards: Collection[str]) -> None:
     """Remove the entries of shards that will be written anew from manifest.json: they no longer hold."""
     try:
         manifest = read_manifest(cache)
-    except Damaged:
+    except DamagedDocument:
         return  # No reader believes a damaged manifest, and the next rebuild replaces it.
     if manifest and {entry["name"] for entry in manifest["shards"]} & set(shards):
         manifest["shards"] = [entry for entry in manifest["shards"] if entry["name"] not in shards]
@@ -194,7 +194,7 @@ def _missing_shards(rebuilt: Rebuilt) -> str:
 def summary(cache: Location) -> dict[str, Any]:
     """Return what ``kd cache info`` prints: the rebuilt manifest, with the answers to what people ask first.
 
-    The manifest is saved only where it differs from the one in the folder: looking at an unchanged cache changes nothing.
+    The manifest is saved only if it differs from the one in the folder: a summary of an unchanged cache changes nothing.
     """
     rebuilt = _rebuilt(cache)
     plan, manifest = rebuilt.plan, rebuilt.manifest

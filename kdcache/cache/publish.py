@@ -55,7 +55,8 @@ def prepare(folder: Path, repo_id: str, private: bool = True) -> Push:
         summary = manifest.summary(folder)  # brings manifest and card up to date
         if not summary["complete"]:
             raise KDError(
-                f"{folder} is not complete ({summary['shards']} shards); run the same kd cache-teacher command to the end"
+                f"{folder} is not complete ({summary['shards']} shards); run the same kd cache-teacher command to the "
+                "end"
             )
         repo_type, patterns = "dataset", CACHE_FILES
         shards = {shard["name"] for shard in manifest.read_plan(folder)["shards"]}

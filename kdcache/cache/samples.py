@@ -156,8 +156,8 @@ def entropy_unstored(sample: Sample) -> np.ndarray:
     """Return the captured entropy less that of the stored candidates, per supervised position of a sample; nats.
 
     A threshold cache keeps an unlikely token seldom, and then with probability TAU: right for the cross-entropy between
-    teacher and student, but too little entropy of the teacher's own. The teacher's KL to any student would be too high by
-    this much. The sample must hold its entropies.
+    teacher and student, but too little entropy of the teacher's own. The teacher's KL to any student would be too high
+    by this much. The sample must hold its entropies.
     """
     candidates = sample.candidates
     position = np.repeat(np.arange(len(candidates)), candidates.counts)

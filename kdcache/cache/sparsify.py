@@ -1,8 +1,9 @@
-"""Decide what to keep of a teacher's distribution: [T, K] captured rows become a few candidates per position. Pure numpy.
+"""Decide what to keep of a teacher's distribution: [T, K] captured rows become a few candidates per position.
 
-Each policy is one class, and ``POLICIES`` names them. Invariant: at every position the candidates are sorted best first,
-the first is the teacher's best token, no id occurs twice, and candidates + tail carry the whole mass (``topk``: up to
-rounding; ``threshold``: to within TAU).
+Each policy is one class, and ``POLICIES`` names them. Pure numpy.
+
+Invariant: at every position the candidates are sorted best first, the first is the teacher's best token, no id occurs
+twice, and candidates + tail carry the whole mass (``topk``: up to rounding; ``threshold``: to within TAU).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Policy(Protocol):
 
     @property
     def most_candidates(self) -> int:
-        """The most candidates that a position holds (except for ``threshold`` where no token reaches TAU, which is rare)."""
+        """The most candidates that a position holds; ``threshold`` can exceed it where no token reaches TAU, which is rare."""
         ...
 
     @property
@@ -144,7 +145,7 @@ class Threshold:
         return f"threshold:{self.tau:g}"
 
 
-#: To add a policy, write its class above and name it here. The loss checks ``samples``; nothing else asks which policy it is.
+#: To add a policy, write its class above and name it here. The loss checks ``samples``; no other code distinguishes them.
 POLICIES: dict[str, Any] = {"topk": TopK, "threshold": Threshold}
 
 
@@ -159,7 +160,8 @@ def parse(spec: str, capture_k: int | None = None) -> Policy:
         raise UsageError(f"--sparsify {spec}: expected {error}") from None
     if policy.capture_k < policy.least_capture_k:
         raise UsageError(
-            f"--capture-k {capture_k} is smaller than the {policy.least_capture_k} candidates that --sparsify {spec} keeps"
+            f"--capture-k {capture_k} is smaller than the {policy.least_capture_k} candidates that --sparsify {spec} "
+            "keeps"
         )
     return policy
 
@@ -188,8 +190,8 @@ def log_tail(logprobs: np.ndarray) -> np.ndarray:
 def entropies(logprobs: np.ndarray) -> np.ndarray:
     """[T, K] -> [T] float32: entropy in nats of the K candidates and the rest as one cell.
 
-    The rest counts as if it were a single token, so this is a lower bound of the full-vocabulary entropy that grows with
-    K.
+    The rest counts as if it were a single token, so this is a lower bound of the full-vocabulary entropy, which grows
+    with K.
     """
     logs = logprobs.astype(np.float64)
     rest = tail_mass(logprobs)

@@ -14,6 +14,7 @@ import click
 from kdcache.commands.console import ProgressLine, note, print_rows, reader_may_leave
 from kdcache.commands.options import LOCATION, PathType, json_option
 from kdcache.errors import KDError
+from kdcache.progress import Progress
 
 
 class _SQLCommand(click.Command):
@@ -58,11 +59,11 @@ def sql(
         text = _query_text(query, file)
         line = ProgressLine("MB of shards checked")
 
-        def checked(done: int, total: int) -> None:
-            if total > 2e9:  # a second or more
-                line.show(done // 10**6, total // 10**6, "", None)
+        def checked(progress: Progress) -> None:
+            if progress.total > 2000:  # MB: a second or more
+                line.show(progress.done, progress.total, "", None)
 
-        connection = queries.connect(cache, progress=checked)
+        connection = queries.connect(cache, show=checked)
         line.close()
         if unplanned := queries.unplanned_files(cache):
             first = f"(the first is {unplanned[0]})"

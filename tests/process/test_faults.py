@@ -196,7 +196,7 @@ def in_first(change):
         ("completion_ids", in_first(lambda row: row.__setitem__(0, -1)), "outside the vocabulary"),
         ("candidate_logprobs", in_first(lambda row: row[0].reverse()), "not sorted"),
         ("candidate_logprobs", in_first(lambda row: row[0].__setitem__(-1, float("-inf"))), "not finite"),
-        ("candidate_ids", in_first(lambda row: row[0].__setitem__(1, row[0][0])), "stand twice"),
+        ("candidate_ids", in_first(lambda row: row[0].__setitem__(1, row[0][0])), "are repeated"),
         ("tail_logprobs", in_first(lambda row: row.__setitem__(0, 0.0)), "do not sum to 1"),
         ("tail_logprobs", in_first(lambda row: row.pop()), "not as long"),
         ("token_logprobs", in_first(lambda row: row.__setitem__(0, 0.5)), "no log-probabilities"),

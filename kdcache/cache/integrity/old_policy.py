@@ -1,8 +1,12 @@
-"""Caches of completion policy 1: they are read as they are, and ``kd cache verify`` says where the new policy would matter.
+"""Caches of completion policy 1, and signs in them that the newer policy would have mattered.
 
-Policy 1 tokenised completions by themselves and ended them in the id that generation_config.json named. Both are right for
-most templates. What a cache shows of the others: a teacher that hardly expects the end-of-turn of given answers, answers
-that begin a thought which the prompt has opened already, and answers to --reasoning without the tags that were asked for.
+Policy 1 tokenised completions by themselves and ended them in the id that generation_config.json named. For most chat
+templates both are right, so such caches are read as they are. ``kd cache verify`` looks for three signs of a template
+for which they are wrong::
+
+    the teacher hardly expects the end-of-turn mark of given answers
+    answers begin a thought that their prompt has opened already
+    answers to --reasoning lack the tags that it asks for
 """
 
 from __future__ import annotations
@@ -16,26 +20,28 @@ import pyarrow as pa
 
 from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, THINK, opens_thought
 
-#: Below this median the teacher hardly expects an end where one stands. SmolLM2 gives the right mark -1.3 nats after six
-#: given answers of the builtin examples (median), and <|endoftext|> in its place -11.8.
+#: Below this median log-probability the teacher hardly expects an end. After given answers of the builtin examples,
+#: SmolLM2 gives the right mark -1.3 nats (median of six), and <|endoftext|> in its place -11.8.
 UNEXPECTED_END_NATS = -6.0
 
 
 def is_old(plan: Mapping[str, Any]) -> bool:
+    """Say whether a cache was made under an earlier completion policy."""
     version = plan["fields"].get("completion_policy", 1)
     return isinstance(version, int) and version < COMPLETION_POLICY_VERSION
 
 
 @dataclass
 class OldPolicy:
-    """What the rows of such a cache show, collected shard by shard."""
+    """Signs of the old policy in a cache, collected row group by row group."""
 
     end_logprobs: list[float] = field(default_factory=list)  # of the last token of each given answer, nats
-    twice_opened: int = 0
-    sampled: int = 0
-    without_tags: int = 0
+    twice_opened: int = 0  # answers that begin a thought in a prompt with an open one
+    sampled: int = 0  # sampled answers
+    without_tags: int = 0  # of these, answers to --reasoning without its tags
 
     def add(self, table: pa.Table, reasoned: bool) -> None:
+        """Count the rows of a row group; ``reasoned``: the capture used --reasoning."""
         columns = ("origin", "prompt", "completion", "token_logprobs")
         for row in table.select(columns).to_pylist():
             completion = row["completion"] or ""
@@ -47,17 +53,16 @@ class OldPolicy:
                 self.without_tags += reasoned and "<answer>" not in completion
 
     def sentences(self) -> list[str]:
-        """What the user should know: that the policy is the old one, and each thing that it got wrong in this cache."""
-        wrong = []
+        """Return what the user should know: that the policy is the old one, and what it got wrong in this cache."""
+        signs = []
         end = float(np.median(self.end_logprobs)) if self.end_logprobs else 0.0
         if end < UNEXPECTED_END_NATS:
-            wrong.append(f"the teacher hardly expects the end of given answers (median {end:.1f} nats)")
+            signs.append(f"the teacher hardly expects the end of given answers (median {end:.1f} nats)")
         if self.twice_opened:
-            wrong.append(f"{self.twice_opened} answers begin a thought that their prompt has opened already")
+            signs.append(f"{self.twice_opened} answers begin a thought that their prompt has opened already")
         if self.sampled and self.without_tags == self.sampled:
-            wrong.append("no sampled answer has the tags that --reasoning asks for: they may be special tokens")
-        found = "; ".join(wrong)
-        advice = (
-            f"{found}. Capture again into another folder" if wrong else "nothing in it shows that this matters here"
-        )
+            signs.append("no sampled answer has the tags that --reasoning asks for: they may be special tokens")
+        advice = "nothing in it shows that this matters here"
+        if signs:
+            advice = f"{'; '.join(signs)}. Capture again into another folder"
         return [f"made under completion policy 1 (now {COMPLETION_POLICY_VERSION}): {advice}"]

@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from kdcache.cache import shard
-from kdcache.cache.documents import Damaged, entries_by_shard, is_protected, read_manifest, read_plan
+from kdcache.cache.documents import DamagedDocument, entries_by_shard, is_protected, read_manifest, read_plan
 from kdcache.cache.layout import MANIFEST_FILE, REWARDS_FILE, split_of_shard, stored_files
 from kdcache.cache.shard import WAY_OUT
 from kdcache.errors import KDError, first_line
 from kdcache.printable import printable
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.storage import Location, digests, seal
 
 REWARDS_WAY_OUT = "run: kd cache verify --repair on the cache, then kd verify-answers"
 
 
-def readable_shards(
-    cache: Location, split: str | None = None, progress: digests.Progress = lambda done, total: None
-) -> list[str]:
+def readable_shards(cache: Location, split: str | None = None, show: ShowProgress = silent) -> list[str]:
     """Return the names of the shards that are stored (of one split), in order, each proved to be what was written.
 
     Files that the plan does not name are ignored, and shards that are not captured yet are left out. KDError (3) for a
@@ -41,7 +40,7 @@ def readable_shards(
     plan = read_plan(cache)
     manifest = read_manifest(cache)
     if manifest is not None and manifest["fingerprint"] != plan["fingerprint"]:
-        raise Damaged(cache, MANIFEST_FILE, "it is that of another cache (its fingerprint is another one)")
+        raise DamagedDocument(cache, MANIFEST_FILE, "it belongs to another cache (its fingerprint is different)")
     entries = entries_by_shard(manifest)
     files = stored_files(cache)
     planned = [entry["name"] for entry in plan["shards"] if split is None or split_of_shard(entry["name"]) == split]
@@ -58,7 +57,9 @@ def readable_shards(
                 raise KDError(f"{cache}/{name} is not what was written ({sizes}); {WAY_OUT}", 3)
         return names
     try:
-        shard_digests = digests.of_files(cache, names, progress=progress)
+        shard_digests = digests.of_files(
+            cache, names, lambda read, total: show(Progress(read // 10**6, total // 10**6, "MB of shards checked"))
+        )
     except OSError as error:
         raise KDError(f"{cache}: its shards could not be read: {first_line(error)}; {WAY_OUT}", 3) from None
     for name in names:

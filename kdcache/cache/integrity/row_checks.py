@@ -79,7 +79,7 @@ def row_problems(rows: RowGroup) -> Iterator[str]:
 
 def every_row_is_in_the_split(rows: RowGroup) -> Iterator[str]:
     if any(split != rows.split for split in rows.columns["split"].to_pylist()):
-        yield f"a row whose split is not {rows.split}"
+        yield f"it has rows whose split is not {rows.split}"
 
 
 def lists_are_as_long_as_their_row_says(rows: RowGroup) -> Iterator[str]:
@@ -105,7 +105,7 @@ def ids_are_in_the_vocabulary(rows: RowGroup) -> Iterator[str]:
             return
 
 
-def every_position_has_a_candidate(rows: RowGroup) -> Iterator[str]:
+def no_position_is_empty(rows: RowGroup) -> Iterator[str]:
     if (rows.counts < 1).any():
         yield f"{(rows.counts < 1).sum()} positions without a candidate"
 
@@ -146,7 +146,7 @@ def no_candidate_stands_twice(rows: RowGroup) -> Iterator[str]:
     keys = positions * rows.vocab_size + rows.flat("candidate_ids")  # one number per pair of position and token
     repeated = len(keys) - len(np.unique(keys))
     if repeated:
-        yield f"{repeated} candidates stand twice at their position"
+        yield f"{repeated} candidates are repeated at their position"
 
 
 def candidates_and_tail_sum_to_one(rows: RowGroup) -> Iterator[str]:
@@ -166,7 +166,7 @@ CHECKS: tuple[Check, ...] = (
     lists_are_as_long_as_their_row_says,
     candidates_have_ids_and_logprobs,
     ids_are_in_the_vocabulary,
-    every_position_has_a_candidate,
+    no_position_is_empty,
     values_are_finite,
     logprobs_are_not_above_zero,
     ranks_start_at_one,
@@ -181,5 +181,5 @@ RELIED_UPON = (
     lists_are_as_long_as_their_row_says,
     candidates_have_ids_and_logprobs,
     ids_are_in_the_vocabulary,
-    every_position_has_a_candidate,
+    no_position_is_empty,
 )

@@ -49,11 +49,15 @@ class Examination:
 
 
 def examine(
-    path: Location, name: str, plan: Mapping[str, Any], entry: Mapping[str, Any] | None, old: OldPolicy | None = None
+    path: Location,
+    name: str,
+    plan: Mapping[str, Any],
+    entry: Mapping[str, Any] | None,
+    old_policy: OldPolicy | None = None,
 ) -> Examination:
     """Read all of a shard and check it. ``entry`` is what manifest.json says of it, if anything.
 
-    ``old`` is shown the rows of a cache of completion policy 1.
+    ``old_policy`` counts signs in the rows of a cache of completion policy 1.
     """
     examination = Examination()
     try:
@@ -68,7 +72,7 @@ def examine(
     if digest.sealed is False:
         examination.problems.append("it is damaged: its bytes are not those that were written (sha256)")
         return examination
-    content_problems = list(_content_problems(path, source, name, plan, examination, old))
+    content_problems = list(_content_problems(path, source, name, plan, examination, old_policy))
     if is_protected(plan) and digest.sealed is None:
         content_problems.append("it carries no seal: it is not what was written")
     manifest_problems = list(_manifest_problems(entry, digest, examination, sound=not content_problems))
@@ -103,7 +107,7 @@ def _content_problems(
     name: str,
     plan: Mapping[str, Any],
     examination: Examination,
-    old: OldPolicy | None,
+    old_policy: OldPolicy | None,
 ) -> Iterator[str]:
     """Yield what a shard's pages, metadata, schema and numbers show to be wrong; count its rows on the way."""
     try:
@@ -122,13 +126,13 @@ def _content_problems(
                 rows = RowGroup(table, split_of_shard(name), plan["vocab_size"], file.metadata)
                 problems = list(row_problems(rows))
                 yield from (f"row group {number}: {problem}" for problem in problems)
-                if old is not None and not problems:
-                    old.add(table, plan["fields"].get("reasoning") is not None)
+                if old_policy is not None and not problems:
+                    old_policy.add(table, plan["fields"].get("reasoning") is not None)
             examination.rejected = file.metadata.get("rejected", [])
             examination.sample_ids = np.fromiter(map(hash, ids), np.int64, len(ids))
             for sample_id, count in ids.items():
                 if count > 1:
-                    yield f"sample_id {sample_id!r} stands {count} times in it"
+                    yield f"sample_id {sample_id!r} occurs {count} times in it"
     except shard.DamagedShard as error:
         yield f"it cannot be read: {error.problem}"
 
@@ -136,10 +140,10 @@ def _content_problems(
 def _schema_problem(schema: pa.Schema) -> str | None:
     """Say which columns are missing or of another type than the format's."""
     wrong = [
-        f"{field.name} is {schema.field(field.name).type if field.name in schema.names else 'missing'}, "
-        f"expected {field.type}"
-        for field in SCHEMA
-        if field.name not in schema.names or not schema.field(field.name).type.equals(field.type)
+        f"{column.name} is {schema.field(column.name).type if column.name in schema.names else 'missing'}, "
+        f"expected {column.type}"
+        for column in SCHEMA
+        if column.name not in schema.names or not schema.field(column.name).type.equals(column.type)
     ]
     return "its columns are not the format's: " + "; ".join(wrong) if wrong else None
 

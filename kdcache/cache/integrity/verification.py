@@ -2,7 +2,7 @@
 
     kd cache verify data/cache --repair
 
-Invariant: files that can prove themselves are checked first, and no shard is blamed for what another file says wrongly::
+Invariant: files that can prove themselves are checked first, so that no shard is blamed for an error in another file::
 
     plan.json      --damaged--> nothing can be said of any shard
     manifest.json  --damaged--> the shards are checked without it
@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from kdcache import storage
 from kdcache.cache import manifest, shard
-from kdcache.cache.documents import Damaged, entries_by_shard, is_protected, read_manifest, read_plan
+from kdcache.cache.documents import DamagedDocument, entries_by_shard, is_protected, read_manifest, read_plan
 from kdcache.cache.integrity.old_policy import OldPolicy, is_old
 from kdcache.cache.integrity.shard_checks import examine
 from kdcache.cache.layout import (
@@ -41,7 +41,7 @@ from kdcache.errors import first_line
 from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.storage import Location, digests, lock, seal
 
-#: What only repeats what the shards say: repaired by writing it again, not by setting it aside.
+#: Files that only repeat what the shards say: they are repaired by rebuilding them, not by setting them aside.
 REBUILT_FILES = (MANIFEST_FILE, REJECTED_FILE)
 
 
@@ -81,7 +81,7 @@ def verify(cache: Location, show: ShowProgress = silent) -> Verification:
     files = stored_files(cache)
     planned = [entry["name"] for entry in plan["shards"]]
     for name in sorted(files.keys() - set(planned)):
-        verification.add(name, "the plan knows no such file")
+        verification.add(name, "the plan does not name this file")
     rejected = _check_shards(cache, plan, old_manifest, files, verification, show)
     if not verification.problems:
         _check_rejected(cache, rejected, verification)
@@ -93,10 +93,10 @@ def verify(cache: Location, show: ShowProgress = silent) -> Verification:
 
 
 def repair(verification: Verification) -> None:
-    """Move the files that have problems to CACHE/set-aside, and rebuild the manifest. Nothing else is deleted.
+    """Move the files that have problems to CACHE/set-aside, and rebuild manifest.json and rejected.jsonl.
 
-    Only single files are moved, each for its own problems. Without a plan nothing can be rebuilt: the command that
-    made the cache writes the plan again.
+    Only single files are moved, each for its own problems; nothing is deleted that cannot be rebuilt. Without a plan
+    nothing can be rebuilt: the command that made the cache writes the plan again.
     """
     cache = verification.cache
     with lock.held(cache):
@@ -127,14 +127,14 @@ def _check_documents(
     plan = old_manifest = None
     try:
         plan = read_plan(cache)
-    except Damaged as error:
+    except DamagedDocument as error:
         verification.add(PLAN_FILE, error.problem)
     try:
         old_manifest = read_manifest(cache)
-    except Damaged as error:
+    except DamagedDocument as error:
         verification.add(MANIFEST_FILE, error.problem)
     if plan and old_manifest and plan["fingerprint"] != old_manifest["fingerprint"]:
-        verification.add(MANIFEST_FILE, "it is that of another cache (its fingerprint is another one)")
+        verification.add(MANIFEST_FILE, "it belongs to another cache (its fingerprint is different)")
         old_manifest = None
     for name, content in ((PLAN_FILE, plan), (MANIFEST_FILE, old_manifest)):
         if content is not None and not is_protected(content):
@@ -232,7 +232,7 @@ def _check_shards(
         problems = examination.problems
         if problems and examination.only_the_manifest_differs and not is_protected(old_manifest or {}):
             # An early manifest can be damaged without a sign, and the shard proves itself sound.
-            verification.add(MANIFEST_FILE, f"its sha256 of {name} is another one, and the shard is sound")
+            verification.add(MANIFEST_FILE, f"its sha256 of {name} is wrong, because the shard is sound")
             problems = []
         for problem in problems:
             verification.add(name, problem)
@@ -249,7 +249,7 @@ def _check_shards(
         rejected += examination.rejected
     show(Progress(len(plan["shards"]), len(plan["shards"]), "shards"))
     for name, sample_id, count in _duplicates(files, sample_ids):
-        verification.add(name, f"sample_id {sample_id!r} stands {count} times in the cache")
+        verification.add(name, f"sample_id {sample_id!r} occurs {count} times in the cache")
     if old_policy is not None:
         verification.notes += old_policy.sentences()
     if isinstance(cache, Path):

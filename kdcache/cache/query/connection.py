@@ -15,7 +15,8 @@ from kdcache.cache import integrity
 from kdcache.cache.layout import REWARDS_FILE, VOCAB_FILE
 from kdcache.cache.query.views import NO_REWARDS, VIEWS, source
 from kdcache.errors import KDError, Unstoppable, first_line
-from kdcache.storage import Location, digests
+from kdcache.progress import ShowProgress, silent
+from kdcache.storage import Location
 
 #: How long DuckDB has to react to Ctrl-C. It does not look for it while one function works on one row.
 GRACE_SECONDS = 1.5
@@ -26,14 +27,14 @@ def connect(
     memory_limit: str | None = None,
     views: Sequence[str] = VIEWS,
     split: str | None = None,
-    progress: digests.Progress = lambda done, total: None,
+    show: ShowProgress = silent,
 ) -> duckdb.DuckDBPyConnection:
     """Return an in-memory database with ``views`` over ``cache``, which can reach no other file.
 
     The views read the shards of the plan (of one split, if that has any), each proved to be what was written, because
     DuckDB looks at no checksum. DuckDB cannot make a folder read-only: safety.py keeps queries from writing.
     """
-    shards = integrity.readable_shards(cache, split, progress) or integrity.readable_shards(cache, None, progress)
+    shards = integrity.readable_shards(cache, split, show) or integrity.readable_shards(cache, None, show)
     if not shards:
         raise KDError(f"{cache} has no shard yet; run the same kd cache-teacher command to the end")
     for view, name in (("vocab", VOCAB_FILE), ("rewards", REWARDS_FILE)):
@@ -73,7 +74,9 @@ def closing(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
 
 
 def interruptible(connection: duckdb.DuckDBPyConnection, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return ``call(*arguments)``, run in a thread so that Ctrl-C ends it: Python handles signals only between its own steps.
+    """Return ``call(*arguments)``, run in a thread so that Ctrl-C ends it.
+
+    Python handles a signal only between two of its own steps, and DuckDB's call is one step.
 
     Raise Unstoppable where DuckDB has not reacted after GRACE_SECONDS, or the user presses Ctrl-C again before that.
     """

@@ -1,7 +1,7 @@
 """What a query may do: read the cache, and nothing else.
 
-DuckDB itself is kept to the folder of the cache, and cannot be kept from writing into it. So each statement is looked at
-before it runs, in DuckDB's own parse tree, never as text::
+DuckDB can be confined to the folder of the cache, but not kept from writing into it. So each statement is checked before
+it runs, in DuckDB's own parse tree and never as text::
 
     a query          one SELECT or EXPLAIN in which no node can write      -> ``reading_statement``
     a --where        one expression that reads, and that gives the same answer each time   -> ``condition``
@@ -65,7 +65,7 @@ def condition(connection: duckdb.DuckDBPyConnection, where: str) -> duckdb.Expre
     tree = _parse_tree(connection, f"SELECT {where}")  # as SQLExpression parses it
     [item] = [{}] if tree["error"] else tree["statements"][0]["node"]["select_list"]
     if item.get("alias", "?"):
-        raise UsageError(f"--where {where!r}: {_AN_EXAMPLE}; after it stands more ({item.get('alias')})")
+        raise UsageError(f"--where {where!r}: {_AN_EXAMPLE}; more follows it ({item.get('alias')})")
     nodes = list(_nodes(tree))
     if any(_may_write(node) for node in nodes):
         raise UsageError(f"--where {where!r}: a condition reads the cache, and runs nothing else")
@@ -75,8 +75,8 @@ def condition(connection: duckdb.DuckDBPyConnection, where: str) -> duckdb.Expre
     if called & volatile or any(node.get("sample") for node in nodes):
         culprit = next(iter(sorted(called & volatile)), "USING SAMPLE")
         raise UsageError(
-            f"--where {where!r}: {culprit} says something else each time; hash(sample_id) % 10 = 0 draws the same tenth "
-            "always"
+            f"--where {where!r}: {culprit} gives another answer each time; hash(sample_id) % 10 = 0 always draws the "
+            "same tenth"
         )
     return expression
 
@@ -90,8 +90,8 @@ def explained(error: duckdb.Error, view: str, columns: Sequence[str]) -> str:
         return f"there is no column {match[1]}{hint}; the view {view} has {', '.join(columns)}"
     if isinstance(error, duckdb.BinderException) and ("aggregates" in text or "window functions" in text):
         return (
-            f"it is asked of each row of {view} by itself, so it holds no aggregate and no window function; put one into a "
-            'subquery, as in "reward > (SELECT avg(reward) FROM samples)"'
+            f"it is evaluated on one row of {view} at a time, so it holds no aggregate and no window function; put "
+            'one into a subquery, as in "reward > (SELECT avg(reward) FROM samples)"'
         )
     if "Values were not provided" in text or "prepared parameter" in text:
         return "a condition has no parameters ($1, ?); write the values into it"
