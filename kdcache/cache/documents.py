@@ -150,7 +150,7 @@ def _read(cache: Location, name: str) -> dict[str, Any]:
 def _check_entries(
     cache: Location, name: str, content: dict[str, Any], entries: dict[str, type], shard_entries: dict[str, type]
 ) -> None:
-    """Raise ``DamagedDocument`` unless a file and each of its shards have all their entries, and shards have proper names."""
+    """Raise ``DamagedDocument`` unless a file and each shard in it have all their entries, and shards proper names."""
     _check_types(cache, name, content, entries)
     names: set[str] = set()
     for number, shard in enumerate(content["shards"]):

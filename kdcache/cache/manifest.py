@@ -194,7 +194,7 @@ def _missing_shards(rebuilt: Rebuilt) -> str:
 def summary(cache: Location) -> dict[str, Any]:
     """Return what ``kd cache info`` prints: the rebuilt manifest, with the answers to what people ask first.
 
-    The manifest is saved only if it differs from the one in the folder: a summary of an unchanged cache changes nothing.
+    The manifest is saved only if it differs from the one in the folder, so that looking at a cache changes nothing.
     """
     rebuilt = _rebuilt(cache)
     plan, manifest = rebuilt.plan, rebuilt.manifest

@@ -3,8 +3,8 @@
     with shard.opened(cache / "data/train-00000.parquet") as file:
         tokens = file.read(["completion_tokens"])
 
-Invariant: no other module opens a shard with pyarrow, so that none forgets the checksums. (DuckDB reads shards by
-itself and looks at no checksum: ``integrity.readable_shards`` comes first.)
+Invariant: whatever reads a shard with pyarrow opens it here, so that no reader forgets the checksums. DuckDB reads
+shards by itself and ignores checksums: there, ``integrity.readable_shards`` comes first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The invariants of a row group's numbers, one function each. To add a check, write it below and list it in ``CHECKS``.
+"""The invariants of a row group's numbers, one function each. To add one, write it below and list it in ``CHECKS``.
 
-A check takes a ``RowGroup`` and yields what is wrong, in words; nothing where all is well.
+A check takes a ``RowGroup`` and yields a sentence for each thing that is wrong.
 """
 
 from __future__ import annotations
@@ -25,9 +25,17 @@ CANDIDATE_LISTS = ("candidate_ids", "candidate_logprobs")
 
 @dataclass
 class RowGroup:
-    """One row group: R rows, with T completion positions and N candidates in all of them together."""
+    """One row group, its lists laid end to end: R rows, T completion positions and N candidates in all of them.
 
-    table: pa.Table
+    ::
+
+        row         0                   1
+        position    0       1     2     3     4          a row has completion_tokens of them
+        candidate   0 1 2   3 4   5 6   7 8   9 10 11    a position has ``counts`` of them
+        starts      ^       ^     ^     ^     ^
+    """
+
+    table: pa.Table  # with the columns of the format
     split: str  # that its shard is named after
     vocab_size: int
     metadata: dict[str, Any]  # of its shard

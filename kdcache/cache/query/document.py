@@ -46,7 +46,7 @@ def document() -> str:
 
 
 def _items(columns: str) -> list[str]:
-    """Cut the columns of a header into items. One begins on each line that names columns: ``name, name (unit): ...``."""
+    """Cut the columns of a header into items: each begins on a line that names columns, ``name, name (unit): ``."""
     return re.split(r"\n(?=[\w, ()]+: )", columns)
 
 

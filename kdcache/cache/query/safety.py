@@ -1,7 +1,7 @@
 """What a query may do: read the cache, and nothing else.
 
-DuckDB can be confined to the folder of the cache, but not kept from writing into it. So each statement is checked before
-it runs, in DuckDB's own parse tree and never as text::
+DuckDB can be confined to the folder of the cache, but not kept from writing into it. So each statement is checked
+before it runs, in DuckDB's own parse tree and never as text::
 
     a query          one SELECT or EXPLAIN in which no node can write      -> ``reading_statement``
     a --where        one expression that reads, and that gives the same answer each time   -> ``condition``
