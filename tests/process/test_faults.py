@@ -202,7 +202,7 @@ def in_first(change):
         ("token_logprobs", in_first(lambda row: row.__setitem__(0, 0.5)), "no log-probabilities"),
         ("candidate_ids", in_first(lambda row: row[0].pop()), "not equally long"),
         ("split", lambda rows: ["test"] * len(rows), "split is not"),
-        ("sample_id", lambda rows: [rows[0]] * len(rows), "stands"),
+        ("sample_id", lambda rows: [rows[0]] * len(rows), "occurs"),
     ],
 )
 def test_numbers_that_cannot_be_are_found(column, change, word, copy):
