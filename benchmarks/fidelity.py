@@ -44,7 +44,7 @@ import torch
 from shared import hardware, save_figure, say, write_plan
 from torch import Tensor
 
-from kdcache.cache import manifest, reader, sparsify, writer
+from kdcache.cache import reader, shard, sparsify, writer
 from kdcache.cache.candidates import Candidates
 from kdcache.cache.format import CANDIDATE_LEAVES, FORMAT_VERSION, fingerprint
 from kdcache.cache.layout import shard_name
@@ -265,7 +265,7 @@ def written_and_read(
         write_plan(
             Path(scratch), plan | {"vocab_size": 0, "end_of_turn": 0, "tokenizer": {}, "shards": [{"name": name}]}
         )
-        chunks = manifest.column_chunks(pq.read_metadata(path))
+        chunks = shard.column_chunks(pq.read_metadata(path))
         size = sum(c.total_compressed_size for c in chunks if c.path_in_schema in CANDIDATE_LEAVES)
         cache = reader.Cache(Path(scratch))
         samples = []

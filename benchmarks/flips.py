@@ -153,7 +153,7 @@ def look(cache: Path, flip: Flip, sound: dict[str, str]) -> Outcome:
         if flip.file not in (*WORDS, "rejected.jsonl") or blamed:  # else verify has written the file anew
             flip.apply(cache)
         elif flip.file in WORDS:
-            manifest.write(cache)
+            manifest.rebuild(cache)
     assert flip.file == "manifest.json" or (cache / "manifest.json").stat().st_size == len(before)
     return Outcome(flip, blamed, answers)
 

@@ -34,7 +34,7 @@ import torch
 from shared import hardware, interval
 from size import completion_tokens, repeat
 
-from kdcache.cache import manifest, reader
+from kdcache.cache import documents, reader, samples
 from kdcache.cache.candidates import Candidates
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
@@ -108,7 +108,7 @@ def by_rows(dataset: Any, flat: Callable[[Any, Any], np.ndarray], size: int, hea
 
 def by_tables(dataset: Any, size: int, head_rows: int) -> Iterator[Batch]:
     for table in dataset.with_format("arrow").iter(batch_size=size):
-        yield pack(reader._samples(table, range(len(table))), head_rows)
+        yield pack(samples.unpack(table, range(len(table))), head_rows)
 
 
 def check_same(expected: Batch, batch: Batch, name: str) -> None:
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
     core = pin()
-    plan = manifest.read_plan(options.cache)
+    plan = documents.read_plan(options.cache)
     sparsify, head_rows, size = plan["fields"]["sparsify"], plan["vocab_size"], options.samples
     train = [options.cache / shard["name"] for shard in plan["shards"] if shard["name"].startswith("data/train")]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from shared import peak_bytes, write_plan
 
-from kdcache.cache import manifest, writer
+from kdcache.cache import documents, writer
 from kdcache.cache.format import fingerprint
 from kdcache.cache.layout import shard_name
 from kdcache.cache.row import CacheRow
@@ -145,7 +145,7 @@ def main() -> None:
         for number, gigabytes in enumerate(options.gigabytes):
             cache = folder / f"cache{number}"
             size = make_cache(cache, int(gigabytes * 1e9), tokenizer)
-            assert len(manifest.read_plan(cache)["shards"]) >= 1
+            assert len(documents.read_plan(cache)["shards"]) >= 1
             peak = peak_of(cache, folder / "student", folder / f"run{number}", options.steps)
             results[f"cache_{number}"] = {"bytes": size, "peak_resident_bytes": peak}
             print(f"cache {size / 1e9:.2f} GB: peak resident memory {peak / 1e6:,.0f} MB", flush=True)

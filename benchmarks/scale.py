@@ -222,9 +222,9 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
     elif what == "open":
         timed("open", lambda: reader.Cache(cache))
     elif what == "sum":
-        timed("sum, first time", lambda: manifest.write(cache))
+        timed("sum, first time", lambda: manifest.rebuild(cache))
     elif what == "sum again":
-        timed("sum again, nothing changed", lambda: manifest.write(cache))
+        timed("sum again, nothing changed", lambda: manifest.rebuild(cache))
     elif what == "verify":
         report = timed("verify", lambda: integrity.verify(cache))
         assert report.sound, report.problems
@@ -321,7 +321,7 @@ def measure_cache(
     if "plan" in whats:
         make_examples(folder / "rows.jsonl", sizes["samples"])
     if "sum" not in whats:
-        manifest.write(folder / "cache")
+        manifest.rebuild(folder / "cache")
     for what in whats:
         result = in_a_process(what, folder)
         failed = {REPORTED.get(what, "sql: " + what[5:]): None}

@@ -32,9 +32,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from shared import hardware, write_plan
 
-from kdcache.cache import manifest, reader, writer
+from kdcache.cache import documents, reader, writer
 from kdcache.cache.format import SCHEMA
 from kdcache.cache.layout import shard_name
+from kdcache.cache.shard import column_chunks
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
 
@@ -48,7 +49,7 @@ def bytes_by_column(files: list[Path]) -> dict[str, int]:
     """Compressed bytes of each column, from the footers; what is left of the files is called ``footers``."""
     found: dict[str, int] = dict.fromkeys(SCHEMA.names, 0)
     for path in files:
-        for chunk in manifest.column_chunks(pq.read_metadata(path)):
+        for chunk in column_chunks(pq.read_metadata(path)):
             name = chunk.path_in_schema.partition(".")[0]
             found[name] = found.get(name, 0) + chunk.total_compressed_size
     found["footers"] = sum(path.stat().st_size for path in files) - sum(found.values())
@@ -117,7 +118,7 @@ def read_dataset_numpy(dataset: Any) -> int:
 
 def repeat(cache: Path, folder: Path, tokens_wanted: int, tokens: int) -> tuple[reader.Cache, list[Path]]:
     """The cache's train shards under many names: as a cache, and their paths."""
-    plan = manifest.read_plan(cache)
+    plan = documents.read_plan(cache)
     sources = [cache / shard["name"] for shard in plan["shards"] if shard["name"].startswith("data/train")]
     (folder / "data").mkdir(parents=True)
     names = []
@@ -165,7 +166,7 @@ def main() -> None:
     options = parser.parse_args()
     pa.set_cpu_count(1)
     pa.set_io_thread_count(1)
-    plan = manifest.read_plan(options.cache)
+    plan = documents.read_plan(options.cache)
     files = [options.cache / shard["name"] for shard in plan["shards"]]
     tokens = completion_tokens(files)
     train = [path for path in files if path.name.startswith("train")]

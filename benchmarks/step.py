@@ -39,7 +39,7 @@ from torch import Tensor
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-from kdcache.cache import manifest
+from kdcache.cache import documents
 from kdcache.cache.reader import Cache
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic
@@ -65,7 +65,7 @@ Times = dict[str, dict[str, list[float]]]  # seconds of every round, by group an
 
 def make_batches(options: argparse.Namespace, count: int) -> list[Batch]:
     selection = select([Cache(options.cache)], "train", None, options.max_length)
-    head_rows = manifest.read_plan(options.cache)["vocab_size"]
+    head_rows = documents.read_plan(options.cache)["vocab_size"]
     stream = Stream(selection, head_rows, options.samples)
     batches: list[Batch] = []
     while len(batches) < count:
@@ -270,7 +270,7 @@ def main() -> None:
     for group, names, rounds in (("pairs", CACHED, options.pairs), ("rounds", ("kd", *ONLINE), options.rounds)):
         if rounds:
             taken[group], positions[group] = measure_time(options, names, rounds)
-    sparsify = manifest.read_plan(options.cache)["fields"]["sparsify"]
+    sparsify = documents.read_plan(options.cache)["fields"]["sparsify"]
     peak = {name: round(statistics.median(runs)) for name, runs in peaks.items() if runs}
     results: dict[str, Any] = {
         "date": str(date.today()),

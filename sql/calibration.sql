@@ -1,9 +1,14 @@
 -- calibration: whether the teacher is right as often as it is sure, by the probability of its best token.
 --
--- columns  origin; bin: of the best token's probability; positions; probability: its mean; agreement: how often the
---          completion's own token was the best one; gap: agreement - probability (below 0: the teacher is too sure)
--- note     of sampled completions the gap only says how they were drawn: about 0 at temperature 1, above 0 below it
--- example  SELECT * FROM calibration WHERE origin = 'given'
+-- columns     origin: given or sampled
+--             bin: range of the best token's probability
+--             positions: number of positions
+--             probability: mean probability of the best token
+--             agreement (share): positions at which the completion's own token is the best one
+--             gap: agreement - probability; below 0 the teacher is too sure
+-- note        For sampled completions the gap only shows how they were drawn: it is about 0 at
+--             temperature 1, and above 0 at lower temperatures.
+-- example     SELECT * FROM calibration WHERE origin = 'given'
 CREATE OR REPLACE VIEW calibration AS
 WITH unnested AS (
     SELECT

@@ -1,8 +1,10 @@
--- captured_mass_curve: captured_mass for k = 1, 2, 4, 8, ... and the most candidates that a position holds.
+-- captured_mass_curve: captured mass for k = 1, 2, 4, ... up to the most candidates that a position holds.
 --
--- columns  k; mass; worst_percentile; positions: those of captured_mass(k)
--- note     a threshold:TAU cache holds fewer at most positions, which then count with all they have; see captured_mass
--- example  SELECT * FROM captured_mass_curve
+-- columns     k, mass (probability), worst_percentile (probability), positions: as in
+--               captured_mass
+-- note        Most positions of a `threshold:TAU` cache hold fewer candidates, and count with all
+--             they have.
+-- example     SELECT * FROM captured_mass_curve
 CREATE OR REPLACE VIEW captured_mass_curve AS
 WITH held AS (
     SELECT max(list_max(list_transform(candidate_ids, lambda ids: len(ids)))) AS most FROM samples

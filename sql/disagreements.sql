@@ -1,15 +1,19 @@
--- disagreements: where the teacher's best token is not the token given, most confident first.
+-- disagreements: where the teacher's best token is not the completion's own, most confident first.
 --
--- columns  sample_id, source, split, task, origin; position (1-based); before: the five tokens before; text: the token
---          given, and its probability; best: the teacher's best token (candidate 1), and best_probability
--- example  SELECT before, text, probability, best, best_probability FROM disagreements WHERE origin = 'given' LIMIT 10
+-- columns     sample_id, source, split, task, origin: of the sample
+--             position: place in the completion, from 1
+--             before: the five tokens before
+--             text, probability: the completion's own token, and the teacher's probability of it
+--             best, best_probability: the teacher's best token, and its probability
+-- example     SELECT before, text, probability, best, best_probability FROM disagreements
+--             WHERE origin = 'given' LIMIT 10
 CREATE OR REPLACE VIEW disagreements AS
 WITH unnested AS (
     SELECT
         sample_id, source, split, task, origin,
         generate_subscripts(completion_ids, 1) AS position,
         unnest(completion_ids) AS token_id,
-        unnest([NULL] || completion_ids) AS id_1,  -- the token before, and those before it
+        unnest([NULL] || completion_ids) AS id_1,  -- the token before, then the one before that, ...
         unnest([NULL, NULL] || completion_ids) AS id_2,
         unnest([NULL, NULL, NULL] || completion_ids) AS id_3,
         unnest([NULL, NULL, NULL, NULL] || completion_ids) AS id_4,

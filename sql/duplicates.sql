@@ -1,11 +1,16 @@
--- duplicates: samples that would be counted twice, or leak from one split into another.
+-- duplicates: which samples count twice, or leak from one split into another.
 --
--- columns  kind; n: samples concerned; sample_ids. Kinds: completion: the same completion of the same prompt, token for
---          token; split: one prompt in several splits; group: one prompt under several group ids, all in one split
--- note     no row is good news; given and sampled completions of one prompt are no duplicates unless they are equal
--- example  SELECT kind, count(*) AS cases, sum(n) AS samples FROM duplicates GROUP BY kind
+-- columns     kind: completion (the same completion of the same prompt, token for token), split
+--               (one prompt in several splits), or group (one prompt under several group ids in
+--               one split)
+--             n: number of samples concerned
+--             sample_ids: their ids
+-- note        An empty result is good news. A given and a sampled completion of one prompt are
+--             duplicates only if they are equal.
+-- example     SELECT kind, count(*) AS cases, sum(n) AS samples FROM duplicates GROUP BY kind
 CREATE OR REPLACE VIEW duplicates AS
-WITH twice AS (  -- those with the same hash, and then the same: what is held of every sample is a number
+-- Hashes first, so that DuckDB holds one number per sample; only samples whose hashes repeat are compared in full.
+WITH twice AS (
     SELECT hash(prompt_id, completion_ids) AS hash FROM samples GROUP BY hash HAVING count(*) > 1
 ), astray AS (
     SELECT hash(prompt_id) AS hash FROM samples
@@ -23,4 +28,4 @@ WITH twice AS (  -- those with the same hash, and then the same: what is held of
     GROUP BY prompt_id HAVING count(DISTINCT split) > 1 OR count(DISTINCT group_id) > 1
 )
 FROM completions UNION ALL FROM prompts ORDER BY kind, n DESC, sample_ids;
-COMMENT ON VIEW duplicates IS 'samples that would be counted twice, or leak from one split into another';
+COMMENT ON VIEW duplicates IS 'samples that count twice, or leak from one split into another';

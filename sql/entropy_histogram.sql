@@ -1,8 +1,11 @@
--- entropy_histogram: how sure the teacher is: completion tokens by the entropy of its distribution.
+-- entropy_histogram: how uncertain the teacher is: completion tokens by the entropy of its distribution.
 --
--- columns  origin; entropy: lower edge of a bucket a quarter wide (nats); positions; share of the origin's positions
--- note     entropies are those of what was captured, a lower bound of the whole vocabulary's
--- example  SELECT * FROM entropy_histogram WHERE origin = 'given'
+-- columns     origin: given or sampled
+--             entropy (nats): lower edge of a bucket that is 0.25 nats wide
+--             positions: number of positions
+--             share: of all positions of that origin
+-- note        Entropies are those of what was captured: a lower bound of the whole vocabulary's.
+-- example     SELECT * FROM entropy_histogram WHERE origin = 'given'
 CREATE OR REPLACE VIEW entropy_histogram AS
 WITH each AS (SELECT origin, unnest(entropies) AS nats FROM samples),
 bucketed AS (SELECT origin, floor(nats * 4) / 4 AS entropy FROM each)

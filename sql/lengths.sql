@@ -1,8 +1,11 @@
 -- lengths: how long prompts, completions and whole samples are, by source and origin.
 --
--- columns  source, origin; part: prompt, completion, or sample (both); samples; least, p50, p90, p99 and most tokens of
---          one sample; total tokens
--- example  SELECT * FROM lengths WHERE part = 'sample'
+-- columns     source, origin: the group
+--             part: prompt, completion, or sample (both together)
+--             samples: number of samples
+--             least, p50, p90, p99, most (tokens): quantiles of the length of one sample's part
+--             total (tokens): of all samples together
+-- example     SELECT * FROM lengths WHERE part = 'sample'
 CREATE OR REPLACE VIEW lengths AS
 WITH parts AS (
     SELECT

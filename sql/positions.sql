@@ -1,9 +1,17 @@
--- positions: one row a completion token.
+-- positions: the tokens of all completions, one row per token.
 --
--- columns  sample_id, source, split, task, origin; position (1-based); token_id, text; logprob (nats) and rank of the
---          token; entropy (nats, a lower bound); tail_logprob, tail_mass: what the candidates leave out (threshold:TAU:
---          what all those leave out that were captured, the drawn ones and the others); supervised
--- example  SELECT text, logprob, rank, entropy FROM positions WHERE sample_id = 'builtin:en-001:g' ORDER BY position
+-- columns     sample_id, source, split, task, origin: of the sample
+--             position: place in the completion, from 1
+--             token_id, text: the token
+--             logprob (nats), rank: the teacher's log-probability of the token, and its rank, 1
+--               for the best
+--             entropy (nats): of the teacher's distribution, a lower bound
+--             tail_logprob (nats), tail_mass (probability): what the candidates leave out
+--             supervised: whether the position is trained on
+-- note        In a `threshold:TAU` cache the tail is the mass beyond the captured candidates,
+--             whether they were stored or not.
+-- example     SELECT text, logprob, rank, entropy FROM positions
+--             WHERE sample_id = 'builtin:en-001:g' ORDER BY position
 CREATE OR REPLACE VIEW positions AS
 WITH unnested AS (
     SELECT
@@ -21,4 +29,4 @@ SELECT
     sample_id, source, split, task, origin, position, token_id, text, logprob, rank, entropy,
     tail_logprob, exp(tail_logprob) AS tail_mass, supervised
 FROM unnested LEFT JOIN vocab USING (token_id);
-COMMENT ON VIEW positions IS 'one row a completion token: its log-probability, rank, entropy and tail mass';
+COMMENT ON VIEW positions IS 'one row per completion token: its log-probability, rank, entropy and tail mass';

@@ -1,11 +1,15 @@
--- prompts: one row a prompt, with how the teacher's own answers to it did: what kd grpo chooses from.
+-- prompts: how the teacher's own answers to each prompt did, one row per prompt; kd grpo chooses from it.
 --
--- columns  split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference, verifier; judges: every verifier and
---          reference of its rows; samples: the teacher's own answers; judged: those with a reward; success: mean reward of
---          them, null if none; traces: ids of right answers, given ones too
--- example  SELECT count(*) AS prompts, avg(success) FROM prompts WHERE success > 0 AND success < 1
+-- columns     split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference,
+--               verifier: of the prompt
+--             judges: every pair of verifier and reference among its rows
+--             samples: number of the teacher's own answers
+--             judged: number of those with a reward
+--             success (share): mean reward of those, null without any
+--             traces: token ids of all right answers, given ones too
+-- example     SELECT count(*) AS prompts, avg(success) FROM prompts WHERE success > 0 AND success < 1
 CREATE OR REPLACE VIEW prompts AS
-WITH asked AS (
+WITH answers AS (
     SELECT
         coalesce(min(sample_id) FILTER (verifier IS NOT NULL), min(sample_id)) AS sample_id,
         list(DISTINCT {verifier: verifier, reference: reference} ORDER BY {verifier: verifier, reference: reference})
@@ -20,6 +24,6 @@ WITH asked AS (
 )
 SELECT
     split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference, verifier,
-    coalesce(judges, []) AS judges, asked.samples, judged, success, coalesce(traces, []) AS traces
-FROM samples JOIN asked USING (sample_id) LEFT JOIN solved USING (split, source, prompt_id);
-COMMENT ON VIEW prompts IS 'one row a prompt, with how the teacher''s own answers did';
+    coalesce(judges, []) AS judges, answers.samples, judged, success, coalesce(traces, []) AS traces
+FROM samples JOIN answers USING (sample_id) LEFT JOIN solved USING (split, source, prompt_id);
+COMMENT ON VIEW prompts IS 'one row per prompt, with how the teacher''s own answers did';

@@ -1,7 +1,11 @@
--- shards: one row a shard file.
+-- shards: the shard files, one row per file.
 --
--- columns  file; split; samples; tokens (completion tokens); candidates; bytes on disk (compressed, without footer)
--- example  SELECT * FROM shards
+-- columns     file, split: the shard, and the split that it belongs to
+--             samples: number of samples
+--             tokens: number of completion tokens
+--             candidates: number of candidates of all tokens
+--             bytes: compressed size of the columns, without the footer
+-- example     SELECT * FROM shards
 CREATE OR REPLACE VIEW shards AS
 WITH sizes AS (
     SELECT parse_filename(file_name) AS file, sum(total_compressed_size) AS bytes
@@ -16,4 +20,4 @@ WITH sizes AS (
 )
 SELECT file, split, samples, tokens, candidates, bytes
 FROM counts LEFT JOIN sizes USING (file) ORDER BY file;
-COMMENT ON VIEW shards IS 'one row a shard file, with its samples, tokens and bytes';
+COMMENT ON VIEW shards IS 'one row per shard file, with its samples, tokens and bytes';

@@ -1,7 +1,11 @@
--- token_ranks: where the completion's own token ranks among the teacher's candidates.
+-- token_ranks: where the completion's own token ranks in the teacher's distribution.
 --
--- columns  origin; rank: 1, 2, 3, 4-8, 9-16, ...; positions; share of the origin's positions; mean_logprob (nats)
--- example  SELECT * FROM token_ranks WHERE origin = 'given'
+-- columns     origin: given or sampled
+--             rank: 1, 2, 3, 4, 5-8, 9-16, ...; 1 is the teacher's best token
+--             positions: number of positions
+--             share: of all positions of that origin
+--             mean_logprob (nats): of those tokens
+-- example     SELECT * FROM token_ranks WHERE origin = 'given'
 CREATE OR REPLACE VIEW token_ranks AS
 WITH bucketed AS (
     SELECT

@@ -1,16 +1,22 @@
 -- uncertain_tokens: where the teacher is least sure, most uncertain first.
 --
--- columns  sample_id, position; before: the three tokens before; text: the token given; its logprob (nats) and rank;
---          entropy (nats, a lower bound); choices: the teacher's three best with their probabilities (fewer, or drawn
---          ones, where a threshold:TAU cache holds no more)
--- example  SELECT * FROM uncertain_tokens LIMIT 10
+-- columns     sample_id: the sample
+--             position: place in the completion, from 1
+--             before: the three tokens before
+--             text: the completion's own token
+--             logprob (nats), rank: the teacher's log-probability of that token, and its rank
+--             entropy (nats): of the teacher's distribution, a lower bound
+--             choices: the three best candidates with their probabilities
+-- note        In a `threshold:TAU` cache a position may hold fewer than three candidates, and some
+--             of them may have been drawn at random.
+-- example     SELECT * FROM uncertain_tokens LIMIT 10
 CREATE OR REPLACE VIEW uncertain_tokens AS
 WITH unnested AS (
     SELECT
         sample_id,
         generate_subscripts(completion_ids, 1) AS position,
         unnest(completion_ids) AS token_id,
-        unnest([NULL] || completion_ids) AS id_1,  -- the token before, and those before it
+        unnest([NULL] || completion_ids) AS id_1,  -- the token before, then the one before that, ...
         unnest([NULL, NULL] || completion_ids) AS id_2,
         unnest([NULL, NULL, NULL] || completion_ids) AS id_3,
         unnest(token_logprobs) AS logprob,
@@ -41,4 +47,4 @@ LEFT JOIN vocab AS choice_2 ON choice_2.token_id = best_2
 LEFT JOIN vocab AS choice_3 ON choice_3.token_id = best_3
 WHERE position IS NOT NULL
 ORDER BY entropy DESC, sample_id, position;
-COMMENT ON VIEW uncertain_tokens IS 'where the teacher is least sure, with what it would rather have said';
+COMMENT ON VIEW uncertain_tokens IS 'where the teacher is least sure, with its own choices';

@@ -1,10 +1,11 @@
-"""README.md of a cache: a data set card that says what is inside and how to open it."""
+"""README.md of a cache: a data set card for the Hub and its viewer, with what is inside and how to open it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from kdcache.cache.format import SPLITS
+from kdcache.cache.layout import shards_pattern
 
 _CARD = """---
 {front_matter}
@@ -12,20 +13,20 @@ _CARD = """---
 
 # Teacher cache: {teacher}
 
-What a teacher said, once, for distilling students from: top-k log-probabilities of {rows:,} completions
-({tokens:,} tokens), written by kdcache (cache format {version}).
+A teacher's next-token distributions, from which students are distilled: log-probabilities of its most likely tokens
+at each position of {rows:,} completions ({tokens:,} tokens), written by kdcache (cache format {version}).
 
 | | |
 |---|---|
 | teacher | {teacher}{revision} ({engine}, {dtype}) |
 | mode | {mode} |
-| candidates a position | {sparsify}, {precision} |
+| candidates per position | {sparsify}, {precision} |
 | samples | {rows:,} in {shards} of {planned} shards, {bytes:,} bytes |
 | rejected rows | {rejected} (rejected.jsonl) |
 | fingerprint | `{fingerprint}` |
 
-The prompts and given answers keep the licence of their source; the log-probabilities are output of the teacher, under
-its licence. Check both before you share this.
+The prompts and given answers keep the licence of their source. The log-probabilities are output of the teacher and come
+under its licence. Check both before you share this cache.
 
 ## Open it
 
@@ -41,21 +42,22 @@ cache = load_dataset("path/to/this/folder")
 ```
 
 Log-probabilities are natural logs of the full-vocabulary softmax at temperature 1. `candidate_ids[t]` and
-`candidate_logprobs[t]` are the teacher's candidates at completion position t, best first; `tail_logprobs[t]` is the log
-of the mass outside them; token ids are named in `vocab.parquet`.
+`candidate_logprobs[t]` are the teacher's candidates at completion position t, best first, and `tail_logprobs[t]` is the
+log of the mass outside them. `vocab.parquet` has the text of each token id.
 """
 
 
 def render(plan: dict[str, Any], manifest: dict[str, Any]) -> str:
-    """The card of a cache, from its plan and manifest."""
+    """Return the card of a cache, from its plan and manifest."""
     fields = plan["fields"]
-    # Naming a split that has no rows makes load_dataset raise.
-    splits = [s for s in SPLITS if any(x["split"] == s and x["rows"] for x in manifest["shards"])]
+    # Only splits with rows are named: load_dataset raises for one that has none.
+    filled = {shard["split"] for shard in manifest["shards"] if shard["rows"]}
+    splits = [split for split in SPLITS if split in filled]
     front = ["tags:", "- distillation", "- logits", "- kdcache"]
     if splits:
         front += ["configs:", "- config_name: default", "  data_files:"]
         for split in splits:
-            front += [f"  - split: {split}", f'    path: "data/{split}-*.parquet"']
+            front += [f"  - split: {split}", f'    path: "{shards_pattern(split)}"']
     return _CARD.format(
         front_matter="\n".join(front),
         version=plan["format_version"],

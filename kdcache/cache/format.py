@@ -1,11 +1,9 @@
-"""The cache format, version 1: Arrow schema, codebook, Parquet encodings, fingerprint, splits. Nothing else knows them.
+"""The cache format, version 1: Arrow schema, codebook, Parquet encodings, fingerprint, splits (docs/format.md).
 
-A cache is a folder::
+One row of a shard is one sample: a prompt and one completion of T tokens, with K candidates per token. There is no
+codec: Parquet's own encodings save the bytes, so that every Parquet reader opens a cache as it is.
 
-    README.md  manifest.json  plan.json  rejected.jsonl  vocab.parquet  data/{split}-{shard:05d}.parquet
-
-One row of a shard is one sample: a prompt and one completion of T tokens, with K candidates at each of them.
-There is no codec: the bytes are saved by Parquet's own encodings, so that every Parquet reader opens a cache as it is.
+Invariant: no other module defines a column, an encoding or how a number is rounded.
 """
 
 from __future__ import annotations
@@ -23,8 +21,11 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation", "test")
 PRECISIONS = ("q8", "f32")
 
-#: vLLM's log-probabilities are float32: a tail below this mass cannot be told from rounding, and is stored as none.
+#: vLLM's log-probabilities are float32: a smaller tail cannot be told from rounding, and is stored as none.
 MIN_TAIL_MASS = 1e-6
+
+#: Rounding may lift the log-probability of a certain token, or of a whole mass, a little above 0.
+MAX_LOGPROB = 1e-3
 
 #: 256 float32 log-probabilities, 0 down to -24, evenly spaced in the square root of -logprob.
 CODEBOOK = -((np.arange(256, dtype=np.float64) / 255 * np.sqrt(24.0)) ** 2).astype(np.float32) + np.float32(0)
@@ -68,9 +69,9 @@ CANDIDATE_LEAVES = ("candidate_ids.list.element.list.element", _CANDIDATE_LOGPRO
 
 
 def parquet_options(precision: str) -> dict[str, Any]:
-    """Keyword arguments of ``pyarrow.parquet.ParquetWriter`` for a shard.
+    """Return the keyword arguments of ``pyarrow.parquet.ParquetWriter`` for a shard.
 
-    Encodings are named by leaf: pyarrow ignores a top-level name without an error, so a test reads the footers.
+    Encodings are named by leaf, because pyarrow ignores a top-level name without an error. A test reads the footers.
     """
     floats = _HALVES if precision == "q8" else (*_HALVES, _CANDIDATE_LOGPROBS)
     return {
@@ -79,19 +80,19 @@ def parquet_options(precision: str) -> dict[str, Any]:
         "use_dictionary": [*_DICTIONARY, *([_CANDIDATE_LOGPROBS] if precision == "q8" else [])],
         "column_encoding": {leaf: "BYTE_STREAM_SPLIT" for leaf in (*_IDS, *floats)},
         "write_page_checksum": True,
-        # Page indexes and per-list statistics help nobody here and cost bytes in every footer.
+        # Statistics of lists help no reader, and cost bytes in every footer.
         "write_statistics": ["sample_id", "split", "completion_tokens", "prompt_tokens"],
     }
 
 
 def round_logprobs(logprobs: np.ndarray) -> np.ndarray:
-    """The codebook's nearest value (in the square root of -logprob) for each log-probability, float32, same shape."""
+    """Round log-probabilities to the codebook's nearest values, in the square root of -logprob; float32, same shape."""
     codes = np.rint(np.sqrt(np.clip(-logprobs, 0.0, 24.0)) * np.float32(255 / np.sqrt(24.0))).astype(np.intp)
     return CODEBOOK[codes]
 
 
 def round_half(values: np.ndarray) -> np.ndarray:
-    """Rounded to half precision and kept as float32 (DuckDB cannot read BYTE_STREAM_SPLIT on float16)."""
+    """Round to half precision, kept as float32 because DuckDB cannot read BYTE_STREAM_SPLIT on float16."""
     with np.errstate(over="ignore"):
         return values.astype(np.float16).astype(np.float32)
 
@@ -100,7 +101,7 @@ def round_half(values: np.ndarray) -> np.ndarray:
 
 
 def split_of(group_id: str, ratios: tuple[float, float, float], split_seed: int) -> str:
-    """The split a problem belongs to: all samples of one group land on the same side, whatever else is in the cache."""
+    """Return the split of a problem: all samples of one group are in one split, whatever else is in the cache."""
     point = stable_hash(split_seed, group_id) / 2**64
     for split, edge in zip(SPLITS, np.cumsum(ratios)):
         if point < edge:
@@ -109,17 +110,14 @@ def split_of(group_id: str, ratios: tuple[float, float, float], split_seed: int)
 
 
 def fingerprint(fields: dict[str, Any]) -> str:
-    """Hex hash over what decides the numbers in a cache. Two caches with one fingerprint are interchangeable."""
+    """Return a hex hash over what decides the numbers in a cache. Caches with one fingerprint are interchangeable."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
 
 
 def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """``field: old -> new`` for every fingerprint field that differs."""
+    """Return ``field: old -> new`` for every fingerprint field that differs."""
     return [
         f"{key}: {json.dumps(old.get(key), ensure_ascii=False)} -> {json.dumps(new.get(key), ensure_ascii=False)}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
-
-
-# --- paths ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""Decide what to keep of a teacher's distribution: [T, K] captured rows become a few candidates per position. Pure numpy.
+"""Decide what to keep of a teacher's distribution: [T, K] captured rows become a few candidates per position.
 
-Each policy is one class, and ``POLICIES`` names them. Invariant: at every position the candidates are sorted best first,
-the first is the teacher's best token, no id occurs twice, and candidates + tail carry the whole mass (``topk``: up to
-rounding; ``threshold``: to within TAU).
+Each policy is one class, and ``POLICIES`` names them. Pure numpy.
+
+Invariant: at every position the candidates are sorted best first, the first is the teacher's best token, no id occurs
+twice, and candidates + tail carry the whole mass (``topk``: up to rounding; ``threshold``: to within TAU).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Policy(Protocol):
 
     @property
     def most_candidates(self) -> int:
-        """The most candidates that a position holds (except for ``threshold`` where no token reaches TAU, which is rare)."""
+        """The most candidates of a position; ``threshold`` can exceed it where no token reaches TAU, which is rare."""
         ...
 
     @property
@@ -57,7 +58,7 @@ class TopK:
 
     @classmethod
     def parse(cls, text: str, capture_k: int | None) -> TopK:
-        """Raise ValueError with what was expected."""
+        """Parse K; ValueError with what was expected."""
         k = _number(text)
         if not (k >= 1 and k % 1 == 0):
             raise ValueError("topk:K with a whole number K of at least 1, as in topk:64")
@@ -92,9 +93,9 @@ class Threshold:
     A token with p < TAU is kept with probability p / TAU and stored with probability TAU: an unbiased estimate of the
     captured distribution, whose total is off by less than TAU. The mass beyond the captured K stays as the tail.
 
-    TAU is snapped to the codebook first, because otherwise rounding would shift every sampled weight the same way. Where
-    no token reaches TAU, the step is the best token's probability (snapped down), so that the teacher's choice is always
-    the first candidate and the order is the teacher's.
+    TAU is snapped to the codebook first, because otherwise rounding would shift every sampled weight the same way.
+    Where no token reaches TAU, the step is the best token's probability (snapped down), so that the teacher's choice
+    is always the first candidate and the order is the teacher's.
 
     Systematic sampling (Madow 1949): the tokens' p / step are laid end to end on a line, and a token is kept if one of
     the points u, u + 1, u + 2, ... falls on it, where u is one uniform number in [0, 1) per position.
@@ -108,7 +109,7 @@ class Threshold:
 
     @classmethod
     def parse(cls, text: str, capture_k: int | None) -> Threshold:
-        """Raise ValueError with what was expected."""
+        """Parse TAU; ValueError with what was expected."""
         tau = _number(text)
         if not 0 < tau < 1:
             raise ValueError("threshold:TAU with TAU between 0 and 1, as in threshold:0.02")
@@ -144,7 +145,7 @@ class Threshold:
         return f"threshold:{self.tau:g}"
 
 
-#: To add a policy, write its class above and name it here. The loss checks ``samples``; nothing else asks which policy it is.
+#: To add a policy, write its class above and name it here. The loss checks ``samples``; no other code tells them apart.
 POLICIES: dict[str, Any] = {"topk": TopK, "threshold": Threshold}
 
 
@@ -159,13 +160,14 @@ def parse(spec: str, capture_k: int | None = None) -> Policy:
         raise UsageError(f"--sparsify {spec}: expected {error}") from None
     if policy.capture_k < policy.least_capture_k:
         raise UsageError(
-            f"--capture-k {capture_k} is smaller than the {policy.least_capture_k} candidates that --sparsify {spec} keeps"
+            f"--capture-k {capture_k} is smaller than the {policy.least_capture_k} candidates that --sparsify {spec} "
+            "keeps"
         )
     return policy
 
 
 def _number(text: str) -> float:
-    """A finite number, or NaN."""
+    """Return a finite number, or NaN."""
     try:
         number = float(text)
     except ValueError:
@@ -174,22 +176,22 @@ def _number(text: str) -> float:
 
 
 def tail_mass(logprobs: np.ndarray) -> np.ndarray:
-    """[T, K] -> [T] float64: the probability outside the K, 0 where float32 log-probabilities cannot show any."""
+    """Return [T] float64: the probability outside the K of [T, K], 0 where float32 log-probabilities show none."""
     mass = 1.0 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
     return np.where(mass < MIN_TAIL_MASS, 0.0, mass)
 
 
 def log_tail(logprobs: np.ndarray) -> np.ndarray:
-    """[T, K] -> [T] float32: the logarithm of ``tail_mass``, -inf for none."""
+    """Return [T] float32: the logarithm of ``tail_mass`` of [T, K], -inf for none."""
     with np.errstate(divide="ignore"):
         return np.log(tail_mass(logprobs)).astype(np.float32)
 
 
 def entropies(logprobs: np.ndarray) -> np.ndarray:
-    """[T, K] -> [T] float32: entropy in nats of the K candidates and the rest as one cell.
+    """Return [T] float32: the entropy in nats of [T, K], the K candidates and the rest as one cell.
 
-    The rest counts as if it were a single token, so this is a lower bound of the full-vocabulary entropy that grows with
-    K.
+    The rest counts as if it were a single token, so this is a lower bound of the full-vocabulary entropy, which grows
+    with K.
     """
     logs = logprobs.astype(np.float64)
     rest = tail_mass(logprobs)

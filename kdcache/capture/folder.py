@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
-from kdcache.cache import manifest, writer
+from kdcache.cache import documents, manifest, writer
 from kdcache.cache.format import differing_fields
 from kdcache.capture.plan import Plan, open_tokenizer
 from kdcache.capture.space import needs_space
@@ -40,7 +40,7 @@ def check(plan: Plan, overwrite: bool | None = None) -> None:
             folders.check_deletable(out, CACHE, reads)
         elif overwrite is not None or not holds_stale_claim(plan):
             _check_same_plan(plan)
-    elif manifest.plan_was_set_aside(out):
+    elif documents.plan_was_set_aside(out):
         _check_shards(plan)
     elif has_files:
         raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
@@ -52,7 +52,7 @@ _WAYS_OUT = "Use another --out, or --overwrite to delete what is there."
 def _check_same_plan(plan: Plan) -> None:
     """Compare plan.json with the plan: first the fingerprints, then the shards."""
     out = plan.config.out
-    recorded = manifest.read_plan(out)
+    recorded = documents.read_plan(out)
     if recorded["fingerprint"] != plan.fingerprint:
         differing = "\n  ".join(differing_fields(recorded["fields"], plan.fields))
         raise KDError(
@@ -113,7 +113,7 @@ def prepare(plan: Plan) -> None:
         claim(plan)
         missing = plan.missing(plan.shards)
         if missing:
-            manifest.forget(out, [shard.name for shard in missing])
+            manifest.remove_entries(out, [shard.name for shard in missing])
             rewards_file.forget(out)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from kdcache import models
-from kdcache.cache import manifest, sparsify
+from kdcache.cache import documents, manifest, sparsify
 from kdcache.cache.format import SPLITS, fingerprint, split_of
 from kdcache.capture.checks import CPU_MAX_MODEL_LEN, check
 from kdcache.capture.config import CaptureConfig
@@ -116,7 +116,7 @@ def _template_date(cache: Location) -> date:
     A capture that is resumed on another day must render the same prompts. Where plan.json was damaged and set aside,
     the day stands in the shards.
     """
-    for read in (lambda: manifest.read_plan(cache), lambda: next(manifest.shards_metadata(cache))):
+    for read in (lambda: documents.read_plan(cache), lambda: next(manifest.shards_metadata(cache))):
         with contextlib.suppress(KDError, OSError, StopIteration, ValueError, KeyError, TypeError):
             return date.fromisoformat(read()["date"])
     return date.today()

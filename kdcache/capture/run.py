@@ -103,7 +103,7 @@ def _write_missing(plan: Plan, show: ShowProgress, stop: Callable[[], bool], say
 def write_manifest(plan: Plan) -> dict[str, Any]:
     """Write the manifest from the shards, and return it. KDError for rejected rows under --strict."""
     with needs_space(plan.config.out, "manifest.json", 500 * len(plan.shards) + 10_000):
-        content = manifest.write(plan.config.out)
+        content = manifest.rebuild(plan.config.out)
     if plan.config.strict and content["rejected"]:
         raise KDError(f"--strict: {content['rejected']} rows were rejected; see {plan.config.out}/rejected.jsonl")
     return content

@@ -62,7 +62,7 @@ def sql(
             raise click.UsageError("Missing argument 'CACHE'.")
         text = _query_text(query, file)
         with ProgressLine() as line:
-            connection = queries.connect(cache, progress=lambda p: line.show(p) if p.total > SHOWN_MEGABYTES else None)
+            connection = queries.connect(cache, show=lambda p: line.show(p) if p.total > SHOWN_MEGABYTES else None)
         if unplanned := queries.unplanned_files(cache):
             first = f"(the first is {unplanned[0]})"
             note(

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import ROOT, capture_plan
-from kdcache.cache import integrity, manifest, query, reader
+from kdcache.cache import documents, integrity, manifest, query, reader
 from kdcache.cache.format import parquet_options
 from kdcache.capture import folder
 from kdcache.capture import run as capture
@@ -101,7 +101,7 @@ def parts_of(shard):
 def test_a_flipped_bit_in_each_part_of_a_shard_is_noticed(vouched, copy):
     """The manifest's sha256 finds it, and without a manifest the shard's own seal."""
     shard = sorted((copy / "data").glob("train-*"))[0]
-    name, plan = f"data/{shard.name}", manifest.read_plan(copy)
+    name, plan = f"data/{shard.name}", documents.read_plan(copy)
     recorded = manifest.recorded(copy)[name] if vouched else None
     whole, missed = shard.read_bytes(), []
     for part, place in parts_of(shard).items():
@@ -109,7 +109,7 @@ def test_a_flipped_bit_in_each_part_of_a_shard_is_noticed(vouched, copy):
             data = bytearray(whole)
             data[place] ^= bit
             shard.write_bytes(data)
-            if not list(integrity._Shard(shard, name, plan, recorded, needs_seal=True).problems()):
+            if not integrity.examine(shard, name, plan, recorded).problems:
                 missed.append((part, bit))
     assert not missed
 
@@ -197,13 +197,13 @@ def in_first(change):
         ("completion_ids", in_first(lambda row: row.__setitem__(0, -1)), "outside the vocabulary"),
         ("candidate_logprobs", in_first(lambda row: row[0].reverse()), "not sorted"),
         ("candidate_logprobs", in_first(lambda row: row[0].__setitem__(-1, float("-inf"))), "not finite"),
-        ("candidate_ids", in_first(lambda row: row[0].__setitem__(1, row[0][0])), "stand twice"),
+        ("candidate_ids", in_first(lambda row: row[0].__setitem__(1, row[0][0])), "are repeated"),
         ("tail_logprobs", in_first(lambda row: row.__setitem__(0, 0.0)), "do not sum to 1"),
         ("tail_logprobs", in_first(lambda row: row.pop()), "not as long"),
         ("token_logprobs", in_first(lambda row: row.__setitem__(0, 0.5)), "no log-probabilities"),
         ("candidate_ids", in_first(lambda row: row[0].pop()), "not equally long"),
         ("split", lambda rows: ["test"] * len(rows), "split is not"),
-        ("sample_id", lambda rows: [rows[0]] * len(rows), "stands"),
+        ("sample_id", lambda rows: [rows[0]] * len(rows), "occurs"),
     ],
 )
 def test_impossible_numbers_are_noticed(column, change, word, copy):
@@ -359,7 +359,7 @@ def test_a_request_that_fails_is_recorded_with_the_reason_and_the_run_goes_on(ti
     plan = capture_plan(tiny_model, rows_file, tmp_path / "out", mode="score")
     folder.claim(plan)
     capture.fill(plan, plan.shards, HalfBlindTeacher(), capture.Tally())
-    summary = manifest.write(tmp_path / "out")
+    summary = manifest.rebuild(tmp_path / "out")
     assert summary["complete"] and summary["rows"] == 36 and summary["rejected"] == 4
     reasons = {json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()}
     assert {

@@ -14,7 +14,7 @@ import pytest
 
 from helpers import ROOT, capture_plan, history
 from kdcache import storage
-from kdcache.cache import integrity, manifest, query, reader
+from kdcache.cache import documents, integrity, manifest, query, reader
 from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
 from kdcache.storage import diskcache
@@ -43,7 +43,7 @@ def test_a_cache_in_a_bucket_is_the_one_in_a_folder(kd, s3, buckets, tiny_model,
     options += " --rows-per-shard 16 --split-ratios 0.6,0.2,0.2"
     command = ["cache-teacher", "--teacher", tiny_model, "--examples", rows_file, "--out", cache, *options.split()]
     made = json.loads(quiet(kd(*command, "--json")).stdout)
-    local = manifest.read_plan(tiny_cache)
+    local = documents.read_plan(tiny_cache)
     assert made["fingerprint"] == local["fingerprint"] and made["samples"] == 78
     assert sorted(objects(buckets, "whole")) == sorted(str(p.relative_to(tiny_cache)) for p in tiny_cache.rglob("*.*"))
     assert not any(SECRET.encode() in data or KEY.encode() in data for data in objects(buckets, "whole").values())
@@ -177,7 +177,7 @@ def test_a_server_busy_for_a_while_is_asked_again(s3, buckets, tiny_cache):
         return "503" if failures[method, path] <= 2 else None
 
     s3.fault = busy
-    assert manifest.read_plan(cache) == manifest.read_plan(tiny_cache) and max(failures.values()) == 3
+    assert documents.read_plan(cache) == documents.read_plan(tiny_cache) and max(failures.values()) == 3
 
 
 def test_an_answer_that_breaks_off_is_asked_for_again_and_given_up_in_the_end(s3, buckets, tiny_cache):
@@ -191,10 +191,10 @@ def test_an_answer_that_breaks_off_is_asked_for_again_and_given_up_in_the_end(s3
         return None
 
     s3.fault = twice
-    assert manifest.read_plan(cache) == manifest.read_plan(tiny_cache) and len(broken) == 3
+    assert documents.read_plan(cache) == documents.read_plan(tiny_cache) and len(broken) == 3
     s3.fault = lambda method, path: "break off" if method == "GET" and "plan.json" in path else None
     with pytest.raises(KDError, match=r"plan\.json could not be read: the connection was refused or broke off"):
-        manifest.read_plan(cache)
+        documents.read_plan(cache)
 
 
 def test_an_error_in_the_middle_of_a_query_is_a_sentence(s3, buckets, tiny_cache):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcache import __version__
-from kdcache.cache import manifest, query
+from kdcache.cache import documents, manifest, query
 from kdcache.errors import KDError
 from kdcache.storage import Location, folders
 from trainer.evaluate import compare, metrics
@@ -276,7 +276,7 @@ def _cache(cache: Location) -> CacheNumbers:
         rows_of[name] = [dict(zip(columns, row)) for row in rows]
     return CacheNumbers(
         summary=manifest.summary(cache),
-        fields=manifest.read_plan(cache)["fields"],
+        fields=documents.read_plan(cache)["fields"],
         rejected=_rejected(cache / "rejected.jsonl"),
         **rows_of,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from kdcache.cache import manifest, query
+from kdcache.cache import documents, query
 from kdcache.storage import Location
 from trainer.evaluate.folder import COPY, TEACHER, Evaluation
 
@@ -38,7 +38,7 @@ def worst_samples(cache: Location, evaluation: Evaluation, methods: Mapping[str,
     ``methods``: label -> method of training. The list is empty where no student was measured on this cache.
     """
     students = [entry for entry in evaluation.entries if entry.label not in (TEACHER, COPY)]
-    if not students or manifest.read_plan(cache)["fingerprint"] not in evaluation.settings["caches"]:
+    if not students or documents.read_plan(cache)["fingerprint"] not in evaluation.settings["caches"]:
         return []
     student = next((entry for entry in students if methods.get(entry.label) == "kd"), students[-1])
     forced = pq.read_table(

@@ -48,10 +48,10 @@ def test_the_footers_name_the_encodings(tiny_cache):
 
 def test_splits_follow_the_ratios_and_the_group_alone():
     ratios = (0.8, 0.15, 0.05)
-    found = [split_of(f"problem {i}", ratios, 7) for i in range(4000)]
-    assert found == [split_of(f"problem {i}", ratios, 7) for i in range(4000)]
-    assert np.mean([s == "train" for s in found]) == pytest.approx(0.8, abs=0.03)
-    assert np.mean([s == "test" for s in found]) == pytest.approx(0.05, abs=0.02)
+    splits = [split_of(f"problem {i}", ratios, 7) for i in range(4000)]
+    assert splits == [split_of(f"problem {i}", ratios, 7) for i in range(4000)]
+    assert np.mean([s == "train" for s in splits]) == pytest.approx(0.8, abs=0.03)
+    assert np.mean([s == "test" for s in splits]) == pytest.approx(0.05, abs=0.02)
 
 
 def test_a_share_of_zero_gets_nothing():

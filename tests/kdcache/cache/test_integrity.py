@@ -1,4 +1,4 @@
-"""What every reader checks before it reads: damage is a sentence, the right file is blamed, and no other number is given."""
+"""Damage is reported as one sentence that blames the right file, and no reader ever returns a wrong number."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import ROOT, capture_plan
-from kdcache.cache import integrity, manifest, query, reader, writer
+from kdcache.cache import documents, integrity, manifest, query, reader, writer
 from kdcache.cache.format import SCHEMA, SPLITS, parquet_options
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
@@ -30,7 +30,7 @@ ALL = "SELECT * EXCLUDE (file_row_number) FROM samples ORDER BY sample_id"
 
 @pytest.fixture(autouse=True)
 def own_home(tmp_path, monkeypatch):
-    """What is remembered of the caches here is forgotten with them."""
+    """Keep what is remembered of these caches apart from the user's own."""
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
 
 
@@ -41,19 +41,19 @@ def copy(tiny_cache, tmp_path):
 
 @pytest.fixture
 def old(copy):
-    """A cache as it was written before files had checksums of their own."""
+    """Return a cache as it was written before files had checksums of their own."""
     for path in copy.rglob("*.parquet"):
         data = path.read_bytes()
         start = data.rindex(seal.MAGIC)
         path.write_bytes(data[:start] + data[start + seal.SEAL_BYTES :])
-    plan, found = (json.loads((copy / name).read_text()) for name in ("plan.json", "manifest.json"))
-    for shard in found["shards"]:
+    plan, recorded = (json.loads((copy / name).read_text()) for name in ("plan.json", "manifest.json"))
+    for shard in recorded["shards"]:
         status = (copy / shard["name"]).stat()
         shard |= {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
         shard["sha256"] = seal.digest(copy / shard["name"]).sha256
-    for name, content in (("plan.json", plan), ("manifest.json", found)):
-        known = {key: value for key, value in content.items() if key in manifest._BEFORE_CHECKSUMS[name]}
-        (copy / name).write_text(json.dumps(known))
+    for name, content in (("plan.json", plan), ("manifest.json", recorded)):
+        entries = {key: value for key, value in content.items() if key in documents._ENTRIES_BEFORE_CHECKSUMS[name]}
+        (copy / name).write_text(json.dumps(entries))
     return copy
 
 
@@ -62,7 +62,7 @@ def shards_of(cache, split="train"):
 
 
 def forge(shard, change):
-    """The shard with its table changed and its metadata kept, sealed as if it had been written so."""
+    """Change the table of a shard, keep its metadata, and seal it as if it had been written like this."""
     table = pq.read_table(shard)
     with open(shard, "w+b") as file:
         with pq.ParquetWriter(file, table.schema, **parquet_options("q8")) as sink:
@@ -75,7 +75,7 @@ def same_command(model, rows, cache):
 
 
 def read_everything(cache):
-    """Each command's way to the shards."""
+    """Return what each command calls to read the shards."""
     return {
         "sql": lambda: query.run(cache, ALL),
         "train": lambda: select([reader.Cache(cache)], "train"),
@@ -105,7 +105,7 @@ def test_a_flipped_bit_anywhere_is_found_blamed_on_its_file_and_never_another_nu
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
 def test_no_bit_of_a_small_file_can_flip_and_still_be_read_as_something_else(name, copy):
-    """Every bit of the file's start, and of a checksum's name and first digits."""
+    """Flip every bit of the file's start, and of the name and first digits of its checksum."""
     whole = (copy / name).read_bytes()
     content = json.loads(whole)
     end = whole.rindex(b'"checksum"')
@@ -116,7 +116,7 @@ def test_no_bit_of_a_small_file_can_flip_and_still_be_read_as_something_else(nam
             data[place] ^= 1 << bit
             (copy / name).write_bytes(data)
             try:
-                read = manifest.read_plan(copy) if name == "plan.json" else manifest.read_manifest(copy)
+                read = documents.read_plan(copy) if name == "plan.json" else documents.read_manifest(copy)
             except KDError:
                 continue
             if read != content:
@@ -134,11 +134,11 @@ def swap(cache):
     (cache / "aside").rename(second)
 
 
-def without_a_row(cache):
+def drop_row(cache):
     forge(shards_of(cache)[0], lambda table: table.slice(1))
 
 
-def with_a_row_twice(cache):
+def repeat_row(cache):
     forge(shards_of(cache)[0], lambda table: pa.concat_tables([table, table.slice(0, 1)]))
 
 
@@ -155,7 +155,7 @@ def gone(cache):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("change", [swap, without_a_row, with_a_row_twice, forged, rewritten, gone])
+@pytest.mark.parametrize("change", [swap, drop_row, repeat_row, forged, rewritten, gone])
 def test_shards_that_are_not_those_of_the_manifest_are_refused(change, command, copy):
     change(copy)
     with pytest.raises(KDError, match="train-0000"):
@@ -180,8 +180,8 @@ def test_a_shard_that_is_not_captured_yet_is_just_not_there(copy):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_shard_under_a_name_that_is_not_planned_is_not_read(command, copy, tiny_cache):
     def numbers(cache):
-        found = read_everything(cache)[command]()
-        return len(found) if command.startswith("train") else found
+        result = read_everything(cache)[command]()
+        return len(result) if command.startswith("train") else result
 
     shutil.copy(shards_of(copy)[0], copy / "data/train-00099.parquet")
     assert numbers(copy) == numbers(tiny_cache)
@@ -302,8 +302,8 @@ def test_a_damaged_vocabulary_is_refused_and_blamed_alone(copy):
 def test_of_two_rewards_of_a_sample_the_last_holds_and_no_sample_is_doubled(copy):
     rows = [{"sample_id": "rows:r3:g", "reward": reward, "reason": None} for reward in (1.0, 0.0)]
     writer.write_table(copy / "rewards.parquet", pa.Table.from_pylist(rows, judging.REWARDS))
-    found = query.run(copy, "SELECT count(*), max(reward) FROM samples")[1]
-    assert found == [(78, 0.0)] and len(select([reader.Cache(copy)], "train", "true")) == len(
+    counts = query.run(copy, "SELECT count(*), max(reward) FROM samples")[1]
+    assert counts == [(78, 0.0)] and len(select([reader.Cache(copy)], "train", "true")) == len(
         select([reader.Cache(copy)], "train")
     )
 
@@ -318,9 +318,9 @@ def test_an_old_cache_is_read_and_said_not_to_be_protected(old, tiny_cache):
 
 
 def test_an_old_manifest_with_a_wrong_sha256_is_blamed_and_no_sound_shard(old):
-    found = json.loads((old / "manifest.json").read_text())
-    found["shards"][0]["sha256"] = "0" * 64
-    (old / "manifest.json").write_text(json.dumps(found))
+    recorded = json.loads((old / "manifest.json").read_text())
+    recorded["shards"][0]["sha256"] = "0" * 64
+    (old / "manifest.json").write_text(json.dumps(recorded))
     report = integrity.verify(old)
     integrity.repair(report)
     assert list(report.problems) == ["manifest.json"] and not report.set_aside and integrity.verify(old).sound
@@ -349,14 +349,14 @@ def test_an_old_shard_without_a_manifest_is_read_once_its_pages_are_checked(old)
 
 @pytest.fixture
 def settled(copy, monkeypatch):
-    """A cache that was read, in which nothing changed for long."""
+    """Return a cache that was read, and in which nothing has changed for long."""
     monkeypatch.setattr(digests, "SETTLED_SECONDS", -1)
     query.run(copy, "SELECT 1")
     return copy
 
 
 def reads(monkeypatch):
-    """The files whose bytes are read from now on."""
+    """Return a list that grows by the name of each file whose bytes are read."""
     names = []
     monkeypatch.setattr(digests, "digest", lambda path: names.append(path.name) or seal.digest(path))
     return names

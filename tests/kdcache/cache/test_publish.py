@@ -1,4 +1,4 @@
-"""kd push: what goes to the Hub, to a stand-in of it that speaks its protocol on this machine."""
+"""kd push uploads the right files, here to a stand-in for the Hub that speaks its protocol on this machine."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ import pytest
 
 
 class Hub(ThreadingHTTPServer):
-    """The calls that an upload makes: create, preupload, large files by LFS, commit. Keeps what it was given."""
+    """Answers the calls of an upload (create, preupload, large files by LFS, commit) and keeps what it receives."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -24,8 +24,8 @@ class Answer(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def _say(self, found, status=200):
-        body = json.dumps(found).encode()
+    def _say(self, content, status=200):
+        body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -47,10 +47,10 @@ class Answer(BaseHTTPRequestHandler):
         if self.server.refuses:
             self._say({"error": "Invalid credentials"}, 401)
         elif self.path == "/api/repos/create":
-            asked = json.loads(body)
-            self.server.created.append(asked)
-            kind = "datasets/" if asked.get("type") == "dataset" else ""
-            self._say({"url": f"{self.server.url}/{kind}me/{asked['name']}", "name": f"me/{asked['name']}"})
+            request = json.loads(body)
+            self.server.created.append(request)
+            kind = "datasets/" if request.get("type") == "dataset" else ""
+            self._say({"url": f"{self.server.url}/{kind}me/{request['name']}", "name": f"me/{request['name']}"})
         elif self.path == "/api/validate-yaml":
             self._say({"errors": [], "warnings": []})
         elif "/preupload/" in self.path:

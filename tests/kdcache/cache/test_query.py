@@ -1,4 +1,4 @@
-"""Every file of sql/ answers on real caches, also in plain DuckDB, and can do no harm."""
+"""Every file of sql/ runs on real caches, also in plain DuckDB, and no query can change a cache."""
 
 import csv
 import io
@@ -24,6 +24,8 @@ import pytest
 from helpers import ROOT, capture_plan
 from kdcache.cache import publish, query
 from kdcache.cache.format import SPLITS
+from kdcache.cache.query import views
+from kdcache.cache.query.document import document
 from kdcache.cache.reader import Cache
 from kdcache.capture import run as capture
 from kdcache.commands.console import print_table
@@ -49,24 +51,24 @@ def threshold_cache(tiny_model, rows_file, tmp_path_factory):
 
 @pytest.fixture(params=["topk", "threshold"])
 def cache(request):
-    """A cache with 8 candidates a position, and one with as many as there are."""
+    """Return a cache with 8 candidates per position, and one whose positions have different numbers of them."""
     return request.getfixturevalue("tiny_cache" if request.param == "topk" else "threshold_cache")
 
 
 @pytest.fixture
 def copy(tiny_cache, tmp_path):
-    """A cache that may be changed."""
+    """Return a cache that the test may change."""
     return shutil.copytree(tiny_cache, tmp_path / "copy")
 
 
 def ask(cache, sql):
-    """All rows as dicts."""
+    """Return all rows as dicts."""
     names, rows = query.run(cache, sql)
     return [dict(zip(names, row)) for row in rows]
 
 
 def samples_of(cache):
-    """All rows of the shards, read without DuckDB."""
+    """Return all rows of the shards, read without DuckDB."""
     return [row for path in sorted((cache / "data").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
@@ -75,11 +77,11 @@ def texts_of(cache):
 
 
 def grouped(items):
-    """(key, value) pairs -> {key: values}."""
-    found = defaultdict(list)
+    """Return {key: values} of (key, value) pairs."""
+    groups = defaultdict(list)
     for key, value in items:
-        found[key].append(value)
-    return found
+        groups[key].append(value)
+    return groups
 
 
 def quantile(values, q):
@@ -99,7 +101,7 @@ def test_every_file_is_a_listed_view(kd):
 def test_every_file_has_a_header_a_comment_and_an_example_that_runs(path, cache):
     name, text = path.stem, path.read_text()
     assert text.startswith(f"-- {name}: ") and not text.splitlines()[1].strip("- ")
-    parts = query.header(name)
+    parts = views.header(name)
     assert {"answers", "columns", "example"} <= parts.keys() <= {"answers", "columns", "example", "parameters", "note"}
     assert ("parameters" in parts) == (name in MACROS) == ("MACRO" in text)
     names, _ = query.run(cache, parts["example"])
@@ -114,22 +116,22 @@ def test_every_column_of_every_view_is_in_its_header(cache):
     for name in query.VIEWS:
         names, _ = query.run(cache, f"FROM {MACROS.get(name, name)} LIMIT 0")
         if name != "samples":  # that is docs/format.md's
-            assert [n for n in names if not re.search(rf"\b{n}\b", query.header(name)["columns"])] == [], name
+            assert [n for n in names if not re.search(rf"\b{n}\b", views.header(name)["columns"])] == [], name
 
 
 def test_the_page_about_sql_is_made_of_the_files():
     made = subprocess.run(
         [sys.executable, "-m", "kdcache.cache.query"], capture_output=True, text=True, cwd=ROOT, check=True
     )
-    assert (ROOT / "docs/sql.md").read_text() == made.stdout == query.document()
-    assert all(f"## {query.signature(name)}\n" in made.stdout for name in query.VIEWS)
+    assert (ROOT / "docs/sql.md").read_text() == made.stdout == document()
+    assert all(f"## {views.signature(name)}\n" in made.stdout for name in query.VIEWS)
 
 
 def test_the_files_answer_the_same_in_plain_duckdb_inside_the_cache(cache, monkeypatch):
     monkeypatch.chdir(cache)
     plain = duckdb.connect()
     for path in query.VIEWS:
-        plain.execute(query.source(path))
+        plain.execute(views.source(path))
     for name in query.VIEWS:
         sql = f"FROM {MACROS.get(name, name)}"
         assert sorted(map(repr, plain.execute(sql).fetchall())) == sorted(map(repr, query.run(cache, sql)[1])), name
@@ -146,8 +148,8 @@ def test_positions_and_candidates_agree_with_the_samples(cache):
     assert candidates == sum(len(ids) for row in rows for ids in row["candidate_ids"])
     _, rows = query.run(
         cache,
-        "SELECT string_agg(text, '' ORDER BY position), any_value(s.completion) FROM positions p JOIN samples s USING (sample_id) "
-        "WHERE sample_id = 'rows:r3:g' GROUP BY ALL",
+        "SELECT string_agg(text, '' ORDER BY position), any_value(s.completion) "
+        "FROM positions p JOIN samples s USING (sample_id) WHERE sample_id = 'rows:r3:g' GROUP BY ALL",
     )
     assert rows[0][1] == "3, 3 🙂 ¡año!" and rows[0][0].endswith("año!<|im_end|>")
 
@@ -193,9 +195,9 @@ def test_disagreements_are_the_positions_whose_best_token_is_another(cache):
                     "probability": pytest.approx(math.exp(row["token_logprobs"][i])),
                     "best_probability": pytest.approx(math.exp(logprobs[0])),
                 }
-    found = ask(cache, "FROM disagreements")
-    assert expected and {(row.pop("sample_id"), row.pop("position")): row for row in found} == expected
-    sure = [row["best_probability"] for row in found]
+    rows = ask(cache, "FROM disagreements")
+    assert expected and {(row.pop("sample_id"), row.pop("position")): row for row in rows} == expected
+    sure = [row["best_probability"] for row in rows]
     assert sure == sorted(sure, reverse=True)
 
 
@@ -257,13 +259,13 @@ def test_lengths_are_quantiles_of_tokens(cache):
 def test_sample_lays_one_sample_out_token_by_token(cache):
     texts = texts_of(cache)
     [row] = [row for row in samples_of(cache) if row["sample_id"] == "rows:r3:s0"]
-    found = ask(cache, "FROM sample('rows:r3:s0')")
-    assert [r["position"] for r in found] == list(range(1, row["completion_tokens"] + 1))
-    assert [r["text"] for r in found] == [texts[token] for token in row["completion_ids"]]
+    rows = ask(cache, "FROM sample('rows:r3:s0')")
+    assert [r["position"] for r in rows] == list(range(1, row["completion_tokens"] + 1))
+    assert [r["text"] for r in rows] == [texts[token] for token in row["completion_ids"]]
     for name, column in (("logprob", "token_logprobs"), ("rank", "token_ranks"), ("entropy", "entropies")):
-        assert [r[name] for r in found] == row[column]
-    assert [r["tail_mass"] for r in found] == pytest.approx([math.exp(tail) for tail in row["tail_logprobs"]])
-    for r, ids, logprobs in zip(found, row["candidate_ids"], row["candidate_logprobs"]):
+        assert [r[name] for r in rows] == row[column]
+    assert [r["tail_mass"] for r in rows] == pytest.approx([math.exp(tail) for tail in row["tail_logprobs"]])
+    for r, ids, logprobs in zip(rows, row["candidate_ids"], row["candidate_logprobs"]):
         assert r["candidates"] == [
             {"candidate": i + 1, "token_id": token, "text": texts[token], "logprob": logprob}
             for i, (token, logprob) in enumerate(zip(ids, logprobs))
@@ -400,7 +402,7 @@ def test_only_the_views_asked_for_are_made(tiny_cache):
 
 
 def chooses_and_reads(cache):
-    """How many samples SQL counts, training chooses, and the reader has."""
+    """Return how many samples SQL counts, training chooses, and the reader returns."""
     [(counted,)] = query.run(cache, "SELECT count(*) FROM samples JOIN shards USING (file) WHERE tokens > 0")[1]
     selections = [select_samples([Cache(cache)], split) for split in SPLITS]
     loaded = sum(len(selection.load(np.arange(len(selection)))) for selection in selections)
@@ -423,7 +425,7 @@ def test_data_may_be_a_link_to_another_disk(copy, tmp_path):
 
 @pytest.fixture
 def snapshot(tiny_cache, tmp_path):
-    """A cache as the Hub's snapshot_download leaves it."""
+    """Return a cache as the Hub's snapshot_download leaves it."""
     repository = tmp_path / "datasets--me--cache"
     folder = repository / "snapshots" / "0123abcd"
     (folder / "data").mkdir(parents=True)
@@ -571,9 +573,9 @@ def test_a_condition_chooses_all_of_its_split_and_nothing_of_another(where, tiny
         ("count(*) > 1", "it holds no aggregate and no window function"),
         ("lag(reward) OVER () = 1", "it holds no aggregate and no window function"),
         ("reward = ?", "a condition has no parameters"),
-        ("origin = 'given' language", "after it stands more (language)"),
+        ("origin = 'given' language", "more follows it (language)"),
         ("true) OR (true", "expected one condition, as in "),
-        ("random() < 0.1", "random says something else each time; hash(sample_id) % 10 = 0 draws"),
+        ("random() < 0.1", "random gives another answer each time; hash(sample_id) % 10 = 0 always draws"),
         ("origin > 3", "Cannot compare values of type VARCHAR"),
     ],
 )
@@ -702,7 +704,7 @@ def test_a_damaged_shard_is_said_to_be_damaged(kd, copy, tiny_model):
 
 
 class Terminal:
-    """`kd sql CACHE` on a terminal of its own."""
+    """`kd sql CACHE` on its own terminal."""
 
     def __init__(self, cache: Path):
         # Not pty.fork: in a test process with threads, what it runs before exec may wait for ever.
@@ -718,7 +720,7 @@ class Terminal:
         self.seen = b""
 
     def until(self, text: str, again: str = "") -> None:
-        """Read until ``text`` was printed; ``again`` is typed when nothing came for a second."""
+        """Read until ``text`` was printed; type ``again`` whenever nothing was printed for a second."""
         for _ in range(60):
             if text.encode() in self.seen:
                 self.seen = self.seen.partition(text.encode())[2]

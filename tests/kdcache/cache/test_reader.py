@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers import capture_plan
-from kdcache.cache import manifest, reader
+from kdcache.cache import documents, reader
 from kdcache.capture import run as capture
 from kdcache.errors import KDError
 
@@ -79,4 +79,4 @@ def test_a_cache_of_a_later_format_is_refused(tiny_cache, tmp_path):
     plan = (copy / "plan.json").read_text().replace('"format_version": 1', '"format_version": 9')
     (copy / "plan.json").write_text(plan)
     with pytest.raises(KDError, match="cache format 9"):
-        manifest.read_plan(copy)
+        documents.read_plan(copy)

@@ -29,13 +29,13 @@ def test_topk_keeps_the_best_in_order_and_all_of_the_mass(shape, kept):
     seed, positions, vocabulary, k, scale = shape
     k = min(k, vocabulary)
     ids, logprobs, _ = teacher_rows(seed, positions, vocabulary, k, scale)
-    found = sparsify.parse(f"topk:{kept}")(ids, logprobs)
+    sparse = sparsify.parse(f"topk:{kept}")(ids, logprobs)
     width = min(kept, k)
-    assert found.counts.tolist() == [width] * positions
-    rows = found.logprobs.reshape(positions, width)
+    assert sparse.counts.tolist() == [width] * positions
+    rows = sparse.logprobs.reshape(positions, width)
     assert (np.diff(rows, axis=1) <= 0).all()
-    assert all(len(set(row)) == width for row in found.ids.reshape(positions, width).tolist())
-    total = np.exp(rows.astype(np.float64)).sum(axis=1) + np.exp(found.tails.astype(np.float64))
+    assert all(len(set(row)) == width for row in sparse.ids.reshape(positions, width).tolist())
+    total = np.exp(rows.astype(np.float64)).sum(axis=1) + np.exp(sparse.tails.astype(np.float64))
     assert total == pytest.approx(np.ones(positions), abs=3e-6)
 
 
@@ -47,20 +47,20 @@ taus = st.floats(0.001, 0.9)
 def test_threshold_keeps_the_large_ones_samples_the_others_and_conserves_the_mass(shape, tau, sample_id):
     seed, positions, vocabulary, k, scale = shape
     ids, logprobs, _ = teacher_rows(seed, positions, vocabulary, min(k, vocabulary), scale)
-    found = sparsify.parse(f"threshold:{tau}")(ids, logprobs, seed, sample_id)
+    sparse = sparsify.parse(f"threshold:{tau}")(ids, logprobs, seed, sample_id)
     snapped = round_logprobs(np.log(np.array([tau], dtype=np.float32)))[0]
-    assert len(found.counts) == positions and found.counts.sum() == len(found.ids) == len(found.logprobs)
-    ends = np.cumsum(found.counts)
+    assert len(sparse.counts) == positions and sparse.counts.sum() == len(sparse.ids) == len(sparse.logprobs)
+    ends = np.cumsum(sparse.counts)
     for t, end in enumerate(ends):
-        row = slice(end - found.counts[t], end)
-        kept, values = found.ids[row].tolist(), found.logprobs[row]
+        row = slice(end - sparse.counts[t], end)
+        kept, values = sparse.ids[row].tolist(), sparse.logprobs[row]
         step = min(snapped, logprobs[t, 0])
         assert kept[0] == ids[t, 0], "the teacher's choice comes first"
         assert len(set(kept)) == len(kept) and (np.diff(values) <= 0).all()
         large = ids[t][logprobs[t] >= snapped].tolist()
         assert kept[: len(large)] == large and np.array_equal(values[: len(large)], logprobs[t][: len(large)])
         assert (values[max(len(large), 1) :] <= step).all()
-        total = np.exp(values.astype(np.float64)).sum() + np.exp(np.float64(found.tails[t]))
+        total = np.exp(values.astype(np.float64)).sum() + np.exp(np.float64(sparse.tails[t]))
         assert total == pytest.approx(1, abs=float(np.exp(np.float64(snapped))) + 3e-6)
         if len(large):
             assert len(kept) <= 1 / np.exp(snapped) + 1
@@ -74,8 +74,8 @@ def test_threshold_is_unbiased_over_seeds_within_three_sigma(seed, tau, scale):
     sparsifier = sparsify.parse(f"threshold:{tau}")
     total = np.zeros((positions, 60))
     for i in range(draws):
-        found = sparsifier(ids, logprobs, i, "a sample")
-        total[np.repeat(np.arange(positions), found.counts), found.ids] += np.exp(found.logprobs.astype(np.float64))
+        sparse = sparsifier(ids, logprobs, i, "a sample")
+        total[np.repeat(np.arange(positions), sparse.counts), sparse.ids] += np.exp(sparse.logprobs.astype(np.float64))
     p = np.exp(logprobs.astype(np.float64))
     step = np.exp(round_logprobs(np.log(np.array([tau], dtype=np.float32))).astype(np.float64))
     drawn = p < np.minimum(step, 0.98 * p[:, :1])  # the others are kept as they are
@@ -98,9 +98,9 @@ def test_threshold_draws_follow_from_seed_sample_and_position_alone():
 
 def test_threshold_snaps_tau_to_the_codebook_so_that_rounding_leaves_the_sampled_weights_alone():
     ids, logprobs, _ = teacher_rows(4, 50, 500, 256, 1.0)
-    found = sparsify.parse("threshold:0.01")(ids, logprobs)
+    sparse = sparsify.parse("threshold:0.01")(ids, logprobs)
     snapped = round_logprobs(np.log(np.array([0.01], dtype=np.float32)))[0]
-    weights = found.logprobs[found.logprobs <= snapped]
+    weights = sparse.logprobs[sparse.logprobs <= snapped]
     assert len(weights) > 100 and np.array_equal(round_logprobs(weights), weights)
 
 
@@ -109,8 +109,8 @@ def test_any_vocabulary(vocabulary):
     _, logprobs, _ = teacher_rows(5, 3, min(vocabulary, 50), min(vocabulary, 50), 2.0)
     ids = np.arange(vocabulary - logprobs.shape[1], vocabulary, dtype=np.int32)[None].repeat(3, 0)
     for spec in ("topk:8", "threshold:0.05"):
-        found = sparsify.parse(spec)(ids, logprobs)
-        assert found.ids.max() < vocabulary and found.ids.min() >= vocabulary - logprobs.shape[1]
+        sparse = sparsify.parse(spec)(ids, logprobs)
+        assert sparse.ids.max() < vocabulary and sparse.ids.min() >= vocabulary - logprobs.shape[1]
 
 
 def test_a_tail_below_float32_is_stored_as_none():

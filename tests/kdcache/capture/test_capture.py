@@ -97,7 +97,7 @@ def test_a_missing_shard_is_filled_with_the_same_rows(tiny_cache, tiny_model, ro
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")
     victim = sorted((copy / "data").glob("train-*"))[1]
     victim.unlink()
-    assert not manifest.write(copy)["complete"]
+    assert not manifest.rebuild(copy)["complete"]
     assert capture.run(capture_plan(tiny_model, rows_file, copy))["complete"]
     assert all_rows(copy) == all_rows(tiny_cache)
 
