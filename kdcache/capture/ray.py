@@ -129,7 +129,7 @@ class Worker:
                 "way: name --dtype and --max-model-len, which would follow from the driver's"
             )
         plan.model = identity.model_folder(config.teacher, identity.revision(plan.model) or config.revision)
-        if identity.weights(plan.model) != plan.fields["weights"]:
+        if identity.weights_hash(plan.model) != plan.fields["weights"]:
             raise KDError(f"{platform.node()}: the weights of {config.teacher} there are not those that the driver has")
         self._ray = ray
         said: list[str] = []

@@ -212,7 +212,7 @@ def cache_teacher(context: click.Context, **options: Any) -> None:
         **{name: value for name, value in options.items() if name not in ("dry_run", "as_json")},
     )
     plan = Plan(config)
-    device = machine.chosen(runs_on_gpu(config.engine))
+    device = machine.device_in_words(runs_on_gpu(config.engine))
     named = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
     note(f"{named} on {device}, {len(plan.examples)} examples -> {config.out}")
     for text in (*plan.introduction(), *plan.notes()):

@@ -49,7 +49,7 @@ def note_device() -> None:
     """The first line of whatever computes: on which device, and why not on a GPU that is there."""
     from kdcache import machine
 
-    note(f"on {machine.chosen()}")
+    note(f"on {machine.device_in_words()}")
 
 
 def _plain(value: Any) -> Any:

@@ -15,18 +15,12 @@ from typing import Any
 
 from kdcache import extras
 from kdcache.errors import KDError, first_line
-
-#: ``--trust-remote-code``, as the processes see it that a command starts (Ray's workers, measurements, steps of a recipe).
-TRUST = "KDCACHE_TRUST_REMOTE_CODE"
+from kdcache.paths import TRUST, code_is_trusted
 
 
 def trust_remote_code() -> None:
     """Let the code that comes with a model run, in this process and those it starts."""
     os.environ[TRUST] = "1"
-
-
-def code_is_trusted() -> bool:
-    return os.environ.get(TRUST) == "1"
 
 
 def config(folder: str | Path) -> Any:

@@ -79,12 +79,12 @@ def weight_files(folder: str) -> list[Path]:
     return files
 
 
-def weights(folder: str) -> str:
+def weights_hash(folder: str) -> str:
     """One hash over all weight files of a model folder."""
     return of_json([[f.name, _sha256(f)] for f in weight_files(folder)])
 
 
-def tokenizer(folder: str) -> str:
+def tokenizer_hash(folder: str) -> str:
     """One hash over the tokenizer's files and the chat template."""
     files = [Path(folder) / name for name in _TOKENIZER]
     return of_json([[f.name, _sha256(f)] for f in files if f.is_file()])

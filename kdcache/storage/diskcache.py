@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from kdcache.errors import UsageError
-from kdcache.paths import home
+from kdcache import paths
 
 try:
     import fcntl
@@ -28,7 +27,6 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 DIGEST_BYTES = 16
-DEFAULT_GB = 20.0
 READ_AHEAD_THREADS = 2
 PIECE = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")  # names of whole pieces and of half-written ones
 
@@ -37,25 +35,6 @@ _fetching: dict[str, Future[bytes]] = {}
 _ahead: ThreadPoolExecutor | None = None
 _since_trim = 0  # bytes written
 _patience_seconds = 60.0  # ranks begin apart: one imports, another does not
-
-
-def folder() -> Path:
-    """KDCACHE_DISK_CACHE, else ``remote`` in kdcache's folder of the user."""
-    named = os.environ.get("KDCACHE_DISK_CACHE")
-    return Path(os.path.expanduser(named)) if named else home() / "remote"
-
-
-def limit_bytes() -> int:
-    """KDCACHE_DISK_CACHE_GB; 0 keeps nothing."""
-    return int(number_from("KDCACHE_DISK_CACHE_GB", DEFAULT_GB) * 1e9)
-
-
-def number_from(name: str, default: float) -> float:
-    """A number that the environment holds."""
-    try:
-        return float(os.environ.get(name) or default)
-    except ValueError:
-        raise UsageError(f"{name}={os.environ[name]}: expected a number") from None
 
 
 def get(key: str, fetch: Callable[[], bytes]) -> bytes:
@@ -89,7 +68,7 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
 def expect(key: str) -> None:
     """Wait until another process has fetched ``key``. After one wait in vain (it died, the disk is full) there is none."""
     global _patience_seconds
-    if not limit_bytes():
+    if not paths.disk_cache_limit_bytes():
         return
     path, until = _path(key), time.monotonic() + _patience_seconds
     while not os.path.exists(path):  # False also where one may not look
@@ -100,7 +79,7 @@ def expect(key: str) -> None:
 
 
 def _path(key: str) -> Path:
-    return folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return paths.disk_cache_folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager
@@ -123,7 +102,7 @@ def _alone(path: Path) -> Iterator[None]:
 def soon(read: Callable[[], object]) -> None:
     """Read ahead in a thread; what fails will fail again where it is wanted. Nothing where nothing is kept."""
     global _ahead
-    if not limit_bytes():
+    if not paths.disk_cache_limit_bytes():
         return
     with _lock:
         _ahead = _ahead or ThreadPoolExecutor(READ_AHEAD_THREADS, thread_name_prefix="kd-ahead")
@@ -145,7 +124,7 @@ def _read(path: Path) -> bytes | None:
 
 def _keep(path: Path, data: bytes) -> None:
     global _since_trim
-    limit = limit_bytes()
+    limit = paths.disk_cache_limit_bytes()
     if len(data) > limit // 2:
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -170,7 +149,7 @@ def trim(target_bytes: int) -> None:
     """Delete the least recently used pieces until no more than ``target_bytes`` are left."""
     pieces = []
     with contextlib.suppress(OSError):
-        for entry in os.scandir(folder()):
+        for entry in os.scandir(paths.disk_cache_folder()):
             if not PIECE.fullmatch(entry.name):  # a lock, or somebody else's file
                 continue
             with contextlib.suppress(OSError):  # another process deleted it

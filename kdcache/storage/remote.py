@@ -23,17 +23,12 @@ from typing import Any
 
 from kdcache import extras
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.storage.diskcache import number_from
+from kdcache.paths import remote_timeout_seconds
 
 ATTEMPTS = 3
 
 #: Objects that this process wrote, with their sha256: what need not be read back to be known.
 _written: dict[str, str] = {}
-
-
-def timeout_seconds() -> float:
-    """How long one answer is waited for; KDCACHE_REMOTE_TIMEOUT, in seconds."""
-    return number_from("KDCACHE_REMOTE_TIMEOUT", 30.0)
 
 
 class WriteError(KDError):
@@ -282,7 +277,7 @@ def _why(error: BaseException, url: str) -> str:
         return f"access was refused. Check the credentials ({where}), and that they may do this there"
     if names & {"ReadTimeoutError", "ConnectTimeoutError", "TimeoutError", "FSTimeoutError"}:
         return (
-            f"no answer within {timeout_seconds():g} s, {ATTEMPTS} times. Run the same command again later, "
+            f"no answer within {remote_timeout_seconds():g} s, {ATTEMPTS} times. Run the same command again later, "
             "or raise KDCACHE_REMOTE_TIMEOUT"
         )
     if names & (BROKEN_OFF | {"EndpointConnectionError", "ConnectionError", "HTTPClientError", "ClientConnectorError"}):
@@ -296,7 +291,7 @@ def _why(error: BaseException, url: str) -> str:
 
 
 def _filesystem(url: str) -> Any:
-    return _opened(url.partition("://")[0], os.getpid(), timeout_seconds())
+    return _opened(url.partition("://")[0], os.getpid(), remote_timeout_seconds())
 
 
 @functools.cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kdcache.errors import UsageError
+from kdcache.machine import has_gpu
 
 ENGINES = ("vllm", "transformers")
 
@@ -100,14 +100,6 @@ def load(engine: str, options: EngineOptions, say: Say = lambda _: None) -> Teac
 
         return TransformersTeacher(options)
     raise UsageError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-
-
-def has_gpu() -> bool:
-    """Whether torch sees a GPU, asked through NVML: the other way would break engines that fork afterwards."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def runs_on_gpu(engine: str) -> bool:

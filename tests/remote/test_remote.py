@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from helpers import ROOT, capture_plan, history
-from kdcache import storage
+from kdcache import paths, storage
 from kdcache.cache import integrity, manifest, query, reader
 from kdcache.capture import run as capture
 from kdcache.errors import KDError, UsageError
@@ -453,7 +453,7 @@ def test_the_disk_cache_keeps_what_was_used_last_and_no_more_than_its_limit(tmp_
     monkeypatch.setenv("KDCACHE_DISK_CACHE_GB", "0.0001")  # 100 kB
     for number in range(40):
         diskcache.get(f"piece {number}", lambda: b"x" * 10_000)
-        os.utime(diskcache.folder() / os.listdir(tmp_path)[0])
+        os.utime(paths.disk_cache_folder() / os.listdir(tmp_path)[0])
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 110_000
     assert diskcache.get("piece 39", lambda: b"fetched") == b"x" * 10_000
     assert diskcache.get("piece 0", lambda: b"fetched") == b"fetched"
@@ -473,7 +473,7 @@ def test_processes_share_a_disk_cache_that_is_too_small_for_them(tmp_path, monke
     monkeypatch.setenv("KDCACHE_DISK_CACHE", str(tmp_path))
     monkeypatch.setenv("KDCACHE_DISK_CACHE_GB", "0.0001")
     program = """
-from kdcache import diskcache
+from kdcache.storage import diskcache
 for _ in range(5):
     for number in range(40):
         assert diskcache.get(f"piece {number}", lambda: bytes([number]) * 10_000) == bytes([number]) * 10_000
@@ -488,7 +488,7 @@ def test_a_piece_is_fetched_by_one_process_of_several(tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_DISK_CACHE", str(tmp_path / "pieces"))
     program = """
 import sys
-from kdcache import diskcache
+from kdcache.storage import diskcache
 def fetch(number):
     print(number)
     return b"piece"
@@ -505,7 +505,7 @@ def test_a_process_waits_for_what_another_fetches_and_once_in_vain(tmp_path, mon
     monkeypatch.setattr(diskcache, "_patience_seconds", 60.0)
     program = """
 import sys, time
-from kdcache import diskcache
+from kdcache.storage import diskcache
 sys.stdin.readline()
 diskcache.get("piece", lambda: b"fetched by another")
 """

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.models.identity import model_folder
 from trainer.distill.plan import Run
 from trainer.loss.fused import rows_of_a_chunk, scale_and_cap
@@ -72,7 +72,7 @@ def estimate(run: Run) -> dict[str, Any]:
 
 def matmul_flops_per_second(hidden: int, intermediate: int, dtype: torch.dtype, rows: int = 1024) -> float:
     """What this device does of an MLP's product, the best of three."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     a, b = (
         torch.ones(rows, hidden, dtype=dtype, device=device),
         torch.ones(hidden, intermediate, dtype=dtype, device=device),

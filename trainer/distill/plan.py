@@ -224,7 +224,7 @@ def stop_unless_finite(logs: Mapping[Any, Any], step: int, fp16: bool = False) -
 
 def made_with() -> dict[str, str]:
     """What a run was made on."""
-    return {"device": machine.device(), **machine.versions()}
+    return {"device": machine.device_name(), **machine.versions()}
 
 
 class Resolved(Protocol):

@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from kdcache import hashing
+from kdcache import hashing, machine
 from kdcache.bounds import MOST_SAMPLES, check_sampling, check_whole
 from kdcache.cache import query
 from kdcache.cache.format import SPLITS
@@ -174,7 +173,7 @@ def _evaluate(config: EvaluateConfig, progress: Progress, say: Callable[[str], N
         todo.append((label, model, functools.partial(of_model, label, model)))
     entries = []
     for label, model, measure in todo:
-        weights = None if label in (TEACHER, COPY) else identity.weights(identity.model_folder(model))
+        weights = None if label in (TEACHER, COPY) else identity.weights_hash(identity.model_folder(model))
         entries.append(_kept(config.out, label, model, settings | {"weights": weights}, measure))
     atomic.write_json(config.out / EVALUATION_FILE, {"settings": settings, "entries": entries})
     return config.out
@@ -300,7 +299,7 @@ def _forced(
 ) -> pa.Table:
     """One row a sample, summed over its supervised positions. KL is to the distribution as it was captured."""
     student, _ = load_student(model, config.dtype)
-    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    student.to(machine.device()).eval()
     head, rows = head_of(student), []
     for first in range(0, len(units), config.batch_size):
         samples = units.load(np.arange(first, min(first + config.batch_size, len(units))), ("entropies",))

@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.cache import query
 from kdcache.cache.format import FORMAT_VERSION
 from kdcache.cache.reader import Cache, Sample
@@ -341,7 +340,7 @@ def _arguments(config: GrpoConfig, prompts: int) -> Any:
         "save_steps": 20,
         "save_total_limit": 2,
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": machine.device() == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := config.teacher_weight) else [])],

@@ -66,7 +66,7 @@ def measure(model: str, prompt_ids: Sequence[int]) -> dict[str, float]:
     """The figures of one model in this process; MB of 1,000,000 bytes."""
     quiet.libraries()  # this process is a new one
     student, _ = load_student(model, "auto")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.device()
     student.to(device).eval()
     ids = torch.tensor([list(prompt_ids)], device=device)  # [1, T]
     prefill_seconds, decode_seconds = [], []
@@ -100,8 +100,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 

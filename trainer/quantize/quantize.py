@@ -105,7 +105,7 @@ def prepare(config: QuantizeConfig) -> Plan:
     settings = {
         "format": config.format,
         "dtype": dtype,
-        "student_weights": identity.weights(str(folder)),
+        "student_weights": identity.weights_hash(str(folder)),
         "calibrated_on": [cache.fingerprint for cache in train.caches] if train and config.format == "w4a16" else None,
     }
     record = {"settings": settings, "student": config.student, "meaning": FORMATS[config.format], "measured": None}
@@ -188,7 +188,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
                 dataset=list(rows.split(1)),
                 nsamples=len(rows),
                 seqlen=rows.shape[1],
-                device_map="cuda" if torch.cuda.is_available() else "cpu",
+                device_map=machine.device(),
                 enable_torch_compile=False,
                 trust_remote_code=models.code_is_trusted(),  # its own default is True
             ).quantize_and_save(str(folder), format="llm_compressor")
@@ -271,7 +271,7 @@ def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
         )
         rows += quality(compare.rows([evaluate(asked, progress)], against="before"))
     return {
-        "device": machine.device(),
+        "device": machine.device_name(),
         "date": date.today().isoformat(),
         "versions": machine.versions(),
         "rounds": config.rounds,
@@ -279,7 +279,7 @@ def _measure(plan: Plan, progress: Progress) -> dict[str, Any]:
         "new_tokens": footprint.NEW_TOKENS,
         "batch": 1,
         "quality_on": [cache.fingerprint for cache in plan.test.caches] if plan.test else None,
-        "verdict": verdict(rows, machine.device()),
+        "verdict": verdict(rows, machine.device_name()),
         "rows": rows,
     }
 

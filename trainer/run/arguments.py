@@ -24,7 +24,7 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.errors import UsageError, first_line
 from kdcache.models.identity import model_folder
 from trainer.run import parallel
@@ -467,7 +467,7 @@ def for_training(run: Run) -> TrainingArguments:
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it shows a loss that is not finite as one that is
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": machine.device() == "cpu",
     }
     arguments = defaults | given
     if arguments["report_to"] is None:  # `none` on the command line

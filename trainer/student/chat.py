@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
+from kdcache import machine
 from kdcache.bounds import check_sampling
 from kdcache.errors import KDError, first_line
 from kdcache.models import identity
@@ -41,8 +42,8 @@ class Conversation:
     ):
         """``bos``: as in kdcache.prompts.tokenize.BOS; None: as the student's training was told, where it was."""
         check_sampling(temperature, None)
-        self.model, self.tokenizer = load_student(student, "float32" if not torch.cuda.is_available() else "auto")
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.model, self.tokenizer = load_student(student, "float32" if machine.device() == "cpu" else "auto")
+        self.model.to(machine.device()).eval()
         folder = identity.model_folder(student)
         bos = bos or identity.read_json(folder, RUN_FILE).get("bos") or "auto"
         self.prompts = Prompts(folder, self.tokenizer, bos=bos)
