@@ -1,6 +1,6 @@
 """The machine that a record was made or measured on: its device, its processor, versions of libraries, peak memory.
 
-This is also the one place that chooses a device (``device``), and that describes the choice in words.
+This is also the one place that chooses a device (``torch_device``), and that describes the choice in words.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def device() -> str:
+def torch_device() -> str:
     """Return the torch device of this process: ``cuda:0``, ``mps`` or ``cpu``; under torchrun, the GPU of this rank.
 
     The index is always given: accelerate compares it with its own device for students quantized by bitsandbytes.
@@ -60,7 +60,7 @@ def device_name() -> str:
 
     if has_gpu():
         return torch.cuda.get_device_name()
-    return f"MPS ({cpu()})" if device() == "mps" else cpu()
+    return f"MPS ({cpu()})" if torch_device() == "mps" else cpu()
 
 
 def device_in_words(uses_gpu: bool | None = None) -> str:
@@ -77,7 +77,7 @@ def device_in_words(uses_gpu: bool | None = None) -> str:
             return torch.cuda.get_device_name()
         except RuntimeError as error:  # the driver lists the GPU, but torch was built for a newer driver
             raise KDError(f"this machine has a GPU, and torch cannot use it: {first_line(error)}") from None
-    if device() == "mps" and uses_gpu is not False:
+    if torch_device() == "mps" and uses_gpu is not False:
         return device_name()
     return f"CPU ({cpu()})" + _why_not_the_gpu(gpu, torch.version.cuda or torch.version.hip, torch.__version__)
 

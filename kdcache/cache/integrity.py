@@ -310,7 +310,7 @@ def _read_both(cache: Location, report: Report) -> tuple[dict[str, Any] | None, 
 def _table_problem(path: Location, needs_seal: bool) -> tuple[pa.Table | None, str | None, bool]:
     """A small Parquet file, what is wrong with it, and whether it carries a seal."""
     try:
-        source = storage.whole(path)
+        source = storage.fetched(path)
         digest = seal.digest(source)
         if digest.sealed is False:
             return None, "its bytes are not those that were written", True
@@ -414,7 +414,7 @@ class _Shard:
         """Everything that is wrong with it, in words."""
         try:
             state = digests.identity(self.path) if isinstance(self.path, Path) else None
-            source = storage.whole(self.path)
+            source = storage.fetched(self.path)
             digest = seal.digest(source)
         except OSError as error:
             yield f"it cannot be read: {first_line(error)}"

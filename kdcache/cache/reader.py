@@ -164,9 +164,9 @@ class Cache:
         """Begin to fetch, of a remote cache, what will be read soon."""
         storage.prefetch(self._files[file], row_group)
 
-    def expect(self, file: str, row_group: int) -> None:
+    def wait(self, file: str, row_group: int) -> None:
         """Wait for another process of this machine to fetch it."""
-        storage.expect(self._files[file], row_group)
+        storage.wait(self._files[file], row_group)
 
     def _prove(self, split: str) -> None:
         """Once: the shards of a split are what was written."""

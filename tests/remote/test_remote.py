@@ -201,7 +201,7 @@ def test_an_error_in_the_middle_of_a_query_is_a_sentence(s3, buckets, tiny_cache
     cache = storage.location(put(buckets, tiny_cache, "midway"))
     connection = query.connect(cache)
     s3.fault = lambda method, path: "403" if "data/" in path else None
-    diskcache.trim(0)
+    diskcache.evict(0)
     with pytest.raises(KDError, match=r"^s3://bucket/midway/data/\S+ could not be read: access was refused"):
         _names, rows = query.stream(connection, "SELECT sum(len(candidate_ids)) FROM samples")
         list(rows)
@@ -511,15 +511,15 @@ diskcache.get("piece", lambda: b"fetched by another")
 """
     other = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE)
     threading.Timer(0.5, lambda: other.communicate(b"\n")).start()
-    diskcache.expect("piece")
+    diskcache.wait("piece")
     assert diskcache.get("piece", lambda: b"fetched twice") == b"fetched by another"
     monkeypatch.setattr(diskcache, "_patience_seconds", 0.1)
-    diskcache.expect("nobody's")
+    diskcache.wait("nobody's")
     assert diskcache._patience_seconds == 0
-    diskcache.expect("nobody's either")
+    diskcache.wait("nobody's either")
     monkeypatch.setattr(diskcache, "_patience_seconds", 60.0)
     monkeypatch.setenv("KDCACHE_DISK_CACHE_GB", "0")  # nothing is kept, and nothing can come
-    diskcache.expect("nothing")
+    diskcache.wait("nothing")
 
 
 def test_a_disk_cache_that_cannot_be_written_to_is_done_without(tmp_path, monkeypatch):

@@ -65,11 +65,11 @@ class Units:
             cache, file, row_group = self.groups[number]
             self.caches[cache].prefetch(file, row_group)
 
-    def expect(self, groups: np.ndarray) -> None:
+    def wait(self, groups: np.ndarray) -> None:
         """Wait until other ranks of this node have fetched row groups; one that does not come is fetched as it is read."""
         for number in groups.tolist():
             cache, file, row_group = self.groups[number]
-            self.caches[cache].expect(file, row_group)
+            self.caches[cache].wait(file, row_group)
 
     def load(self, picked: np.ndarray, columns: Sequence[str] = ()) -> list[Sample]:
         """Return the picked samples in that order, with ``columns`` of TOKEN_COLUMNS; each row group is read once."""
@@ -188,7 +188,7 @@ class Stream(torch.utils.data.IterableDataset):
             now, following = following, next(readings, None)
             self._prefetch(following)
             if self.units.remote:
-                self.units.expect(np.setdiff1d(self.units.group[now.samples], self._turn(now)))
+                self.units.wait(np.setdiff1d(self.units.group[now.samples], self._turn(now)))
             loaded.update(zip(now.samples.tolist(), self.units.load(now.samples)))
             for parts in now.steps:
                 yield [[loaded[i] for i in part.tolist()] for part in parts]

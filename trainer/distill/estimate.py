@@ -72,7 +72,7 @@ def estimate(run: Run) -> dict[str, Any]:
 
 def matmul_flops_per_second(hidden: int, intermediate: int, dtype: torch.dtype, rows: int = 1024) -> float:
     """What this device does of an MLP's product, the best of three."""
-    device = machine.device()
+    device = machine.torch_device()
     a, b = (
         torch.ones(rows, hidden, dtype=dtype, device=device),
         torch.ones(hidden, intermediate, dtype=dtype, device=device),

@@ -61,8 +61,8 @@ class Student:
 
 
 def _load(model: str) -> tuple[Any, Head]:
-    student, _ = load_student(model, "float32" if machine.device() == "cpu" else "auto")
-    student.to(machine.device()).eval()
+    student, _ = load_student(model, "float32" if machine.torch_device() == "cpu" else "auto")
+    student.to(machine.torch_device()).eval()
     return student, head_of(student)
 
 

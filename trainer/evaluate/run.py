@@ -299,7 +299,7 @@ def _forced(
 ) -> pa.Table:
     """One row a sample, summed over its supervised positions. KL is to the distribution as it was captured."""
     student, _ = load_student(model, config.dtype)
-    student.to(machine.device()).eval()
+    student.to(machine.torch_device()).eval()
     head, rows = head_of(student), []
     for first in range(0, len(units), config.batch_size):
         samples = units.load(np.arange(first, min(first + config.batch_size, len(units))), ("entropies",))

@@ -340,7 +340,7 @@ def _arguments(config: GrpoConfig, prompts: int) -> Any:
         "save_steps": 20,
         "save_total_limit": 2,
         "report_to": "none",
-        "use_cpu": machine.device() == "cpu",
+        "use_cpu": machine.torch_device() == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "reward_weights": [1.0, rewards.FORMAT_WEIGHT, *([weight] if (weight := config.teacher_weight) else [])],

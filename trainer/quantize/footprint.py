@@ -66,7 +66,7 @@ def measure(model: str, prompt_ids: Sequence[int]) -> dict[str, float]:
     """The figures of one model in this process; MB of 1,000,000 bytes."""
     quiet.libraries()  # this process is a new one
     student, _ = load_student(model, "auto")
-    device = machine.device()
+    device = machine.torch_device()
     student.to(device).eval()
     ids = torch.tensor([list(prompt_ids)], device=device)  # [1, T]
     prefill_seconds, decode_seconds = [], []

@@ -133,7 +133,7 @@ def quantize(plan: Plan, progress: Progress = lambda *_: None) -> dict[str, Any]
     out = plan.config.out
     with folders.held(out, folders.QUANTIZED):
         if not _is_made(plan.config, plan.record["settings"]):  # again, now that nobody else writes there
-            with folders.whole(out, folders.QUANTIZED) as scratch:
+            with folders.replacing(out, folders.QUANTIZED) as scratch:
                 _save(plan, scratch, progress)
                 atomic.write_text(scratch / "README.md", _card(plan))
                 atomic.write_json(scratch / RECORD, plan.record)
@@ -188,7 +188,7 @@ def _auto_round(plan: Plan, folder: Path) -> None:
                 dataset=list(rows.split(1)),
                 nsamples=len(rows),
                 seqlen=rows.shape[1],
-                device_map=machine.device(),
+                device_map=machine.torch_device(),
                 enable_torch_compile=False,
                 trust_remote_code=models.code_is_trusted(),  # its own default is True
             ).quantize_and_save(str(folder), format="llm_compressor")

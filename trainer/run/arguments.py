@@ -467,7 +467,7 @@ def for_training(run: Run) -> TrainingArguments:
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it shows a loss that is not finite as one that is
-        "use_cpu": machine.device() == "cpu",
+        "use_cpu": machine.torch_device() == "cpu",
     }
     arguments = defaults | given
     if arguments["report_to"] is None:  # `none` on the command line

@@ -42,8 +42,8 @@ class Conversation:
     ):
         """``bos``: as in kdcache.prompts.tokenize.BOS; None: as the student's training was told, where it was."""
         check_sampling(temperature, None)
-        self.model, self.tokenizer = load_student(student, "float32" if machine.device() == "cpu" else "auto")
-        self.model.to(machine.device()).eval()
+        self.model, self.tokenizer = load_student(student, "float32" if machine.torch_device() == "cpu" else "auto")
+        self.model.to(machine.torch_device()).eval()
         folder = identity.model_folder(student)
         bos = bos or identity.read_json(folder, RUN_FILE).get("bos") or "auto"
         self.prompts = Prompts(folder, self.tokenizer, bos=bos)

@@ -150,7 +150,7 @@ def _from_transformers(
 ) -> list[str]:
     """Prompts of one temperature and of like length share a batch, padded on the left."""
     student, tokenizer = load_student(model, decoding.dtype)
-    student.to(machine.device()).eval()
+    student.to(machine.torch_device()).eval()
     stops = stop_ids(student, tokenizer, decoding.stop_ids)
     found: dict[int, str] = {}
     order = sorted(range(len(asks)), key=lambda i: (asks[i].temperature, len(asks[i].prompt_ids), i))

@@ -32,7 +32,7 @@ def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite
         if keep_layers is not None:
             kept = parse_layers(keep_layers, depth)
             _keep(model, kept)
-        with folders.whole(out, folders.STUDENT) as scratch:
+        with folders.replacing(out, folders.STUDENT) as scratch:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             made = {"kdcache": __version__, "from": base, "kept": kept, "of": depth}
@@ -91,7 +91,7 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
     tokenizer = models.tokenizer(folder)
     options: dict[str, Any] = {}
     if weights is not None:
-        options["device_map"] = {"": machine.device()}
+        options["device_map"] = {"": machine.torch_device()}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=weights != "int8",
             load_in_8bit=weights == "int8",

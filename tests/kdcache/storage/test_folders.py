@@ -149,7 +149,7 @@ def test_the_disk_cache_evicts_its_own_pieces_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_DISK_CACHE", str(tmp_path))
     for name in ("thesis.tex", "a" * 32, f".{'b' * 32}.{'c' * 8}"):
         (tmp_path / name).write_text("text")
-    diskcache.trim(0)
+    diskcache.evict(0)
     assert list(contents(tmp_path)) == ["thesis.tex"]
 
 
