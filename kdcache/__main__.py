@@ -1,7 +1,7 @@
-"""What `kd` is, and `python -m kdcache`: cli.py, once it is clear that the modules it stands on are this program's own.
+"""`kd` and `python -m kdcache`: run cli.py, after checking that `cli` and `trainer` are this program's own modules.
 
-`cli` and `trainer` are names that others use: a cli.py of the user's, and a package of PyPI (Coqui's) whose `trainer` pip
-installs over ours. Run by its path, under Python's -P, this file is found from any folder and finds nothing of that folder.
+Others use these two names as well: a user may have a cli.py, and a package on PyPI (Coqui's) has a `trainer` that pip
+installs over ours. Run by its path, with Python's -P, this file works in any folder and imports nothing from it.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main() -> None:
-    """The `kd` command."""
+    """Run the `kd` command."""
     if str(ROOT) not in sys.path:  # a checkout, run by path
         sys.path.insert(0, str(ROOT))
     for name in ("cli", "trainer"):
-        if problem := in_the_way(name):
+        if problem := import_problem(name):
             sys.exit(f"Error: {problem}")
     import cli
 
     cli.main()
 
 
-def in_the_way(name: str) -> str | None:
-    """Why `import name` would not give this program's own module; None if it would."""
+def import_problem(name: str) -> str | None:
+    """Say why `import name` would import another module than this program's; None if it would not."""
     spec = importlib.util.find_spec(name)
     origin = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
     if origin is None or not origin.is_relative_to(ROOT):
         return (
-            f"`import {name}` finds {origin or 'nothing'} instead of kdcache's own in {ROOT}. Run `kd` (or `python -P -m kdcache`) "
-            "without that folder on PYTHONPATH, or install kdcache where no other package has that name"
+            f"`import {name}` finds {origin or 'nothing'} instead of kdcache's own in {ROOT}. Run `kd` (or `python -P "
+            "-m kdcache`) without that folder on PYTHONPATH, or install kdcache where no other package has that name"
         )
     if "kdcache" not in origin.read_text(encoding="utf-8"):
         return (
-            f"{origin} was written by another package, whose `{name}` took the place of kdcache's. The two cannot be in one "
-            "environment: install kdcache into one of its own"
+            f"{origin} was written by another package, whose `{name}` replaced kdcache's. The two cannot be in one "
+            "environment: install kdcache into another one"
         )
     return None
 

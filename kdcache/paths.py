@@ -26,7 +26,7 @@ def resource_folder(name: str) -> Path:
 
 
 def home() -> Path:
-    """Read KDCACHE_HOME: the folder of prepared models, remembered hashes and pieces of remote caches (~/.cache/kdcache)."""
+    """Read KDCACHE_HOME: the folder of prepared models, hashes and pieces of remote caches (~/.cache/kdcache)."""
     return Path(os.path.expanduser(os.environ.get("KDCACHE_HOME") or "~/.cache/kdcache"))
 
 

@@ -1,4 +1,4 @@
-"""Where a cache is: in a folder, or on any object store that fsspec reaches (``s3://bucket/cache``, ``gs://``, ``hf://``).
+"""Where a cache is: in a folder, or on an object store of fsspec (``s3://bucket/cache``, ``gs://``, ``hf://``).
 
 A location is a ``pathlib.Path`` or a ``RemotePath`` with the same methods. Invariant: where the two need different code
 (to name a finished file, to list, to read for DuckDB or for a trainer), that code is chosen here and nowhere else.
@@ -56,7 +56,7 @@ def files(folder: Location) -> dict[str, Any]:
 def real_file(path: Path, folder: Path) -> Path:
     """Return the file that a path in ``folder`` leads to. KDError if it is a link that leads out of the folder.
 
-    A snapshot in the Hub's own cache consists of links into the folder ``blobs`` beside it, which therefore count as inside.
+    A snapshot in the Hub's own cache consists of links into the folder ``blobs`` beside it, which count as inside.
     """
     real, root = path.resolve(), folder.resolve()
     if not any(real.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
@@ -72,7 +72,7 @@ def _blobs(root: Path) -> list[Path]:
 def linked_files(cache: Location) -> list[Path]:
     """Return the real files behind those files of a cache that are links. KDError for a link that leads elsewhere.
 
-    ``data`` itself may be a link to any folder, for example on a larger disk. Links inside it may not leave that folder.
+    ``data`` itself may be a link to any folder, for example on a larger disk. Links in it may not leave that folder.
     """
     if isinstance(cache, RemotePath):
         return []
@@ -92,7 +92,7 @@ _READ = ("plan.json", "manifest.json", "vocab.parquet", "rewards.parquet", "reje
 
 @contextlib.contextmanager
 def staged(path: Location) -> Iterator[Path]:
-    """Yield a local name to write to before the file becomes ``path``: beside it, or in the temporary folder if remote."""
+    """Yield a local name to write to before the file becomes ``path``: beside it, or in the temporary folder."""
     if isinstance(path, RemotePath):
         temporary = Path(tempfile.gettempdir()) / f"kdcache-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
     else:
@@ -174,19 +174,19 @@ def parquet(path: Location, row_group: int | None = None) -> pq.ParquetFile:
 
 
 def prefetch(path: Location, row_group: int) -> None:
-    """Begin to fetch a row group that will be read soon. Does nothing for a folder; errors are raised when it is read."""
+    """Begin to fetch a row group that will be read soon. Does nothing for a folder, and raises no error."""
     if isinstance(path, RemotePath):
         ranges.prefetch(path, row_group)
 
 
 def wait(path: Location, row_group: int) -> None:
-    """Wait until another process of this machine has fetched a row group, for at most a minute. Does nothing for a folder."""
+    """Wait at most a minute until another process of this machine has fetched a row group; not for a folder."""
     if isinstance(path, RemotePath):
         ranges.wait(path, row_group)
 
 
 def raise_remote_error(error: Exception) -> None:
-    """Raise the KDError that is quoted in an error of DuckDB, if any: DuckDB passes on errors of a file system as text."""
+    """Raise the KDError quoted in an error of DuckDB, if any: DuckDB passes on errors of a file system as text."""
     if quoted := re.search(r"KDError: ([^\n]*)", str(error)):
         raise KDError(quoted[1]) from None
 

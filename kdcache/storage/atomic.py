@@ -32,7 +32,7 @@ def remove_leftovers(folder: Location) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Location) -> Iterator[Path]:
-    """Yield a name to write to; after that, the complete file replaces ``path``. After an error ``path`` is unchanged."""
+    """Yield a name to write to; then the complete file replaces ``path``. After an error ``path`` is unchanged."""
     with storage.staged(path) as temporary:
         yield temporary
         storage.replace(temporary, path)

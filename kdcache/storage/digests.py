@@ -1,9 +1,9 @@
 """The digests of a cache's files, computed once per version of a file and remembered outside the cache.
 
-A version of a file is recognised by its size, its times of change (of content and of inode), inode and device. A copy, a
-restored modification time or a new file under the old name count as another version. The records are in the user's own
-folder (``KDCACHE_HOME/verified``): so a cache can be read-only, and nobody can hand on a cache that vouches for itself.
-Bits that rot on the disk change none of these values, so no record is valid for longer than ``DAYS``.
+A version of a file is recognised by its size, its times of change (of content and of inode), inode and device. A copy,
+a restored modification time or a new file under the old name count as another version. The records are in the user's
+own folder (``KDCACHE_HOME/verified``): so a cache can be read-only, and no cache can vouch for itself. Bits that rot on
+the disk change none of these values, so no record is valid for longer than ``DAYS``.
 """
 
 from __future__ import annotations

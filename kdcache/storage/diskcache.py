@@ -39,7 +39,7 @@ _patience_seconds = 60.0  # ranks do not start at the same time: some still impo
 
 
 def get(key: str, fetch: Callable[[], bytes]) -> bytes:
-    """Return the bytes of ``key`` from the disk; else call ``fetch`` in one thread of one process, and keep the result."""
+    """Return the bytes of ``key`` from the disk, or call ``fetch`` in one thread of one process and keep the result."""
     with _lock:
         future = _fetching.get(key)
         is_first = future is None
@@ -67,7 +67,7 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
 
 
 def prefetch(read: Callable[[], object]) -> None:
-    """Call ``read`` in a thread, so that its pieces are on the disk when they are needed. Does nothing if none are kept.
+    """Call ``read`` in a thread, so that its pieces are on the disk when they are needed; not if none are kept.
 
     Errors are ignored here: the reader who needs the pieces meets them again.
     """

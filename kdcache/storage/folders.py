@@ -7,7 +7,7 @@
         folders.drop(out)                     # delete the old contents
 
 Invariant: a file is deleted only if its name is one that this program writes, in a folder with the marker file of its
-kind. A file whose name the kind does not list is foreign: the folder is then left unchanged, and the error names the file.
+kind. A file whose name the kind does not list is foreign: it keeps its folder unchanged, and the error names it.
 
 Contents are moved within the folder itself, to ``.kdcache``. So it can be a mount point, and its lock stays in place.
 """
@@ -95,8 +95,8 @@ _IGNORED = (
 )
 _HIDDEN = ".kdcache"
 
-# What FOLDER/.kdcache holds at each moment of ``held`` with ``set_aside`` and ``drop``. The last column is what ``recover``
-# does if the process was killed at that moment.
+# What FOLDER/.kdcache holds at each moment of ``held`` with ``set_aside`` and ``drop``. The last column is what
+# ``recover`` does if the process was killed at that moment.
 #
 #     FOLDER               FOLDER/.kdcache      recover()
 #     -------------------  -------------------  -----------------------------------------------------------
@@ -150,7 +150,7 @@ def has_results(folder: Path, kind: Kind) -> bool:
 
 
 def check_deletable(folder: Location, kind: Kind, reads: Iterable[Location | str] = (), flag: str = "--out") -> None:
-    """KDError unless a folder is empty, or of this kind with no foreign file in it. UsageError if it contains an input."""
+    """KDError unless a folder is empty, or of this kind without foreign files. UsageError if it contains an input."""
     if not folder.exists():
         return
     if isinstance(folder, Path):
@@ -170,12 +170,13 @@ def check_deletable(folder: Location, kind: Kind, reads: Iterable[Location | str
                 )
     if not holds(folder, kind):
         raise KDError(
-            f"--overwrite: {folder} holds no {kind.name}: it has no {kind.marker} that kdcache wrote. Delete it yourself if "
-            "you do not need it"
+            f"--overwrite: {folder} holds no {kind.name}: it has no {kind.marker} that kdcache wrote. Delete it "
+            "yourself if you do not need it"
         )
     if (foreign_file := foreign(folder, kind)) is not None:
         raise KDError(
-            f"--overwrite would delete {foreign_file}, which kdcache did not write; move it elsewhere, or delete {folder} yourself"
+            f"--overwrite would delete {foreign_file}, which kdcache did not write; move it elsewhere, or delete "
+            f"{folder} yourself"
         )
 
 
@@ -225,7 +226,7 @@ def drop(folder: Location) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
-    """Yield a folder to write to; after that, its files replace all contents of ``folder``, which must be of this kind."""
+    """Yield a folder to write to; then its files replace all contents of ``folder``, which must be of this kind."""
     new = folder / _HIDDEN / "new"
     new.mkdir(parents=True)
     yield new

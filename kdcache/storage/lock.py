@@ -6,7 +6,8 @@ The slices of one plan (``--plan-slice``) write at the same time, with two locks
     .lock-I-of-N     exclusive: one process per slice
 
 The lock is the operating system's (flock), which releases it when its process ends, even by a crash. Object stores and
-some file systems have no such locks. Two writers would waste work there but lose none, since files are named when complete.
+some file systems have no such locks. Two writers would waste work there but lose none, because a file gets its name
+only when it is complete.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ except ImportError:  # not a POSIX system
 
 @contextlib.contextmanager
 def held(folder: Location, name: str = ".lock", shared: bool = False, wait: bool = False) -> Iterator[None]:
-    """Hold a lock of the folder. If another process holds it, ``wait`` for it, or raise a KDError that names that process."""
+    """Hold a lock of the folder. If another process holds it, ``wait``, or raise a KDError that names the process."""
     if not isinstance(folder, Path):
         yield
         return
@@ -76,7 +77,7 @@ def _acquire(path: Path, shared: bool, wait: bool) -> int:
             raise KDError(f"{what} is being written by {_holder(path)}. {way_out}") from None
         except OSError:
             pass  # this file system has no locks
-        # The holder before may have deleted the file after it was opened here: a lock on a deleted file protects nothing.
+        # The last holder may have deleted the file after it was opened here. A lock on a deleted file protects nothing.
         with contextlib.suppress(OSError):
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 break

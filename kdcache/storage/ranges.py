@@ -1,6 +1,6 @@
 """Read parts of a remote cache: only the bytes that pyarrow, DuckDB or a trainer read are fetched.
 
-Footers and row groups go through the disk cache, so that each is fetched once. Their pages have checksums, as in a folder.
+Footers and row groups go through the disk cache, so that each is fetched once. Checksums of pages are checked.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Ranges(io.RawIOBase):
 
 
 def opened(path: RemotePath) -> pa.PythonFile:
-    """Return a file for pyarrow: each read is one request for just those bytes. Only the end goes through the disk cache."""
+    """Return a file for pyarrow: each read is one request for those bytes. Only the end is kept on the disk."""
     return pa.PythonFile(_with_ending(path.with_info()), mode="r")
 
 

@@ -2,11 +2,11 @@
 
 Invariants:
 
-* An object appears complete or not at all. Its source is a complete local file, which is sent in one PUT request; a large
-  one is sent in parts, which the last request makes visible.
+* An object appears complete or not at all. Its source is a complete local file, which is sent in one PUT request; a
+  large one is sent in parts, which the last request makes visible.
 * The number of attempts is bounded, and every error is a KDError that names the location and never a credential.
-* Credentials come from where each store's tools look (environment, profile, metadata service). A URL with credentials is
-  refused.
+* Credentials come from where each store's tools look (environment, profile, metadata service). A URL with credentials
+  is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class WriteError(KDError):
 
 @dataclass(frozen=True)
 class RemotePath:
-    """``scheme://bucket/key``. A path from a listing has its size, its version (an ETag, or a time) and its time of change."""
+    """``scheme://bucket/key``. A path from a listing has its size, version (an ETag, or a time) and time of change."""
 
     url: str
     size: int | None = field(default=None, compare=False)
@@ -159,13 +159,13 @@ class RemotePath:
     # --- writing
 
     def upload(self, source: Path, create: bool = False) -> bool:
-        """Upload a complete file as this object. With ``create``, return False and change nothing if the object exists."""
+        """Upload a complete file as this object. With ``create``, return False and change nothing if it exists."""
         filesystem = _filesystem(self.url)
         with open(source, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         try:
             with self._plain_errors("written"):
-                # S3 checks this itself (If-None-Match). On other stores two writers may both find that it does not exist.
+                # S3 checks this itself (If-None-Match). On other stores two writers may both find that there is none.
                 conditional = create and self.url.startswith("s3://")
                 try:
                     if conditional:
@@ -220,7 +220,7 @@ class RemotePath:
 
     @contextlib.contextmanager
     def _plain_errors(self, action: str) -> Iterator[None]:
-        """Turn an error into a sentence: "URL could not be ACTION: ...". "Not found" and "exists" are passed on as they are."""
+        """Turn errors into a sentence, "URL could not be ACTION: ...", except FileNotFoundError and FileExistsError."""
         try:
             yield
         except (FileNotFoundError, FileExistsError, KDError):

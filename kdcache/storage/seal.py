@@ -42,7 +42,7 @@ def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """Return the sha256 of everything but the field ``checksum``, independent of the order of keys and of white space."""
+    """Return the sha256 of everything but the field ``checksum``, whatever the order of keys and the white space."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -74,7 +74,7 @@ def digest(source: Path | io.BytesIO) -> Digest:
 
 
 def _footer_start(file: BinaryIO) -> int:
-    """Return where the footer begins, by its length in the last 8 bytes; the file's size if that length is impossible."""
+    """Return where the footer begins, by its length in the last 8 bytes; the file's end if that is impossible."""
     size = file.seek(0, io.SEEK_END)
     if size < 12:
         return size

@@ -117,7 +117,10 @@ class Catalog:
 
     def _read_index(self) -> Index:
         split = f"list_position({list(SPLITS)}, split)"
-        columns = f"sample_id, file, file_row_number, {split} - 1 AS split, completion_tokens, coalesce(reward, 'nan') AS reward"
+        columns = (
+            f"sample_id, file, file_row_number, {split} - 1 AS split, completion_tokens, "
+            "coalesce(reward, 'nan') AS reward"
+        )
         table = self._query(f"SELECT {columns} FROM samples ORDER BY {split}, file, file_row_number").combine_chunks()
         if not len(table):
             raise KDError(f"{self.cache.path} holds no sample: all rows were rejected (rejected.jsonl says why)")

@@ -1,4 +1,4 @@
-"""What the page of `kd view` shows: pages of the list of samples, one sample's tokens, the candidates of some positions.
+"""What the page of `kd view` shows: pages of the list of samples, one sample's tokens, and candidates of positions.
 
     kd view data/cache
 
@@ -176,7 +176,7 @@ class View:
         return LoadedSample(n, texts, copy.deepcopy(sample), self._drawn(sample, np.asarray(stored)))
 
     def _drawn(self, sample: Sample, stored: np.ndarray) -> np.ndarray:
-        """Return which candidates were drawn at random: those stored at TAU or below, except the first of a position."""
+        """Return which candidates were drawn: those stored at TAU or below, except the first of a position."""
         policy, candidates = self.cache.policy, sample.candidates
         if not isinstance(policy, Threshold):
             return np.zeros(len(stored), bool)

@@ -42,8 +42,8 @@ FILES = {
     "/base.css": ("base.css", "text/css; charset=utf-8"),
 }
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -120,7 +120,7 @@ class Server(ThreadingHTTPServer):
         return self.view.sample(question.get("id", ""))
 
     def candidates(self, question: Question) -> dict[str, Any]:
-        """Return the candidates of up to POSITIONS positions, with the student's probabilities if it read the sample."""
+        """Return the candidates of at most POSITIONS positions, and the student's if it has read the sample."""
         sample_id, first = question.get("id", ""), whole_number(question, "first")
         positions = self.view.candidates(sample_id, first, first + POSITIONS)
         reading = self._last_reading

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def pieces(tokens: Sequence[bytes]) -> tuple[list[str], dict[int, str]]:
-    """Return the text of each token, and by position the escaped bytes (``\\xF0\\x9F``) of those that split a character.
+    """Return the text of each token, and by position the escaped bytes (``\\xF0``) of those that split a character.
 
     Tokens that form characters only together are one group: the first has the text of all, and the others have none.
     Bytes that are not UTF-8 become U+FFFD.
@@ -38,7 +38,7 @@ def escape(token: bytes) -> str:
 
 
 def common_frame(texts: Sequence[str]) -> tuple[str, str]:
-    """Return the beginning and the ending that all texts share, cut at the nearest tag or line; empty if they are equal."""
+    """Return the beginning and the end that all texts share, cut at a tag or a line; empty if they are equal."""
     if len(set(texts)) < 2:
         return "", ""
     before = _common_start(texts)
