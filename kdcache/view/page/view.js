@@ -1,79 +1,79 @@
-// The page of `kd view`: a list of samples, one sample token by token, and what the teacher (and a student) could have
-// said at a token. What a cache holds is anybody's text: it gets onto the page as text nodes, and no other way.
+// The page of `kd view`: a list of samples, one sample token by token, and the candidates that the teacher (and a student)
+// considered at a token. The texts of a cache may come from anybody, so they reach the page only as text nodes.
 "use strict";
 
-const CHUNK = 256; // positions whose candidates are asked for at once
-const TOKENS = 1500; // shown at first, and more at each press of a button
-const TEXT = [2000, 1000]; // characters shown of a long text's beginning and end
+const CHUNK = 256; // positions per request for candidates
+const TOKENS = 1500; // shown at first, and added by each press of "Show more"
+const TEXT = [2000, 1000]; // characters that are shown of the beginning and the end of a long text
 const CANDIDATES = 10; // shown at first
-// The lowest value of each shade, nats; below the first there is none.
+// The lowest value of each shade, in nats; values below the first are not shaded.
 const EDGES = { entropy: [0.25, 0.75, 1.5, 2.5, 3.5, 5], kl: [0.1, 0.25, 0.6, 1.2, 2.5, 5] };
 
 const $ = (id) => document.getElementById(id);
-const list = { search: "", sort: "cache", split: "", offset: 0, asked: null };
+const list = { search: "", sort: "cache", split: "", offset: 0, request: null };
 let about = null;
-let open = null; // the sample on the page: what /api/sample said, with `chunks`, `opinion`, `shade`, `at`, `pinned`
+let open = null; // the sample on the page: the answer of /api/sample, with `chunks`, `opinion`, `shade`, `at`, `pinned`
 
 // --- elements, texts, numbers ------------------------------------------------------------------------------------------
 
 function element(name, properties = {}, ...children) {
-  const made = document.createElement(name);
+  const node = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
-    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else if (key === "class") made.className = value;
-    else if (value !== null && value !== undefined) made.setAttribute(key, value);
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key === "class") node.className = value;
+    else if (value !== null && value !== undefined) node.setAttribute(key, value);
   }
-  made.append(...children.filter((child) => child !== null));
-  return made;
+  node.append(...children.filter((child) => child !== null));
+  return node;
 }
 
-// Controls, marks that turn the direction of text around, and what takes no space. Joiners stay: scripts and emoji need them.
+// Control characters, marks of text direction, and characters of no width. Joiners are allowed: scripts and emoji need them.
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
 
-// Text as it is, with what cannot be seen made visible. A line break breaks the line; in a `label` it is a sign alone, and
-// spaces at the ends are signs too.
+// Text with signs for characters that cannot be seen. A line break breaks the line; in a `label` it is only a sign, and
+// so are spaces at both ends.
 function visible(text, label = false) {
-  const made = document.createDocumentFragment();
+  const fragment = document.createDocumentFragment();
   let rest = text;
   if (label) {
     const [, before, middle, after] = /^( *)([^]*?)( *)$/.exec(text);
     rest = middle;
-    if (before) made.append(element("span", { class: "sign" }, "␣".repeat(before.length)));
-    made.append(visibleMiddle(rest, true));
-    if (after) made.append(element("span", { class: "sign" }, "␣".repeat(after.length)));
-    return made;
+    if (before) fragment.append(element("span", { class: "sign" }, "␣".repeat(before.length)));
+    fragment.append(visibleMiddle(rest, true));
+    if (after) fragment.append(element("span", { class: "sign" }, "␣".repeat(after.length)));
+    return fragment;
   }
   return visibleMiddle(rest, false);
 }
 
 function visibleMiddle(text, label) {
-  const made = document.createDocumentFragment();
+  const fragment = document.createDocumentFragment();
   let from = 0;
-  for (const found of text.matchAll(UNSEEN)) {
-    if (found.index > from) made.append(text.slice(from, found.index));
-    from = found.index + 1;
-    const mark = found[0];
-    if (mark === "\n") made.append(label ? element("span", { class: "sign" }, "↵") : element("span", { class: "break" }, "\n"));
-    else if (mark === "\t") made.append(label ? element("span", { class: "sign" }, "⇥") : element("span", { class: "tab" }, "\t"));
-    else made.append(element("span", { class: "control" }, `U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`));
+  for (const match of text.matchAll(UNSEEN)) {
+    if (match.index > from) fragment.append(text.slice(from, match.index));
+    from = match.index + 1;
+    const mark = match[0];
+    if (mark === "\n") fragment.append(label ? element("span", { class: "sign" }, "↵") : element("span", { class: "break" }, "\n"));
+    else if (mark === "\t") fragment.append(label ? element("span", { class: "sign" }, "⇥") : element("span", { class: "tab" }, "\t"));
+    else fragment.append(element("span", { class: "control" }, `U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`));
   }
-  made.append(text.slice(from));
-  return made;
+  fragment.append(text.slice(from));
+  return fragment;
 }
 
-// A text of any length: the middle of a long one is left out until it is asked for.
+// A text of any length. The middle of a long one is shown by a button.
 function bounded(text) {
   const [head, tail] = TEXT;
   if (text.length <= head + tail + 500) return visible(text);
-  const made = document.createDocumentFragment();
+  const fragment = document.createDocumentFragment();
   const [first, last] = [cut(text, head), cut(text, text.length - tail)];
   const more = element("button", { type: "button", class: "more" }, `Show the ${count(last - first)} characters between`);
   more.addEventListener("click", () => more.replaceWith(visible(text.slice(first, last))));
-  made.append(visible(text.slice(0, first)), more, visible(text.slice(last)));
-  return made;
+  fragment.append(visible(text.slice(0, first)), more, visible(text.slice(last)));
+  return fragment;
 }
 
-// Not between the halves of a character.
+// The next place that is not between the two halves of a character.
 function cut(text, at) {
   return /[\udc00-\udfff]/.test(text.charAt(at)) ? at + 1 : at;
 }
@@ -88,72 +88,72 @@ function percent(p) {
 }
 
 const mean = (values) => {
-  const there = values.filter((value) => value !== null);
-  return there.length ? there.reduce((a, b) => a + b, 0) / there.length : null;
+  const present = values.filter((value) => value !== null);
+  return present.length ? present.reduce((a, b) => a + b, 0) / present.length : null;
 };
 
-async function ask(what, parameters = {}, signal = undefined) {
-  const answer = await fetch(`api/${what}?${new URLSearchParams(parameters)}`, { signal });
-  const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error);
-  return found;
+async function ask(question, parameters = {}, signal = undefined) {
+  const answer = await fetch(`api/${question}?${new URLSearchParams(parameters)}`, { signal });
+  const value = await answer.json();
+  if (!answer.ok) throw new Error(value.error);
+  return value;
 }
 
-const failure = (error) => (error instanceof TypeError ? "kd view does not answer; was it ended in the terminal?" : error.message);
+const failure = (error) => (error instanceof TypeError ? "kd view does not answer. Does it still run in the terminal?" : error.message);
 
 // --- the list ----------------------------------------------------------------------------------------------------------
 
 async function refresh() {
-  list.asked?.abort();
-  const asked = (list.asked = new AbortController());
+  list.request?.abort();
+  const request = (list.request = new AbortController());
   const { search, sort, split, offset } = list;
   $("list").setAttribute("aria-busy", "true");
   try {
-    const found = await ask("samples", { search, sort, split, offset }, asked.signal);
-    if ("measuring" in found) {
-      $("note").textContent = `Measuring every sample once: ${Math.floor(100 * found.measuring)}%`;
+    const answer = await ask("samples", { search, sort, split, offset }, request.signal);
+    if ("measuring" in answer) {
+      $("note").textContent = `Measuring every sample once: ${Math.floor(100 * answer.measuring)}%`;
       await new Promise((resolve) => setTimeout(resolve, 200));
-      if (list.asked === asked) refresh();
+      if (list.request === request) refresh();
       return;
     }
-    show(found);
+    show(answer);
   } catch (error) {
     if (error.name === "AbortError") return;
     $("note").textContent = failure(error);
   }
-  if (list.asked === asked) $("list").setAttribute("aria-busy", "false");
+  if (list.request === request) $("list").setAttribute("aria-busy", "false");
 }
 
-function show(found) {
-  $("rows").replaceChildren(...found.rows.map(row));
+function show(answer) {
+  $("rows").replaceChildren(...answer.rows.map(row));
   $("rows").querySelector("button")?.setAttribute("tabindex", "0");
   $("rows").parentElement.scrollTop = 0;
-  const last = found.offset + found.rows.length;
-  $("range").textContent = found.total ? `${count(found.offset + 1)}–${count(last)} of ${count(found.total)}` : "";
-  $("note").textContent = found.total ? "" : "No sample holds this.";
-  $("previous").disabled = found.offset === 0;
-  $("next").disabled = last >= found.total;
-  list.page = found.rows.length;
+  const last = answer.offset + answer.rows.length;
+  $("range").textContent = answer.total ? `${count(answer.offset + 1)}–${count(last)} of ${count(answer.total)}` : "";
+  $("note").textContent = answer.total ? "" : "No sample contains this text.";
+  $("previous").disabled = answer.offset === 0;
+  $("next").disabled = last >= answer.total;
+  list.page = answer.rows.length;
   mark();
-  if (!open && !location.hash && found.rows.length && wide()) history.replaceState(null, "", address(found.rows[0].id)), route();
+  if (!open && !location.hash && answer.rows.length && wide()) history.replaceState(null, "", address(answer.rows[0].id)), route();
 }
 
-function row(told) {
+function row(sample) {
   const figures = {
-    uncertain: told.entropy !== null ? `${nats(told.entropy)} nats` : "",
-    worst: told.ce !== null ? `${nats(told.ce)} nats` : "",
+    uncertain: sample.entropy !== null ? `${nats(sample.entropy)} nats` : "",
+    worst: sample.ce !== null ? `${nats(sample.ce)} nats` : "",
   };
-  const figure = figures[list.sort] ?? `${count(told.tokens)} tokens`;
-  const made = element(
+  const figure = figures[list.sort] ?? `${count(sample.tokens)} tokens`;
+  const button = element(
     "button",
-    { type: "button", class: "sample", tabindex: "-1", onclick: () => go(told.id) },
-    element("span", { class: "id" }, visible(told.id)),
-    element("span", { class: "figure" }, reward(told.reward), figure),
-    element("span", { class: "prompt" }, visible(told.prompt.trim(), true)),
-    element("span", { class: "answer" }, visible(told.completion.trim(), true)),
+    { type: "button", class: "sample", tabindex: "-1", onclick: () => go(sample.id) },
+    element("span", { class: "id" }, visible(sample.id)),
+    element("span", { class: "figure" }, reward(sample.reward), figure),
+    element("span", { class: "prompt" }, visible(sample.prompt.trim(), true)),
+    element("span", { class: "answer" }, visible(sample.completion.trim(), true)),
   );
-  made.dataset.id = told.id;
-  return element("li", {}, made);
+  button.dataset.id = sample.id;
+  return element("li", {}, button);
 }
 
 function reward(value) {
@@ -192,12 +192,12 @@ async function route() {
   if (!id || (open && open.id === id)) return;
   $("reader").setAttribute("aria-busy", "true");
   try {
-    const found = await ask("sample", { id });
+    const answer = await ask("sample", { id });
     if (decodeURIComponent(location.hash.slice(1)) !== id) return;
-    open = { ...found, chunks: new Map(), opinion: null, shade: open?.shade ?? (about.student ? "kl" : "entropy"), at: null, pinned: null };
+    open = { ...answer, chunks: new Map(), opinion: null, shade: open?.shade ?? (about.student ? "kl" : "entropy"), at: null, pinned: null };
     draw();
     mark();
-    if (about.student) listen(open);
+    if (about.student) askStudent(open);
   } catch (error) {
     open = null;
     $("reader").replaceChildren(back(), element("p", { role: "alert", class: "bad" }, failure(error)));
@@ -206,8 +206,8 @@ async function route() {
   $("reader").setAttribute("aria-busy", "false");
 }
 
-// The student reads the sample: seconds the first time, when it is loaded.
-async function listen(sample) {
+// Let the student read the sample. The first time takes seconds, because the student is loaded.
+async function askStudent(sample) {
   try {
     sample.opinion = await ask("opinion", { id: sample.id });
   } catch (error) {
@@ -222,7 +222,7 @@ async function listen(sample) {
 
 function draw() {
   const { id, prompt, texts, reference } = open;
-  const [before, own, after] = prompt;
+  const [before, content, after] = prompt;
   $("reader").replaceChildren(
     back(),
     element("h2", {}, visible(id)),
@@ -233,7 +233,7 @@ function draw() {
       "pre",
       { class: "text", id: "prompt" },
       element("span", { class: "muted" }, bounded(before)),
-      bounded(own),
+      bounded(content),
       element("span", { class: "muted" }, bounded(after)),
     ),
     element("h3", { id: "completion-title" }, "Completion"),
@@ -273,9 +273,9 @@ function grow(more) {
   const tokens = $("tokens");
   const from = tokens.childElementCount;
   const to = Math.min(from + more, open.texts.length);
-  const made = document.createDocumentFragment();
-  for (let i = from; i < to; i++) made.append(...token(i));
-  tokens.append(made);
+  const fragment = document.createDocumentFragment();
+  for (let i = from; i < to; i++) fragment.append(...token(i));
+  tokens.append(fragment);
   shade(from);
   const left = open.texts.length - to;
   const button = (label, n) => element("button", { type: "button", class: "more", onclick: () => grow(n) }, label);
@@ -286,17 +286,17 @@ function grow(more) {
 function token(i) {
   const part = i in open.escaped;
   const text = open.texts[i];
-  const gap = / *(?=[^ ])/y.exec(text)?.[0] ?? ""; // outside, not shaded: at the end of a line it would hang there
-  const made = element("span", { role: "option", class: "token", tabindex: "-1", "aria-selected": "false" }, visible(text.slice(gap.length)));
+  const gap = / *(?=[^ ])/y.exec(text)?.[0] ?? ""; // spaces stay outside the shaded element, where they can hang over the end of a line
+  const span = element("span", { role: "option", class: "token", tabindex: "-1", "aria-selected": "false" }, visible(text.slice(gap.length)));
   if (part && !text) {
-    made.classList.add("continued");
-    made.setAttribute("aria-label", "part of the character before");
+    span.classList.add("continued");
+    span.setAttribute("aria-label", "part of the character before");
   } else if (!text.trim()) {
-    made.setAttribute("aria-label", text.includes("\n") ? "line break" : "space");
+    span.setAttribute("aria-label", text.includes("\n") ? "line break" : "space");
   }
-  if (!open.supervised[i]) made.classList.add("unsupervised");
-  made.dataset.i = i;
-  return [gap, made];
+  if (!open.supervised[i]) span.classList.add("unsupervised");
+  span.dataset.i = i;
+  return [gap, span];
 }
 
 function facts() {
@@ -306,7 +306,7 @@ function facts() {
     visible([split, source, task, origin].filter(Boolean).join(" · ")),
     ` · ${count(prompt)} + ${count(texts.length)} tokens · entropy ${nats(mean(entropies))} · cross-entropy ${nats(ce && -ce)}`,
     opinion?.kl ? ` · student's KL ${nats(mean(opinion.kl))}` : "",
-    " nats a token ",
+    " nats per token ",
     reward(open.reward) ?? "",
   );
   const choice = (name, label) => {
@@ -325,7 +325,7 @@ function facts() {
     about.student
       ? element("div", { class: "choice", role: "group", "aria-label": "Shade tokens by" }, choice("entropy", "Teacher's entropy"), choice("kl", "Student's KL"))
       : element("span", {}, "Teacher's entropy"),
-    element("ol", { class: "legend", "aria-label": "Shades, from this many nats on" }, ...[0, ...EDGES[open.shade]].map(swatch)),
+    element("ol", { class: "legend", "aria-label": "Shades, each from this number of nats" }, ...[0, ...EDGES[open.shade]].map(swatch)),
     element("span", { class: "muted" }, "nats"),
     element("p", { role: "status", class: opinion?.error ? "bad" : "muted" }, note ?? ""),
   );
@@ -347,21 +347,21 @@ function shade(from = 0) {
 const tokenOf = (target) => target.closest?.(".token");
 
 function hover(target) {
-  const found = tokenOf(target);
-  if (found) point(Number(found.dataset.i));
+  const token = tokenOf(target);
+  if (token) point(Number(token.dataset.i));
 }
 
-function pin(found) {
-  if (!found || Number(found.dataset.i) === open.pinned) return;
-  for (const before of $("tokens").querySelectorAll('[tabindex="0"]')) {
-    before.tabIndex = -1;
-    before.setAttribute("aria-selected", "false");
+function pin(token) {
+  if (!token || Number(token.dataset.i) === open.pinned) return;
+  for (const previous of $("tokens").querySelectorAll('[tabindex="0"]')) {
+    previous.tabIndex = -1;
+    previous.setAttribute("aria-selected", "false");
   }
-  found.tabIndex = 0;
-  found.setAttribute("aria-selected", "true");
-  open.pinned = Number(found.dataset.i);
-  found.focus({ preventScroll: true });
-  found.scrollIntoView({ block: "nearest" }); // from under the sheet, on a phone
+  token.tabIndex = 0;
+  token.setAttribute("aria-selected", "true");
+  open.pinned = Number(token.dataset.i);
+  token.focus({ preventScroll: true });
+  token.scrollIntoView({ block: "nearest" }); // on a phone the panel may cover it
   point(open.pinned);
 }
 
@@ -378,24 +378,24 @@ function tokenKeys(event) {
   pin(tokens[to]);
 }
 
-// The token above or below: on the nearest line that way, the nearest one.
+// The token above (way -1) or below (way 1): on the nearest line in that direction, the nearest token.
 function lineAway(at, way) {
   const tokens = $("tokens").children;
-  const here = tokens[at].getClientRects()[0] ?? tokens[at].getBoundingClientRect();
-  let found;
+  const start = tokens[at].getClientRects()[0] ?? tokens[at].getBoundingClientRect();
+  let nearest;
   let line = null;
   let distance = Infinity;
   for (let i = at + way; tokens[i]; i += way) {
-    const there = tokens[i].getClientRects()[0];
-    if (!there || way * (there.top - here.top) < here.height / 2) continue;
-    line ??= there.top;
-    if (Math.abs(there.top - line) > here.height / 2) break;
-    if (Math.abs(there.left - here.left) < distance) {
-      distance = Math.abs(there.left - here.left);
-      found = i;
+    const box = tokens[i].getClientRects()[0];
+    if (!box || way * (box.top - start.top) < start.height / 2) continue;
+    line ??= box.top;
+    if (Math.abs(box.top - line) > start.height / 2) break;
+    if (Math.abs(box.left - start.left) < distance) {
+      distance = Math.abs(box.left - start.left);
+      nearest = i;
     }
   }
-  return found;
+  return nearest;
 }
 
 function unpin() {
@@ -404,13 +404,13 @@ function unpin() {
   point(null);
 }
 
-// Show what is known of token i in the panel; null: how to get there.
+// Show token i in the panel; null shows how to choose a token.
 async function point(i) {
   const sample = open;
   sample.at = i;
   document.body.classList.toggle("pointing", i !== null);
   if (i === null) {
-    $("panel").replaceChildren(element("p", { class: "muted" }, "Point at a token, or go through them with the arrow keys, to see what else could have been said there."));
+    $("panel").replaceChildren(element("p", { class: "muted" }, "Point at a token, or move through the tokens with the arrow keys, to see which other tokens the teacher considered."));
     return;
   }
   const first = i - (i % CHUNK);
@@ -424,7 +424,7 @@ async function point(i) {
   }
 }
 
-function panel(i, told) {
+function panel(i, position) {
   const { texts, escaped, entropies, logprobs, ranks, supervised, opinion } = open;
   const text = escaped[i] ?? texts[i];
   const choice = (label) => element("span", { class: "label" }, visible(label, true));
@@ -432,7 +432,7 @@ function panel(i, told) {
   const figures = [
     ["Log-probability, nats", nats(logprobs[i]), student && nats(student.logprobs[i])],
     ["Rank", count(ranks[i]), student && count(student.ranks[i])],
-    ["First choice", choice(told.texts[0] ?? ""), student && choice(student.best[i])],
+    ["First choice", choice(position.texts[0] ?? ""), student && choice(student.best[i])],
     ["Entropy, nats", nats(entropies[i]), student && ""],
     student && ["KL to the teacher, nats", "", nats(student.kl[i])],
   ];
@@ -449,16 +449,16 @@ function panel(i, told) {
       student ? element("thead", {}, cells("", [head("teacher"), head("student")], "th")) : null,
       element("tbody", {}, ...figures.filter(Boolean).map(([name, ...values]) => cells(name, values))),
     ),
-    bars(i, told, CANDIDATES),
+    bars(i, position, CANDIDATES),
   );
-  $("said").textContent = `Token ${i + 1}: entropy ${nats(entropies[i])} nats, rank ${ranks[i]}, probability ${percent(Math.exp(logprobs[i]))}`;
+  $("announcement").textContent = `Token ${i + 1}: entropy ${nats(entropies[i])} nats, rank ${ranks[i]}, probability ${percent(Math.exp(logprobs[i]))}`;
 }
 
-// The candidates with their probabilities, the teacher's above the student's; the completion's own token, also where it
-// is none of them; and all that is left.
-function bars(i, told, most) {
+// The candidates with their probabilities, the teacher's above the student's; then the completion's token, if it is not
+// one of them; then all other tokens together.
+function bars(i, position, most) {
   const { texts, escaped, logprobs, opinion } = open;
-  const both = Boolean(told.student);
+  const both = Boolean(position.student);
   const line = (label, teacher, student, kind = "", note = "") =>
     element(
       "li",
@@ -471,32 +471,32 @@ function bars(i, told, most) {
         both ? bar("student", student, "Student ") : null,
       ),
     );
-  const own = (label, kind, n) => line(visible(label, true), told.probabilities[n], told.student?.[n], `${kind}${told.drawn[n] ? " drawn" : ""}`);
-  const found = told.texts.map((text, n) => own(text, told.given[n] ? "given" : "", n));
-  const hidden = found.slice(most).filter((made) => !made.classList.contains("given"));
-  const shown = found.filter((made) => !hidden.includes(made));
-  if (!told.given.includes(true)) {
-    const note = "The completion's own token is none of the stored candidates";
+  const candidate = (label, kind, n) => line(visible(label, true), position.probabilities[n], position.student?.[n], `${kind}${position.drawn[n] ? " drawn" : ""}`);
+  const candidates = position.texts.map((text, n) => candidate(text, position.given[n] ? "given" : "", n));
+  const hidden = candidates.slice(most).filter((line) => !line.classList.contains("given"));
+  const shown = candidates.filter((line) => !hidden.includes(line));
+  if (!position.given.includes(true)) {
+    const note = "The completion's token is not among the stored candidates";
     shown.push(line(visible(escaped[i] ?? texts[i], true), Math.exp(logprobs[i]), opinion?.logprobs ? Math.exp(opinion.logprobs[i]) : null, "given outside", note));
   }
-  const made = element("ol", { class: "candidates", "aria-label": "Candidates" }, ...shown);
+  const items = element("ol", { class: "candidates", "aria-label": "Candidates" }, ...shown);
   if (hidden.length) {
     const all = () => {
       more.remove();
-      made.querySelector(".tail").before(...hidden);
+      items.querySelector(".tail").before(...hidden);
     };
     const more = element("li", {}, element("button", { type: "button", class: "more", onclick: all }, `Show ${count(hidden.length)} more`));
-    made.append(more);
+    items.append(more);
   }
-  made.append(line("all others", told.tail, told.student_tail, "tail"));
+  items.append(line("all others", position.tail, position.student_tail, "tail"));
   const notes = [];
-  const drawn = told.drawn.includes(true);
-  if (!told.given.includes(true)) notes.push(`The token itself is not among the candidates stored: ${drawn ? "those drawn, or " : ""}all others stand for it.`);
+  const drawn = position.drawn.includes(true);
+  if (!position.given.includes(true)) notes.push(`The token itself is not among the stored candidates. ${drawn ? "A drawn candidate, or “all others”, stands for it." : "“All others” includes it."}`);
   if (drawn) {
-    notes.push("Pale bars: drawn candidates. Each stands for many unlikely tokens, at the threshold's probability, so that the sum is right and the token's own is lower.");
-    if (both) notes.push("A position's KL is an estimate here, and may be below 0; the mean over positions is right.");
+    notes.push("Pale bars are drawn candidates. Each stands for many unlikely tokens and has the threshold's probability, so that the sum is right. The probability of the token itself is lower.");
+    if (both) notes.push("The KL of one position is an estimate here and may be below 0. The mean over positions is right.");
   }
-  return element("div", {}, made, ...notes.map((note) => element("p", { class: "muted" }, note)));
+  return element("div", {}, items, ...notes.map((note) => element("p", { class: "muted" }, note)));
 }
 
 function bar(whose, probability, name) {
@@ -505,10 +505,10 @@ function bar(whose, probability, name) {
   return element("span", { class: "value" }, filled, element("span", { class: "visually-hidden" }, name), element("span", { class: "percent" }, percent(probability)));
 }
 
-// --- to begin with -----------------------------------------------------------------------------------------------------
+// --- start -------------------------------------------------------------------------------------------------------------
 
-function change(what) {
-  Object.assign(list, { offset: 0 }, what);
+function change(filters) {
+  Object.assign(list, { offset: 0 }, filters);
   refresh();
 }
 
