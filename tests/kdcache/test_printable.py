@@ -1,4 +1,4 @@
-"""What samples and models write reaches a terminal as text, and nothing that it obeys."""
+"""Text of samples and models reaches a terminal without characters that the terminal obeys."""
 
 import csv
 import io
@@ -35,7 +35,7 @@ def hostile_cache(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def kd_here(monkeypatch):
-    """`kd` in this process."""
+    """Return a function that runs `kd` in this process."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
@@ -46,7 +46,7 @@ def kd_here(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
         ("\x9b2J \x7f", "\\x9b2J \\x7f"),
@@ -56,38 +56,38 @@ def kd_here(monkeypatch):
         ("ñ 漢 🙂 👨\u200d👩 e\u0301 שלום", "ñ 漢 🙂 👨\u200d👩 e\u0301 שלום"),
     ],
 )
-def test_what_a_terminal_obeys_is_escaped_and_nothing_else(text, shown):
-    assert printable(text) == shown
+def test_only_characters_that_a_terminal_obeys_are_escaped(text, expected):
+    assert printable(text) == expected
 
 
-def test_json_has_no_character_that_a_terminal_obeys_and_the_same_values():
+def test_json_escapes_what_a_terminal_obeys_and_keeps_its_values():
     value = {"".join(map(chr, range(0x2100))): [HOSTILE, "\ud83d"]}
     text = json_text(value, indent=2)
     assert not OBEYED.search(text) and json.loads(text) == value
 
 
 SQL = "SELECT sample_id, prompt, completion AS \"\x1b[2J\", {{'k': prompt}} AS s, MAP {{'\x9b': 1}} AS m FROM samples{}"
-ASKED = {
+COMMANDS = {
     "a table": ("sql", "{cache}", SQL.format("")),
     "json": ("sql", "{cache}", SQL.format(""), "--json"),
     "a query that fails": ("sql", "{cache}", "SELECT error(sample_id) FROM samples"),
     "a query that is wrong": ("sql", "{cache}", "SELECT \x1b[2J"),
     "a view": ("sql", "{cache}", "FROM hardest_samples"),
     "facts": ("cache", "info", "{cache}"),
-    "a folder that is not there": ("cache", "verify", "no\x1b[2Jwhere"),
-    "an option that is not there": ("compare", "--\x1b[2J", "x"),
+    "a folder that does not exist": ("cache", "verify", "no\x1b[2Jwhere"),
+    "an option that does not exist": ("compare", "--\x1b[2J", "x"),
     "a condition": ("train", "--from-cache", "{cache}", "--student", "s", "--output-dir", "o", "--where", "\x1b[2J"),
 }
 
 
-@pytest.mark.parametrize("arguments", ASKED.values(), ids=ASKED)
-def test_nothing_that_is_printed_for_people_is_obeyed_by_a_terminal(arguments, hostile_cache, kd_here, capsys):
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_output_for_people_has_no_character_that_a_terminal_obeys(arguments, hostile_cache, kd_here, capsys):
     kd_here(*(argument.replace("{cache}", str(hostile_cache)) for argument in arguments))
     out, err = capsys.readouterr()
     assert (out or err) and not OBEYED.search(out + err)
 
 
-def test_csv_is_exact_where_it_is_no_terminal(hostile_cache, kd_here, capsys):
+def test_csv_into_a_pipe_is_exact(hostile_cache, kd_here, capsys):
     kd_here("sql", hostile_cache, "SELECT completion FROM samples", "--csv")
     assert list(csv.reader(io.StringIO(capsys.readouterr().out, newline="")))[1:] == [[HOSTILE["completion"]]]
 

@@ -22,7 +22,7 @@ def stderr_of(code: str) -> str:
     return process.stderr
 
 
-def test_a_librarys_warning_that_is_not_listed_is_shown():
+def test_a_warning_that_is_not_listed_is_shown():
     code = (
         "import warnings, logging; warnings.warn_explicit('The NVIDIA driver on your system is too old', UserWarning, "
         "'torch/cuda/__init__.py', 1, 'torch.cuda'); warnings.warn('soon gone', FutureWarning); "
