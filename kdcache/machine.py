@@ -41,6 +41,7 @@ def has_gpu() -> bool:
 def torch_device() -> str:
     """Return the torch device of this process: ``cuda:0``, ``mps`` or ``cpu``; under torchrun, the GPU of this rank.
 
+    MPS is chosen where torch has it, but kdcache was never run there.
     The index is always given: accelerate compares it with its own device for students quantized by bitsandbytes.
     """
     import torch

@@ -8,7 +8,7 @@ requests to this server. These rules protect it:
 * It listens on 127.0.0.1, and answers only GET.
 * The Host header must be its own name, against DNS rebinding; questions must come from its own page.
 * All paths begin with a random name, which is part of the address that the command prints.
-* It serves four files and answers five questions, and nothing else.
+* It serves six files and answers five questions, and nothing else.
 * Its headers forbid the page to load or run anything else.
 """
 
@@ -37,6 +37,8 @@ POSITIONS = 256  # at most so many positions' candidates are in one answer
 PAGES = Path(__file__).parent / "page"
 FILES = {
     "/": ("view.html", "text/html; charset=utf-8"),
+    "/elements.js": ("elements.js", "text/javascript; charset=utf-8"),
+    "/token.js": ("token.js", "text/javascript; charset=utf-8"),
     "/view.js": ("view.js", "text/javascript; charset=utf-8"),
     "/view.css": ("view.css", "text/css; charset=utf-8"),
     "/base.css": ("base.css", "text/css; charset=utf-8"),
