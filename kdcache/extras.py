@@ -1,4 +1,4 @@
-"""Which extra of pyproject.toml brings a package, so that an error names the one that is missing."""
+"""Which extra of pyproject.toml installs which package, so that an error can name the extra that is missing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from kdcache.errors import KDError
 
-#: Packages by the extra that brings them, as they are imported. tests/kdcache/test_extras.py compares it with pyproject.toml.
+#: Packages by extra, under their import names. tests/kdcache/test_extras.py compares this with pyproject.toml.
 EXTRAS = {
     "teacher": ("vllm", "transformers", "datasets", "gguf"),
     "teacher-cpu": ("vllm", "transformers", "datasets", "gguf"),
@@ -25,7 +25,7 @@ _PURPOSE = {"teacher": "phase one", "teacher-cpu": "phase one without a GPU", "t
 
 
 def missing(package: str) -> KDError:
-    """The error for a package that could not be imported: what to install."""
+    """Return the error for a package that could not be imported, which says what to install."""
     extras = [extra for extra, packages in EXTRAS.items() if package in packages]
     if not extras:
         return KDError(f"{package} is not installed: pip install {package}")
@@ -34,16 +34,16 @@ def missing(package: str) -> KDError:
     ]
     *most, last = commands
     sentence = f"{', '.join(most)} or {last}" if most else last
-    where = "; README.md, Installation, says what to add for PyTorch's CPU build" if "teacher-cpu" in extras else ""
-    return KDError(f"{package} is not installed: {sentence}{where}")
+    advice = "; README.md, Installation, says what to add for PyTorch's CPU build" if "teacher-cpu" in extras else ""
+    return KDError(f"{package} is not installed: {sentence}{advice}")
 
 
 def missing_package(error: ImportError) -> str | None:
-    """The package that an error is about: the one not found, or one of EXTRAS that a library asks for and is not there."""
+    """Return the missing package that an error is about: one that was not found, or one of EXTRAS that it mentions."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return error.name.partition(".")[0]
-    if isinstance(error.__cause__, ImportError):  # of a library that imports when it is first used
+    if isinstance(error.__cause__, ImportError):  # from a library that imports lazily
         return missing_package(error.__cause__)
     words = re.findall(r"[a-z][a-z0-9_]+", str(error).lower().replace("-", "_"))
-    known = {package for packages in EXTRAS.values() for package in packages}
-    return next((word for word in words if word in known and importlib.util.find_spec(word) is None), None)
+    optional = {package for packages in EXTRAS.values() for package in packages}
+    return next((word for word in words if word in optional and importlib.util.find_spec(word) is None), None)

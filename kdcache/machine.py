@@ -1,4 +1,7 @@
-"""What something was made or measured on: the processor's name, versions of what decides its numbers, peak memory."""
+"""The machine that a record was made or measured on: its device, its processor, versions of libraries, peak memory.
+
+This is also the one place that chooses a device (``torch_device``), and that describes the choice in words.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +20,67 @@ PACKAGES = (
     *("bitsandbytes", "compressed-tensors", "auto-round", "pyarrow", "duckdb"),
 )
 
-
-def cpu() -> str:
-    """``2 cores, AMD EPYC``."""
-    name = platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found[1].strip() if found else name
-    return f"{os.cpu_count()} cores, {name}"
+#: Files and devices that a driver creates where there is a GPU: NVIDIA's, then AMD's.
+DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("/dev/kfd"))
 
 
-def is_first_rank() -> bool:
-    """Return whether this process writes and prints: of those that torchrun started together, one does."""
-    return os.environ.get("RANK", "0") == "0"
+# --- the device -------------------------------------------------------------------------------------------------------
 
 
-def device() -> str:
-    """The GPU's name, or the processor's."""
+def has_gpu() -> bool:
+    """Return whether torch sees a CUDA or ROCm GPU. CUDA_VISIBLE_DEVICES is respected.
+
+    torch asks NVML here. Its other way initialises CUDA, which breaks engines that fork afterwards.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
+    return torch.cuda.is_available()
 
 
-def chosen(uses_gpu: bool | None = None) -> str:
-    """The device that computes here, in words; where it is not the GPU that is there, also why.
+def torch_device() -> str:
+    """Return the torch device of this process: ``cuda:0``, ``mps`` or ``cpu``; under torchrun, the GPU of this rank.
 
-    ``uses_gpu``: whether the engine will; None: where torch can.
+    MPS is chosen where torch has it, but kdcache was never run there.
+    The index is always given: accelerate compares it with its own device for students quantized by bitsandbytes.
     """
     import torch
 
-    gpu = torch.cuda.is_available()
+    return _device(has_gpu(), torch.backends.mps.is_available(), os.environ.get("LOCAL_RANK", "0"))
+
+
+def _device(cuda: bool, mps: bool, local_rank: str) -> str:
+    if cuda:
+        return f"cuda:{local_rank}"
+    return "mps" if mps else "cpu"
+
+
+def device_name() -> str:
+    """Return the name of the GPU, or else of the processor."""
+    import torch
+
+    if has_gpu():
+        return torch.cuda.get_device_name()
+    return f"MPS ({cpu()})" if torch_device() == "mps" else cpu()
+
+
+def device_in_words(uses_gpu: bool | None = None) -> str:
+    """Return what computes, for the user: the GPU's name, or the processor's and why an existing GPU is not used.
+
+    ``uses_gpu`` says whether the engine can use a GPU; None stands for torch itself. KDError if torch sees a GPU that
+    it cannot use.
+    """
+    import torch
+
+    gpu = has_gpu()
     if gpu and uses_gpu is not False:
         try:
             return torch.cuda.get_device_name()
-        except RuntimeError as error:  # the driver lists the GPU, and torch was built for a newer driver
+        except RuntimeError as error:  # the driver lists the GPU, but torch was built for a newer driver
             raise KDError(f"this machine has a GPU, and torch cannot use it: {first_line(error)}") from None
+    if torch_device() == "mps" and uses_gpu is not False:
+        return device_name()
     return f"CPU ({cpu()})" + _why_not_the_gpu(gpu, torch.version.cuda or torch.version.hip, torch.__version__)
-
-
-#: What a driver leaves where there is a GPU: NVIDIA's, AMD's.
-DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("/dev/kfd"))
 
 
 def _why_not_the_gpu(
@@ -71,24 +95,41 @@ def _why_not_the_gpu(
     return f"; this machine has a GPU, but torch {torch_version} (for {built_for}) cannot use it with the driver here"
 
 
+# --- for records ------------------------------------------------------------------------------------------------------
+
+
+def cpu() -> str:
+    """Return the processor's cores and name, like ``2 cores, AMD EPYC``."""
+    name = platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = model[1].strip() if model else name
+    return f"{os.cpu_count()} cores, {name}"
+
+
 def versions(*packages: str) -> dict[str, str]:
-    """Python's, and those of ``packages`` (default: PACKAGES) that are installed."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of those ``packages`` (default: PACKAGES) that are installed."""
+    installed = {"python": platform.python_version()}
     for package in packages or PACKAGES:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
+
+
+def is_first_rank() -> bool:
+    """Return whether this process writes and prints: of those that torchrun started together, one does."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def peak_resident_bytes() -> int:
-    """Of this process, Python and libraries included."""
+    """Return the peak resident memory of this process, with Python and libraries."""
     status = Path("/proc/self/status")
-    if status.is_file():  # getrusage's peak would be the parent's, where that was larger as it started this process
-        found = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-        if found:
-            return int(found[1]) * 1024
-    import resource  # POSIX alone has it
+    if status.is_file():  # getrusage would return the parent's peak if that was larger when it started this process
+        peak = re.search(r"^VmHWM:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
+        if peak:
+            return int(peak[1]) * 1024
+    import resource  # POSIX only
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,4 +1,4 @@
-"""How long work reports that it goes on: one type for all commands, which ``kdcache.commands.console`` shows as a line."""
+"""How long work reports its progress: one type for all commands, which ``kdcache.commands.console`` shows as a line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How much of a piece of work is done."""
+    """How much of a piece of work is finished."""
 
     done: int
     total: int

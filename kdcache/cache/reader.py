@@ -128,9 +128,9 @@ class Cache:
         """Begin to fetch a row group of a remote cache that will be read soon."""
         storage.prefetch(self._path(file), row_group)
 
-    def expect(self, file: str, row_group: int) -> None:
+    def wait(self, file: str, row_group: int) -> None:
         """Wait until another process of this machine has fetched a row group of a remote cache."""
-        storage.expect(self._path(file), row_group)
+        storage.wait(self._path(file), row_group)
 
     # --- opening a shard ---
 

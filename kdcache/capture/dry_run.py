@@ -49,7 +49,7 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "engine": config.engine,
         "dtype": plan.dtype,
         "max_model_len": plan.max_model_len,
-        "device": machine.chosen(runs_on_gpu(config.engine)),
+        "device": machine.device_in_words(runs_on_gpu(config.engine)),
         "examples": plan.example_count,
         "samples_to_do": samples,
         "rejected": rejected,

@@ -141,7 +141,7 @@ def samples_per_example(config: CaptureConfig) -> int:
 
 def open_tokenizer(model: str) -> Any:
     """Return the tokenizer of a model's folder. Reading it takes up to a second, so a process reads each one once."""
-    return _read_tokenizer(model, identity.tokenizer(model), models.code_is_trusted())
+    return _read_tokenizer(model, identity.tokenizer_hash(model), models.code_is_trusted())
 
 
 @functools.lru_cache(maxsize=2)

@@ -89,9 +89,9 @@ class Worker:
                 "--max-model-len, whose defaults depend on the machine"
             )
         model = identity.model_folder(config.teacher, identity.revision(plan.model) or config.revision)
-        if identity.weights(model) != plan.fields["weights"]:
+        if identity.weights_hash(model) != plan.fields["weights"]:
             raise KDError(f"{node}: the weights of {config.teacher} there are not those that the driver has")
-        if identity.tokenizer(model) != plan.fields["tokenizer"]:
+        if identity.tokenizer_hash(model) != plan.fields["tokenizer"]:
             raise KDError(f"{node}: the tokenizer of {config.teacher} there is not the one that the driver has")
         self._ray = ray
         self._plan = replace(plan, model=model)

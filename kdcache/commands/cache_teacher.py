@@ -120,7 +120,9 @@ def _introduce(plan: Plan) -> None:
 
     config = plan.config
     teacher = f"{plan.fields['teacher']} ({config.engine}, {plan.dtype})"
-    note(f"{teacher} on {machine.chosen(runs_on_gpu(config.engine))}, {plan.example_count} examples -> {config.out}")
+    note(
+        f"{teacher} on {machine.device_in_words(runs_on_gpu(config.engine))}, {plan.example_count} examples -> {config.out}"
+    )
     for text in (*plan.introduction.lines(), *plan.notes):
         note(text)
 

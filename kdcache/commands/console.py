@@ -37,7 +37,7 @@ def note_device() -> None:
     """Print the device that will compute and, if a GPU is not used, why."""
     from kdcache import machine
 
-    note(f"on {machine.chosen()}")
+    note(f"on {machine.device_in_words()}")
 
 
 def _plain(value: Any) -> Any:

@@ -95,7 +95,7 @@ def _read(cache: Location) -> list[dict[str, Any]]:
         return []
     integrity.check_table(cache, REWARDS_FILE)
     try:
-        return pq.read_table(storage.whole(path), schema=REWARDS, page_checksum_verification=True).to_pylist()
+        return pq.read_table(storage.fetched(path), schema=REWARDS, page_checksum_verification=True).to_pylist()
     except integrity.UNREADABLE as error:
         raise KDError(f"{path} is damaged ({first_line(error)}); {integrity.REWARDS_WAY_OUT}", 3) from None
 

@@ -1,8 +1,8 @@
-"""The one place where models, tokenizers and configurations are loaded: Python code in them runs only if the user says so.
+"""The one place that loads models, tokenizers and configurations. Their own code runs only with --trust-remote-code.
 
-A folder with an ``auto_map`` in config.json or tokenizer_config.json brings code of its own. transformers asks on stdin
-whether to run it, where a script's input may well hold a "y"; here it never asks. tests/kdcache/models/test_models.py checks that
-nothing is loaded elsewhere.
+A folder has code of its own if config.json or tokenizer_config.json holds an ``auto_map``. transformers would ask on
+stdin whether to run it, and a script's input may well hold a "y"; so here it never asks.
+tests/kdcache/models/test_models.py checks that nothing is loaded elsewhere.
 """
 
 from __future__ import annotations
@@ -15,50 +15,44 @@ from typing import Any
 
 from kdcache import extras
 from kdcache.errors import KDError, first_line
-
-#: ``--trust-remote-code``, as the processes see it that a command starts (Ray's workers, measurements, steps of a recipe).
-TRUST = "KDCACHE_TRUST_REMOTE_CODE"
+from kdcache.paths import TRUST, code_is_trusted
 
 
 def trust_remote_code() -> None:
-    """Let the code that comes with a model run, in this process and those it starts."""
+    """Let a model's own code run, in this process and in those that it starts."""
     os.environ[TRUST] = "1"
 
 
-def code_is_trusted() -> bool:
-    return os.environ.get(TRUST) == "1"
-
-
 def config(folder: str | Path) -> Any:
-    """The configuration of a model folder; KDError if it cannot be read."""
+    """Return the configuration of a model folder. KDError if it cannot be read."""
     from transformers import AutoConfig
 
     return _load(folder, "not a model that transformers can read", AutoConfig.from_pretrained)
 
 
 def tokenizer(folder: str | Path, **options: Any) -> Any:
-    """The tokenizer of a model folder; KDError if it has none."""
+    """Return the tokenizer of a model folder. KDError if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     return _load(folder, "its tokenizer could not be loaded", AutoTokenizer.from_pretrained, **options)
 
 
 def causal_lm(folder: str | Path, **options: Any) -> Any:
-    """The model with its weights; ``options`` are transformers' own. KDError if it cannot be loaded."""
+    """Return the model of a folder, with its weights; ``options`` are transformers'. KDError if it cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     return _load(folder, "the model could not be loaded", AutoModelForCausalLM.from_pretrained, **options)
 
 
 def untrained(shape: Any, **options: Any) -> Any:
-    """A model of a configuration, with weights that mean nothing."""
+    """Return a model of this configuration with random weights."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_config(shape, trust_remote_code=code_is_trusted(), **options)
 
 
 def with_adapter(student: Any, adapter: Path) -> Any:
-    """The student with the LoRA matrices of a folder beside its weights."""
+    """Return the student with the LoRA adapter of a folder."""
     import peft
 
     return peft.PeftModel.from_pretrained(student, str(adapter))
@@ -80,6 +74,6 @@ def _load(folder: str | Path, failed: str, load: Callable[..., Any], **options: 
 
 
 def _name(folder: str) -> str:
-    """The Hub id of a folder in the Hub's cache, else the folder."""
-    found = re.search(r"models--([^/]+)/snapshots/", folder)
-    return found[1].replace("--", "/") if found else folder
+    """Return the Hub id of a folder in the Hub's cache, or else the folder."""
+    repository = re.search(r"models--([^/]+)/snapshots/", folder)
+    return repository[1].replace("--", "/") if repository else folder

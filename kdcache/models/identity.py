@@ -1,7 +1,7 @@
-"""What a model is: its folder, and hashes of its weights and tokenizer for the fingerprint.
+"""Identify a model: find its folder, and compute hashes of its weights and tokenizer for the fingerprint.
 
-Files are hashed once and remembered by path, size and time (``KDCACHE_HOME/hashes.json``); files of the Hub's cache
-already carry their sha256 in the name that they link to.
+A file is hashed once; the hash is remembered by path, size and time of change (``KDCACHE_HOME/hashes.json``). Files in
+the Hub's cache are links to files whose name is their sha256, and are not read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _TOKENIZER = (
 
 
 def model_folder(model: str, revision: str | None = None) -> str:
-    """``embedded``, a folder, or a Hub id (downloaded to the Hub's own cache) -> a local folder."""
+    """Return the local folder of ``embedded``, of a folder, or of a Hub id, which is downloaded to the Hub's cache."""
     if model == "embedded":
         return str(embedded.prepare())
     if Path(model).is_dir():
@@ -37,7 +37,7 @@ def model_folder(model: str, revision: str | None = None) -> str:
         return model
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise UsageError(f"{model}: no such folder; expected `embedded`, a model folder, or a Hub id like org/name")
-    if importlib.util.find_spec("transformers") is None:  # which has the Hub's client with it
+    if importlib.util.find_spec("transformers") is None:  # it installs the Hub's client
         raise extras.missing("transformers")
     from huggingface_hub import snapshot_download
 
@@ -48,44 +48,43 @@ def model_folder(model: str, revision: str | None = None) -> str:
             ignore_patterns=["*.gguf", "*.onnx", "*.h5", "*.msgpack", "original/*", "*.pth"],
         )
     except Exception as error:
-        raise KDError(
-            f"{model}: no such folder here, and it could not be had from the Hub: {first_line(error)}"
-        ) from None
+        raise KDError(f"{model}: no such folder, and downloading it from the Hub failed: {first_line(error)}") from None
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
-    """The object in a model folder's file; an empty one if there is no such file. KDError if it holds something else."""
+    """Return the JSON object in a file of a model folder, {} if there is no such file. KDError if it is damaged."""
     try:
-        found = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
+        content = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError) as error:
         raise KDError(f"{folder}/{name} is damaged, it is not JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise KDError(f"{folder}/{name} is damaged: expected a JSON object, found {type(found).__name__}")
-    return found
+    if not isinstance(content, dict):
+        raise KDError(f"{folder}/{name} is damaged: expected a JSON object, found {type(content).__name__}")
+    return content
 
 
 def revision(folder: str) -> str | None:
-    """The commit of a folder in the Hub's cache; None for any other folder."""
+    """Return the commit of a folder in the Hub's cache; None for any other folder."""
     name = Path(folder).name
     return name if Path(folder).parent.name == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", name) else None
 
 
 def weight_files(folder: str) -> list[Path]:
+    """Return the files of a model's weights, sorted. KDError if there are none."""
     files = sorted(f for pattern in _WEIGHTS for f in Path(folder).glob(pattern))
     if not files:
         raise KDError(f"{folder}: no weights (*.safetensors) in it")
     return files
 
 
-def weights(folder: str) -> str:
-    """One hash over all weight files of a model folder."""
+def weights_hash(folder: str) -> str:
+    """Return one hash of all weight files of a model folder."""
     return of_json([[f.name, _sha256(f)] for f in weight_files(folder)])
 
 
-def tokenizer(folder: str) -> str:
-    """One hash over the tokenizer's files and the chat template."""
+def tokenizer_hash(folder: str) -> str:
+    """Return one hash of the tokenizer's files and the chat template."""
     files = [Path(folder) / name for name in _TOKENIZER]
     return of_json([[f.name, _sha256(f)] for f in files if f.is_file()])
 
@@ -93,15 +92,15 @@ def tokenizer(folder: str) -> str:
 PROBE = "The quick brown fox: ¿cómo estás? año 2026\n\tdef f(x): return x**2  # 三 🙂"
 
 
-#: What two tokenizers must share so that ids of one can be read by the other. Which ids are special may differ: a base
-#: model and the instruct model made from it name other ends.
+#: The entries of ``tokenizer_identity`` that must be equal so that one tokenizer can read the other's ids. The special
+#: ids may differ: a base model and an instruct model trained from it often end a text with different tokens.
 SAME_IDS = ("vocabulary", "encoding of a probe")
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:
-    """Token -> id map, special ids and encoding of a probe; ``SAME_IDS`` of them are equal for the same tokenizer.
+    """Return hashes of a tokenizer's vocabulary and of its encoding of a probe, and its special ids.
 
-    Chat templates and file layouts may differ: a student saved by another library version is still the same.
+    Chat templates and file layouts do not count: a student that another library version saved has the same tokenizer.
     """
     return {
         "vocabulary": of_json(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])),
@@ -118,12 +117,12 @@ def _sha256(file: Path) -> str:
     key = f"{target}:{status.st_size}:{status.st_mtime_ns}"
     store = home() / "hashes.json"
     try:
-        known = json.loads(store.read_text(encoding="utf-8"))
+        hashes = json.loads(store.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        known = {}
-    if key not in known:
-        known[key] = storage.sha256(target)
-        with contextlib.suppress(OSError):  # only a memo is lost
+        hashes = {}
+    if key not in hashes:
+        hashes[key] = storage.sha256(target)
+        with contextlib.suppress(OSError):  # the file is then hashed again the next time
             store.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(store, known)
-    return known[key]
+            atomic.write_json(store, hashes)
+    return hashes[key]

@@ -1,7 +1,7 @@
-"""Where a cache is: a folder, or wherever fsspec goes (``s3://bucket/cache``, ``gs://``, ``hf://``).
+"""Where a cache is: in a folder, or on an object store of fsspec (``s3://bucket/cache``, ``gs://``, ``hf://``).
 
-A location is a ``pathlib.Path`` or a ``RemotePath`` with the same methods. What is done differently for the two (how a
-file gets its name, who may write, how DuckDB and a trainer read) is decided here, so that no other module asks which it has.
+A location is a ``pathlib.Path`` or a ``RemotePath`` with the same methods. Invariant: where the two need different code
+(to name a finished file, to list, to read for DuckDB or for a trainer), that code is chosen here and nowhere else.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DUCKDB_SCHEME = "kdcache"
 
 
 def location(where: str | Path | RemotePath) -> Location:
-    """A folder, or the location a URL names."""
+    """Return the location that a path or a URL names; UsageError for a URL with credentials."""
     if not isinstance(where, str) or "://" not in where:
         return where if isinstance(where, RemotePath) else Path(where)
     if where.startswith(("file://", "local://")):
@@ -42,37 +42,37 @@ def location(where: str | Path | RemotePath) -> Location:
 
 
 def files(folder: Location) -> dict[str, Any]:
-    """The files of a folder by name, without hidden ones, in one listing."""
+    """Return the locations of a folder's files by name, without hidden ones, from one listing."""
     if isinstance(folder, RemotePath):
-        found: list[Any] = folder.listing()
+        paths: list[Any] = folder.listing()
     else:
-        found = [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
-    return {path.name: path for path in found if not path.name.startswith(".")}
+        paths = [path for path in sorted(folder.iterdir()) if path.is_file()] if folder.is_dir() else []
+    return {path.name: path for path in paths if not path.name.startswith(".")}
 
 
 # --- links ------------------------------------------------------------------------------------------------------------
 
 
 def real_file(path: Path, folder: Path) -> Path:
-    """The file behind a name in ``folder``. KDError if a link leads out of it, by name.
+    """Return the file that a path in ``folder`` leads to. KDError if it is a link that leads out of the folder.
 
-    A snapshot of the Hub's own cache is made of links into the ``blobs`` beside it: those are the folder's files.
+    A snapshot in the Hub's own cache consists of links into the folder ``blobs`` beside it, which count as inside.
     """
     real, root = path.resolve(), folder.resolve()
-    if not any(real.is_relative_to(inside) for inside in (root, *_blobs(root))):
+    if not any(real.is_relative_to(allowed) for allowed in (root, *_blobs(root))):
         raise KDError(f"{path} is a link to {real}, which is outside of {folder}: put what it leads to in its place")
     return real
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Where the files of a Hub snapshot are (REPO/snapshots/REVISION/... -> REPO/blobs); nothing for another folder."""
+    """Return where the files of a Hub snapshot are: REPO/blobs for REPO/snapshots/REVISION. Empty for other folders."""
     return [p.parent / "blobs" for p in root.parents if p.name == "snapshots" and (p.parent / "blobs").is_dir()]
 
 
 def linked_files(cache: Location) -> list[Path]:
-    """The real files of those of a cache's files that are links. KDError for one that leads elsewhere.
+    """Return the real files behind those files of a cache that are links. KDError for a link that leads elsewhere.
 
-    ``data`` may be a link to a folder anywhere, as on a larger disk; what is in it may not lead on to another.
+    ``data`` itself may be a link to any folder, for example on a larger disk. Links in it may not leave that folder.
     """
     if isinstance(cache, RemotePath):
         return []
@@ -92,7 +92,7 @@ _READ = ("plan.json", "manifest.json", "vocab.parquet", "rewards.parquet", "reje
 
 @contextlib.contextmanager
 def staged(path: Location) -> Iterator[Path]:
-    """A local name to write what will be ``path``: beside it, or for a remote one in the temporary folder."""
+    """Yield a local name to write to before the file becomes ``path``: beside it, or in the temporary folder."""
     if isinstance(path, RemotePath):
         temporary = Path(tempfile.gettempdir()) / f"kdcache-{os.getpid()}-{uuid.uuid4().hex[:8]}-{path.name}"
     else:
@@ -104,21 +104,21 @@ def staged(path: Location) -> Iterator[Path]:
 
 
 def create(temporary: Path, path: Location) -> bool:
-    """Give a whole file its name, which nothing has yet: False if something has (the first to come wins)."""
+    """Give a complete file its final name. Return False, and change nothing, if another file has that name already."""
     if isinstance(path, RemotePath):
         return path.upload(temporary, create=True)
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without hard links: rename is atomic too, and the slice's shards are equal
+    except OSError:  # no hard links: a rename is atomic too, and may replace a shard only by an equal one
         os.replace(temporary, path)
     sync(path.parent)
     return True
 
 
 def replace(temporary: Path, path: Location) -> None:
-    """Put a whole file in the place of whatever has its name."""
+    """Give a complete file its final name, and replace the file that has it."""
     if isinstance(path, RemotePath):
         path.upload(temporary)
         return
@@ -127,8 +127,8 @@ def replace(temporary: Path, path: Location) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names."""
-    # Not every file system lets a folder be synced.
+    """Force a file's bytes, or the names in a folder, to the disk."""
+    # Some file systems refuse to sync a folder.
     with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -138,7 +138,7 @@ def sync(path: Path) -> None:
 
 
 def free_bytes(folder: Location) -> int:
-    """Free where files are written: of a remote location, in the temporary folder they are staged in."""
+    """Return the free disk space where files are written; for a remote location, that of the temporary folder."""
     path = Path(tempfile.gettempdir()) if isinstance(folder, RemotePath) else folder.absolute()
     while not path.exists():
         path = path.parent
@@ -149,16 +149,17 @@ def free_bytes(folder: Location) -> int:
 
 
 def opened(path: Location) -> Any:
-    """What pyarrow reads a file from; of a remote one, the bytes it asks for are fetched as it does."""
+    """Return what pyarrow reads parts of a file from; of a remote file, only the bytes that it reads are fetched."""
     return ranges.opened(path) if isinstance(path, RemotePath) else path
 
 
-def whole(path: Location) -> Path | io.BytesIO:
-    """What pyarrow reads all of a file from; a remote one is fetched once, into memory."""
+def fetched(path: Location) -> Path | io.BytesIO:
+    """Return what pyarrow reads all of a file from; a remote file is fetched once, into memory."""
     return io.BytesIO(path.read_bytes()) if isinstance(path, RemotePath) else path
 
 
 def sha256(source: Location | io.BytesIO) -> str:
+    """Return the sha256 of a file's bytes, as hexadecimal digits."""
     if isinstance(source, RemotePath):
         return source.sha256()
     with open(source, "rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
@@ -166,39 +167,39 @@ def sha256(source: Location | io.BytesIO) -> str:
 
 
 def parquet(path: Location, row_group: int | None = None) -> pq.ParquetFile:
-    """A shard, opened to read its footer or one row group; of a remote one, those alone are fetched."""
+    """Open a shard to read its footer, or one row group; of a remote shard, only these are fetched."""
     if isinstance(path, RemotePath):
         return ranges.parquet(path, row_group)
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
 def prefetch(path: Location, row_group: int) -> None:
-    """Begin to fetch a row group that will be read soon; nothing for a folder. An error waits for the reading."""
+    """Begin to fetch a row group that will be read soon. Does nothing for a folder, and raises no error."""
     if isinstance(path, RemotePath):
         ranges.prefetch(path, row_group)
 
 
-def expect(path: Location, row_group: int) -> None:
-    """Wait until another process of this machine has fetched a row group, if it does in reasonable time."""
+def wait(path: Location, row_group: int) -> None:
+    """Wait at most a minute until another process of this machine has fetched a row group; not for a folder."""
     if isinstance(path, RemotePath):
-        ranges.expect(path, row_group)
+        ranges.wait(path, row_group)
 
 
 def raise_remote_error(error: Exception) -> None:
-    """Raise what went wrong in the file system given to DuckDB, which hands it on as text; nothing if that is not it."""
-    if found := re.search(r"KDError: ([^\n]*)", str(error)):
-        raise KDError(found[1]) from None
+    """Raise the KDError quoted in an error of DuckDB, if any: DuckDB passes on errors of a file system as text."""
+    if quoted := re.search(r"KDError: ([^\n]*)", str(error)):
+        raise KDError(quoted[1]) from None
 
 
 def duckdb_pattern(path: str) -> str:
-    """What DuckDB takes for this path and no other: it reads ``*``, ``?`` and ``[`` in a name as a pattern."""
+    """Return a pattern that DuckDB matches only with this path: ``*``, ``?`` and ``[`` are escaped."""
     return re.sub(r"([*?[])", r"[\1]", path)
 
 
 def duckdb_folder(connection: Any, cache: Location) -> str:
-    """The name under which DuckDB finds the cache, and nothing beside it, as it normalises it itself.
+    """Return the cache's folder as DuckDB normalises it, for the list of folders that queries may read.
 
-    A remote one gets a file system of its own: rooted at the cache, so that no query can name another place.
+    For a remote cache, register a file system whose root is the cache, so that no query can name another place.
     """
     if not isinstance(cache, RemotePath):
         return str(cache.resolve())

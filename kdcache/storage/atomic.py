@@ -1,4 +1,4 @@
-"""Write small files whole: what stands under a name is complete, whatever was interrupted."""
+"""Write small files atomically: a file under its final name is always complete, even if its writer was killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdcache.storage import Location
 
 
 def remove_leftovers(folder: Location) -> None:
-    """Delete what writers of this machine that are no longer running left half-written; an upload leaves nothing."""
+    """Delete half-written files of processes of this machine that no longer run. On an object store there are none."""
     if not isinstance(folder, Path):
         return
     for leftover in folder.glob(f".*.{platform.node()}.*.tmp"):
@@ -27,12 +27,12 @@ def remove_leftovers(folder: Location) -> None:
         except ProcessLookupError:
             leftover.unlink(missing_ok=True)
         except PermissionError:
-            pass  # running, as another user
+            pass  # it runs, as another user
 
 
 @contextlib.contextmanager
 def replacing(path: Location) -> Iterator[Path]:
-    """A name to write to; what was written takes the place of ``path``, whole or not at all."""
+    """Yield a name to write to; then the complete file replaces ``path``. After an error ``path`` is unchanged."""
     with storage.staged(path) as temporary:
         yield temporary
         storage.replace(temporary, path)
@@ -47,6 +47,7 @@ def write_text(path: Location, text: str) -> None:
 
 
 def write_json(path: Location, value: Any) -> None:
+    """Replace a JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -58,7 +59,7 @@ def write_csv(path: Location, names: Sequence[str], lines: Iterable[Sequence[Any
 
 
 def create_json(path: Location, value: Any) -> bool:
-    """Write a file that must not be there yet; False if it was (the first to come wins, whole)."""
+    """Write a JSON file atomically. Return False, and change nothing, if another writer created it first."""
     with storage.staged(path) as temporary:
         write_json(temporary, value)
         return storage.create(temporary, path)

@@ -1,9 +1,10 @@
-"""Pieces of remote shards on the local disk: what was fetched once is not fetched again, and no more than a limit is kept.
+"""Pieces of remote shards on the local disk: what was fetched once is not fetched again, up to a limit of bytes.
 
     KDCACHE_DISK_CACHE=/scratch/kd KDCACHE_DISK_CACHE_GB=200 kd train --from-cache s3://bucket/cache ...
 
-Any number of processes share a folder: a piece appears under its final name whole, with a digest that every read checks,
-and whoever deletes the least recently used ones harms no reader. A folder that cannot be written to is done without.
+Any number of processes share the folder. Invariant: a piece gets its final name only when it is complete, and carries a
+digest that every read checks; so evicting the least recently used pieces never harms a reader, who fetches again. If
+the folder cannot be written to, everything is fetched and nothing is kept.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from kdcache.errors import UsageError
-from kdcache.paths import home
+from kdcache import paths
 
 try:
     import fcntl
@@ -28,56 +28,36 @@ except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
 DIGEST_BYTES = 16
-DEFAULT_GB = 20.0
-READ_AHEAD_THREADS = 2
-PIECE = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")  # names of whole pieces and of half-written ones
+PREFETCH_THREADS = 2
+PIECE = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.[0-9a-f]{8}")  # names of complete pieces and of half-written ones
 
 _lock = threading.Lock()
 _fetching: dict[str, Future[bytes]] = {}
-_ahead: ThreadPoolExecutor | None = None
-_since_trim = 0  # bytes written
-_patience_seconds = 60.0  # ranks begin apart: one imports, another does not
-
-
-def folder() -> Path:
-    """KDCACHE_DISK_CACHE, else ``remote`` in kdcache's folder of the user."""
-    named = os.environ.get("KDCACHE_DISK_CACHE")
-    return Path(os.path.expanduser(named)) if named else home() / "remote"
-
-
-def limit_bytes() -> int:
-    """KDCACHE_DISK_CACHE_GB; 0 keeps nothing."""
-    return int(number_from("KDCACHE_DISK_CACHE_GB", DEFAULT_GB) * 1e9)
-
-
-def number_from(name: str, default: float) -> float:
-    """A number that the environment holds."""
-    try:
-        return float(os.environ.get(name) or default)
-    except ValueError:
-        raise UsageError(f"{name}={os.environ[name]}: expected a number") from None
+_prefetcher: ThreadPoolExecutor | None = None
+_bytes_since_eviction = 0
+_patience_seconds = 60.0  # ranks do not start at the same time: some still import when others read
 
 
 def get(key: str, fetch: Callable[[], bytes]) -> bytes:
-    """The bytes of ``key``: kept ones if they are whole, else fetched, by one thread of one process, and kept."""
+    """Return the bytes of ``key`` from the disk, or call ``fetch`` in one thread of one process and keep the result."""
     with _lock:
         future = _fetching.get(key)
-        mine = future is None
+        is_first = future is None
         if future is None:
             future = _fetching[key] = Future()
-    if not mine:
+    if not is_first:
         return future.result()
     try:
         path = _path(key)
-        found = _read(path)
-        if found is None:
-            with _alone(path):
-                found = _read(path)
-                if found is None:
-                    found = fetch()
-                    _keep(path, found)
-        future.set_result(found)
-        return found
+        data = _read(path)
+        if data is None:
+            with _fetch_lock(path):
+                data = _read(path)  # another process may have fetched it while this one waited for the lock
+                if data is None:
+                    data = fetch()
+                    _keep(path, data)
+        future.set_result(data)
+        return data
     except BaseException as error:
         future.set_exception(error)
         raise
@@ -86,26 +66,61 @@ def get(key: str, fetch: Callable[[], bytes]) -> bytes:
             del _fetching[key]
 
 
-def expect(key: str) -> None:
-    """Wait until another process has fetched ``key``. After one wait in vain (it died, the disk is full) there is none."""
-    global _patience_seconds
-    if not limit_bytes():
+def prefetch(read: Callable[[], object]) -> None:
+    """Call ``read`` in a thread, so that its pieces are on the disk when they are needed; not if none are kept.
+
+    Errors are ignored here: the reader who needs the pieces meets them again.
+    """
+    global _prefetcher
+    if not paths.disk_cache_limit_bytes():
         return
-    path, until = _path(key), time.monotonic() + _patience_seconds
-    while not os.path.exists(path):  # False also where one may not look
-        if time.monotonic() > until:
+    with _lock:
+        _prefetcher = _prefetcher or ThreadPoolExecutor(PREFETCH_THREADS, thread_name_prefix="kd-prefetch")
+    _prefetcher.submit(read)
+
+
+def wait(key: str) -> None:
+    """Wait until another process has fetched ``key``, for at most a minute.
+
+    After one wait in vain (the other process died, or the disk is full) this process never waits again.
+    """
+    global _patience_seconds
+    if not paths.disk_cache_limit_bytes():
+        return
+    path, deadline = _path(key), time.monotonic() + _patience_seconds
+    while not os.path.exists(path):  # also False where this user may not look
+        if time.monotonic() > deadline:
             _patience_seconds = 0.0
             return
         time.sleep(0.01)
 
 
+def evict(target_bytes: int) -> None:
+    """Delete the least recently used pieces until at most ``target_bytes`` are left."""
+    pieces = []
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(paths.disk_cache_folder()):
+            if not PIECE.fullmatch(entry.name):  # a lock, or somebody else's file
+                continue
+            with contextlib.suppress(OSError):  # another process deleted it
+                status = entry.stat()
+                pieces.append((status.st_mtime_ns, status.st_size, entry.path))
+    total = sum(size for _, size, _ in pieces)
+    for _, size, name in sorted(pieces):
+        if total <= target_bytes:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        total -= size
+
+
 def _path(key: str) -> Path:
-    return folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return paths.disk_cache_folder() / hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """One process at a time fetches a piece, as far as the folder's file system can tell; the others then find it."""
+def _fetch_lock(path: Path) -> Iterator[None]:
+    """Let one process at a time fetch a piece, if the folder's file system has locks; the others then read it."""
     lock = path.with_name(f".lock-{path.name[:2]}")  # 256 of them, never deleted
     descriptor = None
     with contextlib.suppress(OSError):
@@ -120,32 +135,22 @@ def _alone(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def soon(read: Callable[[], object]) -> None:
-    """Read ahead in a thread; what fails will fail again where it is wanted. Nothing where nothing is kept."""
-    global _ahead
-    if not limit_bytes():
-        return
-    with _lock:
-        _ahead = _ahead or ThreadPoolExecutor(READ_AHEAD_THREADS, thread_name_prefix="kd-ahead")
-    _ahead.submit(read)
-
-
 def _read(path: Path) -> bytes | None:
     try:
-        data = path.read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
-    found, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if hashlib.blake2b(found, digest_size=DIGEST_BYTES).digest() != digest:
-        return None  # damaged on this disk: fetched anew
+    data, digest = content[:-DIGEST_BYTES], content[-DIGEST_BYTES:]
+    if hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest() != digest:
+        return None  # damaged on this disk
     with contextlib.suppress(OSError):
-        os.utime(path)  # used now
-    return found
+        os.utime(path)  # eviction goes by the time of the last use
+    return data
 
 
 def _keep(path: Path, data: bytes) -> None:
-    global _since_trim
-    limit = limit_bytes()
+    global _bytes_since_eviction
+    limit = paths.disk_cache_limit_bytes()
     if len(data) > limit // 2:
         return
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
@@ -157,29 +162,11 @@ def _keep(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         return
+    # Listing the folder for each piece would be slow: evict once per sixteenth of the limit, and leave an eighth free.
     with _lock:
-        _since_trim += len(data)
-        due = _since_trim > limit // 16
-        if due:
-            _since_trim = 0
-    if due:
-        trim(limit - limit // 8)
-
-
-def trim(target_bytes: int) -> None:
-    """Delete the least recently used pieces until no more than ``target_bytes`` are left."""
-    pieces = []
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(folder()):
-            if not PIECE.fullmatch(entry.name):  # a lock, or somebody else's file
-                continue
-            with contextlib.suppress(OSError):  # another process deleted it
-                status = entry.stat()
-                pieces.append((status.st_mtime_ns, status.st_size, entry.path))
-    total = sum(size for _, size, _ in pieces)
-    for _, size, name in sorted(pieces):
-        if total <= target_bytes:
-            return
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        total -= size
+        _bytes_since_eviction += len(data)
+        is_due = _bytes_since_eviction > limit // 16
+        if is_due:
+            _bytes_since_eviction = 0
+    if is_due:
+        evict(limit - limit // 8)

@@ -1,15 +1,15 @@
 """Which folders this program may write into, replace or delete: one rule for every command.
 
-    with folders.held(out, folders.RUN):      # one writer per folder; what a killed one left half-done is put right
+    with folders.held(out, folders.RUN):      # one writer per folder; it first repairs what a killed writer left
         ...                                   # every check that can fail
-        folders.set_aside(out)                # --overwrite: the old contents are moved, not deleted
-        ...                                   # the new ones begin; an error puts the old ones back
-        folders.drop(out)                     # now the old ones are deleted
+        folders.set_aside(out)                # --overwrite: move the old contents, do not delete them
+        ...                                   # write the new contents; an error restores the old ones
+        folders.drop(out)                     # delete the old contents
 
-Invariant: only files are deleted whose names this program writes, in a folder that holds the marker file of their kind.
-A name that no kind lists is somebody else's: the folder is then left as it is, and the name is told.
+Invariant: a file is deleted only if its name is one that this program writes, in a folder with the marker file of its
+kind. A file whose name the kind does not list is foreign: it keeps its folder unchanged, and the error names it.
 
-Contents are moved inside the folder itself (``.kdcache``), so that it can be a mount point, and its lock stays in place.
+Contents are moved within the folder itself, to ``.kdcache``. So it can be a mount point, and its lock stays in place.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from kdcache.storage import Location, lock
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder: ``marker`` is a file that every one of them has, and ``key`` stands in it."""
+    """A kind of folder that this program writes, recognised by a file that every folder of this kind holds."""
 
     name: str
-    marker: str
-    key: str
-    contents: tuple[str, ...]  # patterns of all paths that are written; ** is any number of folders
-    results: tuple[str, ...] = ()  # of those, what took time to make
+    marker: str  # the name of that file
+    key: str  # a text that the file contains, because others may have files of the same name
+    contents: tuple[str, ...]  # patterns of all paths that are written; ** stands for any number of folders
+    results: tuple[str, ...] = ()  # patterns of those paths that took time to compute
 
 
 _MODEL = (
@@ -88,59 +88,77 @@ EVALUATION = Kind("evaluation", "evaluation.json", '"entries"', _EVALUATION)
 COMPARISON = Kind("comparison", "comparison.json", '"interval"', ("comparison.json", "comparison.csv"))
 REPORT = Kind("report", "report.json", '"kdcache"', ("report.html", "report.json", "plots/*.csv"))
 
-#: What a folder holds besides: locks, half-written files, contents that were moved; and what file managers leave.
-_OURS = (
+#: Names that count as no contents: locks, half-written files, contents that were moved, and files of file managers.
+_IGNORED = (
     *(".lock", ".lock-*", ".kdcache", ".*.[0-9]*.tmp", ".saving", ".checkpoint-*.discarded"),
     *(".DS_Store", "Thumbs.db"),
 )
 _HIDDEN = ".kdcache"
+
+# What FOLDER/.kdcache holds at each moment of ``held`` with ``set_aside`` and ``drop``. The last column is what
+# ``recover`` does if the process was killed at that moment.
+#
+#     FOLDER               FOLDER/.kdcache      recover()
+#     -------------------  -------------------  -----------------------------------------------------------
+#     old contents         (no such folder)     nothing
+#     some old files       moving/ the others   moves them back (set_aside was interrupted)
+#     (empty)              old/                 moves the old contents back
+#     new, no results      old/                 deletes the new contents, and moves the old ones back
+#     new, with results    old/                 deletes the old contents: the new ones are worth more
+#     new contents         gone/ some old ones  deletes the rest (drop was interrupted)
+#
+# ``replacing`` writes the new contents into .kdcache first, and swaps them with the old ones when they are complete.
+#
+#     old contents         new/ incomplete      deletes new/
+#     (empty)              new/, old/           moves the old contents back
+#     some new files       ready/, old/         moves the other new files up, and deletes the old contents
 
 
 # --- what a folder is -------------------------------------------------------------------------------------------------
 
 
 def check_place(folder: Location, flag: str) -> None:
-    """UsageError if there can be no such folder, because it or one above it is a file."""
+    """UsageError if the folder cannot exist, because it or one of its parents is a file or a broken link."""
     if isinstance(folder, Path):
         nearest = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
         if not nearest.is_dir():
             what = "a link that leads nowhere" if nearest.is_symlink() and not nearest.exists() else "a file"
-            whose = "" if nearest == folder else f": {nearest}"
-            raise UsageError(f"{flag} {folder}{whose} is {what}; expected a folder")
+            parent = "" if nearest == folder else f": {nearest}"
+            raise UsageError(f"{flag} {folder}{parent} is {what}; expected a folder")
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether nothing is in a folder but what interrupted writers left; True if there is none."""
+    """Return whether a folder does not exist, or holds nothing but what interrupted writers left."""
     return not _entries(folder)
 
 
 def holds(folder: Location, kind: Kind) -> bool:
-    """Whether a folder holds the marker of a kind, as this program writes it (not any file of that name)."""
+    """Return whether a folder holds the marker of a kind as this program writes it, not just a file of that name."""
     with contextlib.suppress(OSError):
         return kind.key.encode() in (folder / kind.marker).read_bytes()
     return False
 
 
 def foreign(folder: Location, kind: Kind) -> Location | None:
-    """The first file or link in a folder that is none of the kind's: somebody else's."""
+    """Return the first file or link in a folder that does not belong to the kind; None if all of them do."""
     return next((path for path in _files(folder) if not _is_ours(path, folder, kind)), None)
 
 
 def has_results(folder: Path, kind: Kind) -> bool:
-    """Whether anything is in a folder that took time to make: else it was begun, and nothing would be lost with it."""
+    """Return whether a folder holds results; without them it was only begun, and may be deleted without loss."""
     return any(_fits(path, folder, kind.results) for path in _files(folder))
 
 
 def check_deletable(folder: Location, kind: Kind, reads: Iterable[Location | str] = (), flag: str = "--out") -> None:
-    """KDError unless a folder is empty, or all of it is a ``kind`` that this program made and that is not read now."""
+    """KDError unless a folder is empty, or of this kind without foreign files. UsageError if it contains an input."""
     if not folder.exists():
         return
     if isinstance(folder, Path):
         check_place(folder, flag)
         for read in reads:
-            where = Path(str(read))
-            if where.exists() and folder.resolve() in (where.resolve(), *where.resolve().parents):
-                raise UsageError(f"--overwrite would delete {where}, which is read: it is inside {flag} {folder}")
+            source = Path(str(read))
+            if source.exists() and folder.resolve() in (source.resolve(), *source.resolve().parents):
+                raise UsageError(f"--overwrite would delete {source}, which is read: it is inside {flag} {folder}")
         if is_empty(folder):
             return
         if folder.is_symlink():
@@ -152,22 +170,23 @@ def check_deletable(folder: Location, kind: Kind, reads: Iterable[Location | str
                 )
     if not holds(folder, kind):
         raise KDError(
-            f"--overwrite: {folder} holds no {kind.name}: there is no {kind.marker} in it that kdcache wrote. Delete it yourself "
-            "if that is meant"
+            f"--overwrite: {folder} holds no {kind.name}: it has no {kind.marker} that kdcache wrote. Delete it "
+            "yourself if you do not need it"
         )
-    if (stranger := foreign(folder, kind)) is not None:
+    if (foreign_file := foreign(folder, kind)) is not None:
         raise KDError(
-            f"--overwrite would delete {stranger}, which kdcache did not write; move it elsewhere, or delete {folder} yourself"
+            f"--overwrite would delete {foreign_file}, which kdcache did not write; move it elsewhere, or delete "
+            f"{folder} yourself"
         )
 
 
 def check_writable(folder: Path, kind: Kind, flag: str = "--out") -> None:
-    """KDError if files of a ``kind`` that are written into a folder would replace somebody else's of the same name."""
+    """KDError if writing a ``kind`` into a folder would replace a file of the same name that kdcache did not write."""
     check_place(folder, flag)
     names = [name for name in kind.contents if Path(name).stem == Path(kind.marker).stem]
-    taken = [folder / name for name in names if (folder / name).exists()]
-    if taken and not holds(folder, kind):
-        raise KDError(f"{taken[0]} would be replaced, and kdcache did not write it; use another {flag}")
+    existing = [folder / name for name in names if (folder / name).exists()]
+    if existing and not holds(folder, kind):
+        raise KDError(f"{existing[0]} would be replaced, and kdcache did not write it; use another {flag}")
 
 
 # --- writing into it --------------------------------------------------------------------------------------------------
@@ -175,7 +194,7 @@ def check_writable(folder: Path, kind: Kind, flag: str = "--out") -> None:
 
 @contextlib.contextmanager
 def held(folder: Location, kind: Kind, flag: str = "--out") -> Iterator[None]:
-    """Hold a folder's lock; KDError with who has it. What was set aside is put back by an error, and deleted otherwise."""
+    """Hold a folder's lock, or raise a KDError that names its holder. An error inside restores what was set aside."""
     check_place(folder, flag)
     with lock.held(folder):
         recover(folder, kind)
@@ -183,13 +202,13 @@ def held(folder: Location, kind: Kind, flag: str = "--out") -> Iterator[None]:
             yield
         except BaseException as error:
             if recover(folder, kind) and isinstance(error, KeyboardInterrupt):
-                raise KDError(f"interrupted before it had begun: {folder} holds what it held before", 130) from None
+                raise KDError(f"interrupted before the first result: {folder} holds what it held before", 130) from None
             raise
         drop(folder)
 
 
 def set_aside(folder: Path) -> None:
-    """Move what a folder holds to where ``recover`` finds it and ``drop`` deletes it; check first that it may be deleted."""
+    """Move a folder's contents aside. Call ``check_deletable`` before, as ``drop`` will delete them."""
     moving = folder / _HIDDEN / "moving"
     moving.mkdir(parents=True)
     for path in _entries(folder):
@@ -198,20 +217,20 @@ def set_aside(folder: Path) -> None:
 
 
 def drop(folder: Location) -> None:
-    """Delete what was set aside: the new contents have begun."""
+    """Delete what was set aside, once the new contents have begun."""
     if isinstance(folder, Path) and (folder / _HIDDEN).exists():
         with contextlib.suppress(FileNotFoundError):
-            (folder / _HIDDEN / "old").rename(folder / _HIDDEN / "gone")  # from here on it is not put back in part
+            (folder / _HIDDEN / "old").rename(folder / _HIDDEN / "gone")  # so that a part of it is never restored
         shutil.rmtree(folder / _HIDDEN)
 
 
 @contextlib.contextmanager
-def whole(folder: Path, kind: Kind) -> Iterator[Path]:
-    """A folder to write to. Once all is written, its files become those of ``folder``, in place of all that it held."""
+def replacing(folder: Path, kind: Kind) -> Iterator[Path]:
+    """Yield a folder to write to; then its files replace all contents of ``folder``, which must be of this kind."""
     new = folder / _HIDDEN / "new"
     new.mkdir(parents=True)
     yield new
-    check_deletable(folder, kind)  # again: that took its time
+    check_deletable(folder, kind)  # once more, because writing took time
     set_aside(folder)
     new.rename(new.with_name("ready"))
     _move_up(folder, "ready")
@@ -219,14 +238,14 @@ def whole(folder: Path, kind: Kind) -> Iterator[Path]:
 
 
 def recover(folder: Location, kind: Kind) -> bool:
-    """Finish or undo what was interrupted; True if contents that had been set aside are back."""
+    """Finish or undo what was interrupted, as drawn above. Return whether contents that were set aside are restored."""
     if not isinstance(folder, Path) or not (folder / _HIDDEN).exists():
         return False
     hidden, restored = folder / _HIDDEN, False
     if (hidden / "ready").exists():
         _move_up(folder, "ready")
     elif (hidden / "old").exists() and not has_results(folder, kind):
-        delete(folder, kind)  # what the new contents had begun with
+        delete(folder, kind)  # the new contents, which have no results
         restored = any((hidden / "old").iterdir())
         _move_up(folder, "old")
     elif (hidden / "moving").exists():
@@ -236,28 +255,28 @@ def recover(folder: Location, kind: Kind) -> bool:
 
 
 def delete(folder: Path, kind: Kind) -> None:
-    """Delete what is of a kind in a folder, and nothing else."""
+    """Delete the files of a kind in a folder, and then the folders in it that are empty."""
     for path in list(_files(folder)):
         if _is_ours(path, folder, kind):
             path.unlink()
-    for path in sorted(_folders(folder), reverse=True):  # those inside first
-        with contextlib.suppress(OSError):  # something else is in it
+    for path in sorted(_folders(folder), reverse=True):  # inner folders first
+        with contextlib.suppress(OSError):  # it holds a foreign file
             path.rmdir()
 
 
 def _move_up(folder: Path, name: str) -> None:
     for path in sorted((folder / _HIDDEN / name).iterdir(), key=lambda path: path.name == "config.json"):
-        path.rename(folder / path.name)  # the file that makes it a model comes last
+        path.rename(folder / path.name)  # config.json last: without it, nobody takes the folder for a complete model
     (folder / _HIDDEN / name).rmdir()
 
 
 def _entries(folder: Path) -> list[Path]:
     paths = folder.iterdir() if folder.is_dir() else ()
-    return [path for path in paths if not any(fnmatchcase(path.name, name) for name in _OURS)]
+    return [path for path in paths if not any(fnmatchcase(path.name, name) for name in _IGNORED)]
 
 
 def _files(folder: Location) -> Iterator[Location]:
-    """Every file and link below a folder; links are not followed."""
+    """Yield every file and link below a folder. Links are not followed."""
     if not isinstance(folder, Path):
         yield from folder.below()
         return
@@ -276,7 +295,7 @@ def _folders(folder: Path) -> Iterator[Path]:
 
 
 def _is_ours(path: Location, folder: Location, kind: Kind) -> bool:
-    """Whether a file is one of those that this program writes into a folder of this kind. It makes no links."""
+    """Return whether this program writes a file of this name into a folder of this kind. It never creates links."""
     return not (isinstance(path, Path) and path.is_symlink()) and _fits(path, folder, kind.contents)
 
 

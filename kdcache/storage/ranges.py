@@ -1,6 +1,6 @@
-"""Reading parts of a remote cache: what pyarrow, DuckDB and a trainer ask for is fetched, and nothing else of a shard.
+"""Read parts of a remote cache: only the bytes that pyarrow, DuckDB or a trainer read are fetched.
 
-Footers and row groups go through the disk cache, so that each is fetched once. Pages carry checksums, as in a folder.
+Footers and row groups go through the disk cache, so that each is fetched once. Checksums of pages are checked.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from kdcache.errors import KDError
 from kdcache.storage import diskcache
 from kdcache.storage.remote import RemotePath
 
-#: The end of a Parquet file that DuckDB asks for first; our footers are seldom longer.
+#: How much of a file's end is fetched first: DuckDB reads that much, and our footers are seldom longer.
 ENDING_BYTES = 16384
 
 
 class Ranges(io.RawIOBase):
-    """An object as a file: reads are ranged requests, unless ``pieces`` {start: bytes} hold what is asked for."""
+    """An object as a file: each read is one ranged request, unless ``pieces`` {start: bytes} hold those bytes."""
 
     def __init__(self, path: RemotePath, pieces: dict[int, bytes] | None = None):
         assert path.size is not None
-        self.path, self.size, self.at = path, path.size, 0
+        self.path, self.size, self.position = path, path.size, 0
         self.pieces = pieces or {}
 
     def readable(self) -> bool:
@@ -36,15 +36,15 @@ class Ranges(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        return self.at
+        return self.position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        return self.at
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
 
     def read(self, size: int = -1) -> bytes:
-        end = self.size if size is None or size < 0 else min(self.at + size, self.size)
-        start, self.at = self.at, max(end, self.at)
+        end = self.size if size is None or size < 0 else min(self.position + size, self.size)
+        start, self.position = self.position, max(end, self.position)
         if end <= start:
             return b""
         for first, piece in self.pieces.items():
@@ -53,18 +53,18 @@ class Ranges(io.RawIOBase):
         return self.path.read_range(start, end)
 
     def readinto(self, buffer: Any) -> int:
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def opened(path: RemotePath) -> pa.PythonFile:
-    """What pyarrow reads a file from: each read is one request for just those bytes, but that the ending is kept."""
+    """Return a file for pyarrow: each read is one request for those bytes. Only the end is kept on the disk."""
     return pa.PythonFile(_with_ending(path.with_info()), mode="r")
 
 
 def parquet(path: RemotePath, row_group: int | None) -> pq.ParquetFile:
-    """A shard, opened to read its footer or one row group: these alone are fetched."""
+    """Open a shard to read its footer, or one row group; only these are fetched."""
     path = path.with_info()
     metadata = _footer(path)
     pieces = {}
@@ -76,14 +76,14 @@ def parquet(path: RemotePath, row_group: int | None) -> pq.ParquetFile:
 
 
 def prefetch(path: RemotePath, row_group: int) -> None:
-    """Begin to fetch a row group that will be read soon."""
-    diskcache.soon(lambda: parquet(path, row_group).close())
+    """Begin to fetch a row group that will be read soon, in a thread."""
+    diskcache.prefetch(lambda: parquet(path, row_group).close())
 
 
-def expect(path: RemotePath, row_group: int) -> None:
-    """Wait until another process of this machine has fetched a row group, if it does in reasonable time."""
+def wait(path: RemotePath, row_group: int) -> None:
+    """Wait until another process of this machine has fetched a row group, for at most a minute."""
     path = path.with_info()
-    diskcache.expect(_key(path, *_span(_footer(path), row_group)))
+    diskcache.wait(_key(path, *_span(_footer(path), row_group)))
 
 
 def _footer(path: RemotePath) -> pq.FileMetaData:
@@ -97,7 +97,7 @@ def _footer(path: RemotePath) -> pq.FileMetaData:
 
 
 def _span(metadata: pq.FileMetaData, row_group: int) -> tuple[int, int]:
-    """The bytes [start, end) of a row group: its column chunks stand one after the other."""
+    """Return the bytes [start, end) of a row group: its column chunks are stored one after the other."""
     group = metadata.row_group(row_group)
     chunks = [group.column(i) for i in range(group.num_columns)]
     starts = [min(c.dictionary_page_offset or c.data_page_offset, c.data_page_offset) for c in chunks]
@@ -118,37 +118,39 @@ def _with_ending(path: RemotePath) -> Ranges:
 
 
 def for_duckdb(cache: RemotePath, scheme: str) -> Any:
-    """A file system for DuckDB whose root is the cache: it can name nothing else, and opens nothing for writing.
+    """Return a read-only file system for DuckDB whose root is the cache, so that no query can name anything else.
 
-    What is there is looked up once: a cache that grows is seen by the next connection.
+    The cache is listed once, here: a file that is added later is visible to the next connection.
     """
     from fsspec import AbstractFileSystem
 
-    there = {"cache": cache.listing(), "cache/data": (cache / "data").listing()}
-    known = {f"{folder}/{path.name}": path for folder, paths in there.items() for path in paths}
+    folders = {"cache": cache.listing(), "cache/data": (cache / "data").listing()}
+    files = {f"{folder}/{path.name}": path for folder, paths in folders.items() for path in paths}
 
     class CacheFiles(AbstractFileSystem):
+        """The cache's files in two folders, under the names ``cache/NAME`` and ``cache/data/NAME``."""
+
         protocol = scheme
         cachable = False
 
         def _find(self, path: str) -> RemotePath:
             name = self._strip_protocol(path).strip("/")
-            if name not in known:
+            if name not in files:
                 raise FileNotFoundError(f"{path} is not in the cache")
-            return known[name]
+            return files[name]
 
         def glob(self, path: str, **_: Any) -> list[str]:
             name = self._strip_protocol(path).strip("/")
-            return [name] if name in known else fnmatch.filter(known, name)
+            return [name] if name in files else fnmatch.filter(files, name)
 
         def info(self, path: str, **_: Any) -> dict[str, Any]:
             return {"name": self._strip_protocol(path), "size": self._find(path).size, "type": "file"}
 
         def exists(self, path: str, **_: Any) -> bool:
-            return self._strip_protocol(path).strip("/") in known
+            return self._strip_protocol(path).strip("/") in files
 
         def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
-            names = [f"{path}/{found.name}" for found in there.get(self._strip_protocol(path).strip("/"), ())]
+            names = [f"{path}/{file.name}" for file in folders.get(self._strip_protocol(path).strip("/"), ())]
             return [self.info(name) for name in names] if detail else names
 
         def modified(self, path: str) -> datetime:

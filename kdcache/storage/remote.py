@@ -1,8 +1,12 @@
-"""A cache on an object store: the few operations of ``pathlib.Path`` that this house uses, over fsspec.
+"""A cache on an object store: those operations of ``pathlib.Path`` that this program uses, over fsspec.
 
-An object appears whole or not at all: it is one PUT (of a large one, the parts' completion), made of a local file that
-is complete. Retries are bounded, and whatever goes wrong is a KDError that names the location, never a credential.
-Credentials come from where each store's tools look (environment, profile, metadata service) and are refused in a URL.
+Invariants:
+
+* An object appears complete or not at all. Its source is a complete local file, which is sent in one PUT request; a
+  large one is sent in parts, which the last request makes visible.
+* The number of attempts is bounded, and every error is a KDError that names the location and never a credential.
+* Credentials come from where each store's tools look (environment, profile, metadata service). A URL with credentials
+  is refused.
 """
 
 from __future__ import annotations
@@ -23,26 +27,21 @@ from typing import Any
 
 from kdcache import extras
 from kdcache.errors import KDError, UsageError, first_line
-from kdcache.storage.diskcache import number_from
+from kdcache.paths import remote_timeout_seconds
 
 ATTEMPTS = 3
 
-#: Objects that this process wrote, with their sha256: what need not be read back to be known.
+#: The sha256 of the objects that this process wrote, which then need not be read again.
 _written: dict[str, str] = {}
 
 
-def timeout_seconds() -> float:
-    """How long one answer is waited for; KDCACHE_REMOTE_TIMEOUT, in seconds."""
-    return number_from("KDCACHE_REMOTE_TIMEOUT", 30.0)
-
-
 class WriteError(KDError):
-    """Something could not be written: no obstacle where writing was a courtesy."""
+    """An object or file could not be written. Who writes only to save later work may ignore this."""
 
 
 @dataclass(frozen=True)
 class RemotePath:
-    """``scheme://bucket/key``. One that comes from a listing knows size, version (an ETag, or a time) and time of change."""
+    """``scheme://bucket/key``. A path from a listing has its size, version (an ETag, or a time) and time of change."""
 
     url: str
     size: int | None = field(default=None, compare=False)
@@ -69,33 +68,35 @@ class RemotePath:
     def resolve(self) -> RemotePath:
         return self
 
-    # --- what is there
+    # --- listing
 
     def info(self) -> dict[str, Any]:
-        with self._speaking("looked at"):
+        """Return what the store knows of this object or folder; FileNotFoundError if it does not exist."""
+        with self._plain_errors("looked up"):
             return _filesystem(self.url).info(self.url)
 
     def listing(self) -> list[RemotePath]:
-        """The objects of this folder, in order; none if there is no such folder."""
-        with self._speaking("listed"):
+        """Return the objects in this folder, sorted by name; an empty list if there is no such folder."""
+        with self._plain_errors("listed"):
             try:
-                found = _filesystem(self.url).ls(self.url, detail=True)
+                entries = _filesystem(self.url).ls(self.url, detail=True)
             except FileNotFoundError:
                 return []
-        names = {i["name"].rstrip("/").rpartition("/")[2]: i for i in found if i["type"] == "file"}
+        objects = {_last_part(entry["name"]): entry for entry in entries if entry["type"] == "file"}
         return [
-            RemotePath(f"{self.url}/{n}", i["size"], _version(i), _mtime_ns(i)) for n, i in sorted(names.items()) if n
+            RemotePath(f"{self.url}/{name}", entry["size"], _version(entry), _mtime_ns(entry))
+            for name, entry in sorted(objects.items())
+            if name
         ]
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         return (path for path in self.listing() if fnmatch.fnmatchcase(path.name, pattern))
 
     def iterdir(self) -> Iterator[RemotePath]:
-        """What is in this folder, objects and folders."""
-        with self._speaking("listed"):
-            found = _filesystem(self.url).ls(self.url, detail=False)
-        names = (name.rstrip("/").rpartition("/")[2] for name in found if not name.endswith(f"/{self.name}/"))
-        return (self / name for name in names)
+        """Return the objects and folders in this folder."""
+        with self._plain_errors("listed"):
+            names = _filesystem(self.url).ls(self.url, detail=False)
+        return (self / _last_part(name) for name in names if not name.endswith(f"/{self.name}/"))
 
     def exists(self) -> bool:
         try:
@@ -117,12 +118,12 @@ class RemotePath:
             return None
 
     def stat(self) -> Any:
-        """``st_size`` and ``st_mtime_ns``, as far as the store tells them."""
-        known = self.with_info()
-        return SimpleNamespace(st_size=known.size, st_mtime_ns=known.mtime_ns)
+        """Return ``st_size``, and ``st_mtime_ns`` (0 if the store does not tell it)."""
+        path = self.with_info()
+        return SimpleNamespace(st_size=path.size, st_mtime_ns=path.mtime_ns)
 
     def with_info(self) -> RemotePath:
-        """The same path, knowing its size and version."""
+        """Return the same path with its size and version, which are looked up if it has none."""
         if self.size is not None:
             return self
         info = self.info()
@@ -131,39 +132,40 @@ class RemotePath:
     # --- reading
 
     def read_bytes(self) -> bytes:
-        with self._speaking("read"):
+        with self._plain_errors("read"):
             return self._get()
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
 
     def read_range(self, start: int, end: int) -> bytes:
-        with self._speaking("read"):
-            found = self._get(start=start, end=end) if end > start else b""
-        if len(found) != end - start:
-            raise KDError(f"{self}: asked for {end - start} bytes at {start}, got {len(found)}; was it replaced?", 3)
-        return found
+        """Return the bytes [start, end). KDError (3) if the object is shorter."""
+        with self._plain_errors("read"):
+            data = self._get(start=start, end=end) if end > start else b""
+        if len(data) != end - start:
+            raise KDError(f"{self}: asked for {end - start} bytes at {start}, got {len(data)}; was it replaced?", 3)
+        return data
 
     def _get(self, **bounds: int) -> bytes:
-        """Its bytes. Stores' clients ask again for an answer that fails, not for one that breaks off in its middle: this does."""
+        """Return its bytes. Client libraries retry failed requests, but not truncated responses; this retries both."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return _filesystem(self.url).cat_file(self.url, **bounds)
             except Exception as error:
-                if attempt == ATTEMPTS or not _classes(error) & BROKEN_OFF:
+                if attempt == ATTEMPTS or not _classes(error) & TRUNCATED:
                     raise
         raise AssertionError
 
     # --- writing
 
     def upload(self, source: Path, create: bool = False) -> bool:
-        """Make ``source`` this object, whole. With ``create`` it must not be there yet: False if it was."""
+        """Upload a complete file as this object. With ``create``, return False and change nothing if it exists."""
         filesystem = _filesystem(self.url)
         with open(source, "rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         try:
-            with self._speaking("written"):
-                # S3 itself compares (If-None-Match); for other stores there is an instant in which two may both write.
+            with self._plain_errors("written"):
+                # S3 checks this itself (If-None-Match). On other stores two writers may both find that there is none.
                 conditional = create and self.url.startswith("s3://")
                 try:
                     if conditional:
@@ -171,7 +173,7 @@ class RemotePath:
                 except OSError as error:
                     if error.errno != errno.ENOSYS:
                         raise
-                    conditional = False  # a server that knows no such condition
+                    conditional = False  # this server does not support the condition
                 if not conditional:
                     if create and self.exists():
                         return False
@@ -180,19 +182,18 @@ class RemotePath:
             return False
         except FileNotFoundError:
             raise WriteError(
-                f"{self} could not be written: there is no such bucket; make it, or use another --out"
+                f"{self} could not be written: there is no such bucket; create it, or use another --out"
             ) from None
         _written[self.url] = sha256
         return True
 
     def sha256(self) -> str:
-        """Of its bytes: known where this process wrote them (the upload itself is checksummed), else they are read."""
-        known = _written.get(self.url)
-        return known or hashlib.sha256(self.read_bytes()).hexdigest()
+        """Return the sha256 of its bytes, without reading those that this process wrote: the upload has a checksum."""
+        return _written.get(self.url) or hashlib.sha256(self.read_bytes()).hexdigest()
 
     def unlink(self, missing_ok: bool = False) -> None:
         _written.pop(self.url, None)
-        with self._speaking("deleted"):
+        with self._plain_errors("deleted"):
             try:
                 _filesystem(self.url).rm_file(self.url)
             except FileNotFoundError:
@@ -200,37 +201,37 @@ class RemotePath:
                     raise
 
     def rename(self, target: Any) -> None:
-        """Copy, then delete: interrupted between the two, both are there."""
-        with self._speaking("moved"):
+        """Copy, then delete. If this is interrupted between the two, both objects exist."""
+        with self._plain_errors("moved"):
             _filesystem(self.url).cp_file(self.url, target.url)
         self.unlink()
 
     def below(self) -> list[RemotePath]:
-        """Every object below this folder."""
-        with self._speaking("listed"):
+        """Return every object below this folder, at any depth."""
+        with self._plain_errors("listed"):
             paths = _filesystem(self.url).find(self.url)
         scheme = self.url.partition("://")[0]
         return [RemotePath(f"{scheme}://{path.lstrip('/')}") for path in paths]
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: an object store has no folders."""
+        """Do nothing: an object store has no folders."""
 
     # --- errors
 
     @contextlib.contextmanager
-    def _speaking(self, done: str) -> Iterator[None]:
-        """Anything but "not found" and "exists already" becomes a sentence without the library's own words' secrets."""
+    def _plain_errors(self, action: str) -> Iterator[None]:
+        """Turn errors into a sentence, "URL could not be ACTION: ...", except FileNotFoundError and FileExistsError."""
         try:
             yield
         except (FileNotFoundError, FileExistsError, KDError):
             raise
         except Exception as error:
-            kind = WriteError if done == "written" else KDError
-            raise kind(f"{self} could not be {done}: {_why(error, self.url)}") from None
+            kind = WriteError if action == "written" else KDError
+            raise kind(f"{self} could not be {action}: {_why(error, self.url)}") from None
 
 
 def parse(text: str) -> RemotePath:
-    """The location of a URL; UsageError for one that holds credentials, which would end in manifests and logs."""
+    """Return the location of a URL. UsageError if it holds credentials, which would end up in manifests and logs."""
     scheme, _, rest = text.partition("://")
     if "@" in rest.partition("/")[0] or "?" in rest:
         raise UsageError(
@@ -244,7 +245,7 @@ def parse(text: str) -> RemotePath:
 
 
 def redacted(text: str) -> str:
-    """``text`` without user:password@, query strings and the values of credentials that are in the environment."""
+    """Return ``text`` without user:password@, query strings, and credentials that the environment holds."""
     text = re.sub(r"(\w://)[^/\s@]*@", r"\1", text)
     text = re.sub(r"\?[^\s'\"]*", "", text)
     for name, value in os.environ.items():
@@ -253,8 +254,8 @@ def redacted(text: str) -> str:
     return text
 
 
-#: Classes of errors by name, as their packages need not be there.
-BROKEN_OFF = {"ClientPayloadError", "IncompleteRead", "ResponseStreamingError", "ConnectionClosedError"}
+#: Errors of truncated responses, by the names of their classes, because their packages may not be installed.
+TRUNCATED = {"ClientPayloadError", "IncompleteRead", "ResponseStreamingError", "ConnectionClosedError"}
 
 
 def _classes(error: BaseException) -> set[str]:
@@ -270,7 +271,7 @@ _CREDENTIALS = {
 
 
 def _why(error: BaseException, url: str) -> str:
-    """What went wrong and what to try, from the error's class: libraries' messages may quote what must not be shown."""
+    """Say what failed and what to try, from the class of the error: its message might quote a secret."""
     scheme = url.partition("://")[0]
     names = _classes(error)
     if isinstance(error, PermissionError) or names & {
@@ -278,14 +279,14 @@ def _why(error: BaseException, url: str) -> str:
         "PartialCredentialsError",
         "TokenRetrievalError",
     }:
-        where = _CREDENTIALS.get(scheme, "the store's own settings")
-        return f"access was refused. Check the credentials ({where}), and that they may do this there"
+        sources = _CREDENTIALS.get(scheme, "the store's own settings")
+        return f"access was refused. Check the credentials ({sources}), and what they permit"
     if names & {"ReadTimeoutError", "ConnectTimeoutError", "TimeoutError", "FSTimeoutError"}:
         return (
-            f"no answer within {timeout_seconds():g} s, {ATTEMPTS} times. Run the same command again later, "
+            f"no answer within {remote_timeout_seconds():g} s, {ATTEMPTS} times. Run the same command again later, "
             "or raise KDCACHE_REMOTE_TIMEOUT"
         )
-    if names & (BROKEN_OFF | {"EndpointConnectionError", "ConnectionError", "HTTPClientError", "ClientConnectorError"}):
+    if names & (TRUNCATED | {"EndpointConnectionError", "ConnectionError", "HTTPClientError", "ClientConnectorError"}):
         return "the connection was refused or broke off. Check the network and the endpoint (AWS_ENDPOINT_URL)"
     if isinstance(error, OSError) and error.errno in (errno.EBUSY, getattr(errno, "EREMOTEIO", errno.EIO), errno.EIO):
         return f"the server was too busy or failed, {ATTEMPTS} times. Run the same command again later"
@@ -296,12 +297,12 @@ def _why(error: BaseException, url: str) -> str:
 
 
 def _filesystem(url: str) -> Any:
-    return _opened(url.partition("://")[0], os.getpid(), timeout_seconds())
+    return _opened(url.partition("://")[0], os.getpid(), remote_timeout_seconds())
 
 
 @functools.cache
 def _opened(scheme: str, process: int, timeout: float) -> Any:
-    """fsspec's file system, once a process (its event loop does not survive a fork), with bounded retries."""
+    """Return fsspec's file system, once per process, because its event loop does not survive a fork."""
     options: dict[str, Any] = {"use_listings_cache": False}
     if scheme == "s3":
         options["config_kwargs"] = {
@@ -312,14 +313,19 @@ def _opened(scheme: str, process: int, timeout: float) -> Any:
     try:
         import fsspec
 
-        made = fsspec.filesystem(scheme, **options)
+        filesystem = fsspec.filesystem(scheme, **options)
     except ImportError:
         package = _PACKAGES.get(scheme, "fsspec")
         raise KDError(f"{scheme}://: {extras.missing(package)}") from None
     except ValueError as error:
         raise UsageError(f"{scheme}://: {first_line(error)}") from None
-    made.retries = 1 if scheme == "s3" else getattr(made, "retries", 1)  # the client below retries; twice multiplies
-    return made
+    if scheme == "s3":
+        filesystem.retries = 1  # the client below retries, and the two numbers would multiply
+    return filesystem
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _version(info: dict[str, Any]) -> str:

@@ -1,12 +1,12 @@
-"""Proof, inside a file itself, that it is as it was written.
+"""Prove, by what is inside a file, that it is unchanged since it was written.
 
-A JSON file has a field ``checksum``: the sha256 of the rest. A Parquet file has a *seal* between its pages and its
-footer, where every reader skips it::
+A JSON file has a field ``checksum``: the sha256 of everything else in it. A Parquet file has a *seal* between its pages
+and its footer, where every reader skips it::
 
     pages | MAGIC, sha256 of all the rest (32 bytes) | footer | its length | PAR1
 
-Parquet's own checksums leave out page headers and the footer, and DuckDB looks at none of them. Invariant: one flipped
-bit anywhere in a sealed file is found by reading its bytes once, whatever it would have decoded to.
+Parquet's own checksums do not cover page headers and the footer, and DuckDB checks none of them. Invariant: reading the
+bytes of a sealed file once finds one flipped bit anywhere in it, even if the file could still be decoded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Digest:
-    """What the bytes of a file say: their sha256, and whether the file's seal holds (None: it has none)."""
+    """The sha256 of a file's bytes, and whether its seal holds; None stands for a file without a seal."""
 
     sha256: str
     sealed: bool | None
@@ -36,13 +36,13 @@ class Digest:
 
 
 def with_checksum(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` with its checksum, in the place of any that it had."""
+    """Return ``content`` with its checksum, which replaces an earlier one."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     return rest | {"checksum": checksum(rest)}
 
 
 def checksum(content: dict[str, Any]) -> str:
-    """The sha256 of everything but the field ``checksum``, whatever the order of keys and the spaces between them."""
+    """Return the sha256 of everything but the field ``checksum``, whatever the order of keys and the white space."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -51,7 +51,7 @@ def checksum(content: dict[str, Any]) -> str:
 
 
 def seal(file: BinaryIO) -> None:
-    """Put the seal into a whole Parquet file, which is open for reading and writing and has none."""
+    """Insert the seal into a complete Parquet file without one, which is open for reading and writing."""
     pages_end = _footer_start(file)
     digest = _digest_until(file, pages_end)
     footer = file.read()
@@ -61,20 +61,20 @@ def seal(file: BinaryIO) -> None:
 
 
 def digest(source: Path | io.BytesIO) -> Digest:
-    """Read all bytes of a file once."""
+    """Read all bytes of a file once, and return their digest."""
     with open(source, "rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
-        whole = _digest_until(file, max(_footer_start(file) - SEAL_BYTES, 0))
-        own = whole.copy()
+        with_seal = _digest_until(file, max(_footer_start(file) - SEAL_BYTES, 0))
+        without_seal = with_seal.copy()
         ending = file.read()
-        whole.update(ending)
+        with_seal.update(ending)
         if not ending.startswith(MAGIC):
-            return Digest(whole.hexdigest(), None)
-        own.update(ending[SEAL_BYTES:])
-        return Digest(whole.hexdigest(), own.digest() == ending[len(MAGIC) : SEAL_BYTES])
+            return Digest(with_seal.hexdigest(), None)
+        without_seal.update(ending[SEAL_BYTES:])
+        return Digest(with_seal.hexdigest(), without_seal.digest() == ending[len(MAGIC) : SEAL_BYTES])
 
 
 def _footer_start(file: BinaryIO) -> int:
-    """Where the footer begins, as the end of the file says; its last byte where that cannot be."""
+    """Return where the footer begins, by its length in the last 8 bytes; the file's end if that is impossible."""
     size = file.seek(0, io.SEEK_END)
     if size < 12:
         return size
@@ -84,9 +84,9 @@ def _footer_start(file: BinaryIO) -> int:
 
 
 def _digest_until(file: BinaryIO, end: int) -> Any:
-    """sha256 of the first ``end`` bytes; the file is then at ``end``."""
-    found = hashlib.sha256()
+    """Return the sha256 object of the first ``end`` bytes, and leave the file positioned at ``end``."""
+    sha256 = hashlib.sha256()
     file.seek(0)
     while (left := end - file.tell()) > 0 and (chunk := file.read(min(left, _CHUNK_BYTES))):
-        found.update(chunk)
-    return found
+        sha256.update(chunk)
+    return sha256

@@ -5,15 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
 
-
-def has_gpu() -> bool:
-    """Return whether torch sees a GPU. NVML is asked, because CUDA's own answer breaks engines that fork later."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    import torch
-
-    return torch.cuda.is_available()
+from kdcache.machine import has_gpu
 
 
 def runs_on_gpu(engine: str) -> bool:

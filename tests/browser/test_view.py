@@ -1,4 +1,4 @@
-"""The page of kd view in a real browser, fed by the real command."""
+"""The page of kd view in a real browser, served by the real command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HOSTILE = {
 
 @contextmanager
 def served(*arguments: object) -> Iterator[str]:
-    """The address of the real `kd view`, which Ctrl-C ends with status 0."""
+    """Start the real `kd view`, yield its address, and end it with Ctrl-C, which must give exit status 0."""
     command = [sys.executable, "-m", "kdcache", "view", *map(str, arguments), "--no-browser", "--port", "0"]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -57,20 +57,20 @@ def served(*arguments: object) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def address(tiny_cache, tiny_model) -> Iterator[str]:
-    with served(tiny_cache, "--student", tiny_model) as found:
-        yield found
+    with served(tiny_cache, "--student", tiny_model) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def hostile(tiny_cache, smollm, tmp_path_factory) -> Iterator[str]:
     cache = tmp_path_factory.mktemp("caches") / "hostile"
     make_hostile(cache, tiny_cache, smollm)
-    with served(cache) as found:
-        yield found
+    with served(cache) as address:
+        yield address
 
 
 def make_hostile(folder: Path, like: Path, tokenizer: str) -> None:
-    """A cache of the texts in HOSTILE, with made-up candidates; everything else as in ``like``."""
+    """Write a cache of the texts in HOSTILE with random candidates; everything else is copied from ``like``."""
     from transformers import AutoTokenizer
 
     encode: Callable[..., Any] = AutoTokenizer.from_pretrained(tokenizer).encode
@@ -112,8 +112,8 @@ def rows_of(page: Any) -> list[str]:
     return [button.get_attribute("data-id") for button in page.locator("#rows button").all()]
 
 
-def opened(page: Any, sample_id: str) -> Any:
-    """The tokens of a sample, once its completion is on the page."""
+def tokens_of(page: Any, sample_id: str) -> Any:
+    """Wait until a sample is on the page, and return its tokens."""
     expect(page.locator("#reader h2")).to_have_text(sample_id)
     return page.locator("#tokens .token")
 
@@ -127,7 +127,7 @@ def test_the_list_has_every_sample_and_the_first_is_open(visit, address, tiny_ca
     expect(page.locator("#facts")).to_contain_text("78 samples")
     first = rows_of(page)
     assert len(first) == 50
-    opened(page, first[0])
+    tokens_of(page, first[0])
     page.click("#next")
     expect(page.locator("#range")).to_have_text("51–78 of 78")
     assert len(set(first + rows_of(page))) == 78
@@ -142,7 +142,7 @@ def test_the_list_has_every_sample_and_the_first_is_open(visit, address, tiny_ca
         ("longest", "completion_tokens DESC"),
     ],
 )
-def test_sorts_are_what_sql_says(visit, address, tiny_cache, sort, order):
+def test_a_sorted_list_equals_that_of_sql(visit, address, tiny_cache, sort, order):
     page = visit(address).page
     page.select_option("#split", "test")
     page.select_option("#sort", sort)
@@ -154,13 +154,13 @@ def test_sorts_are_what_sql_says(visit, address, tiny_cache, sort, order):
     assert shown == pytest.approx([value for (value,) in rows], abs=0.006)
 
 
-def test_search_finds_texts_whatever_their_case_and_says_when_there_is_none(visit, address):
+def test_search_ignores_case_and_says_if_nothing_matches(visit, address):
     page = visit(address).page
     page.fill("#search", "say THE number 7 ")
     expect(page.locator("#range")).to_have_text("1–2 of 2")
     assert rows_of(page) == ["rows:r7:g", "rows:r7:s0"]
     page.fill("#search", "nothing holds this")
-    expect(page.locator("#note")).to_have_text("No sample holds this.")
+    expect(page.locator("#note")).to_have_text("No sample contains this text.")
     page.fill("#search", "")
     expect(page.locator("#range")).to_have_text("1–50 of 78")
 
@@ -168,9 +168,9 @@ def test_search_finds_texts_whatever_their_case_and_says_when_there_is_none(visi
 # --- a sample ---------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_the_completion_and_are_shaded(visit, address, tiny_cache):
+def test_the_tokens_of_the_completion_are_shaded(visit, address, tiny_cache):
     page = visit(f"{address}#rows:r7:g").page
-    tokens = opened(page, "rows:r7:g")
+    tokens = tokens_of(page, "rows:r7:g")
     assert page.locator("#tokens").inner_text().startswith("7, 7 🙂")
     _, rows = query.run(tiny_cache, "SELECT entropy FROM positions WHERE sample_id = 'rows:r7:g' ORDER BY position")
     page.get_by_role("button", name="Teacher's entropy").click()
@@ -181,7 +181,7 @@ def test_tokens_are_the_completion_and_are_shaded(visit, address, tiny_cache):
 
 def test_pointing_at_a_token_shows_its_candidates_and_the_tail(visit, address, tiny_cache):
     page = visit(f"{address}#rows:r7:g").page
-    opened(page, "rows:r7:g").nth(2).hover()
+    tokens_of(page, "rows:r7:g").nth(2).hover()
     expect(page.locator("#panel")).to_contain_text("Token 3 of ")
     expect(page.locator(".candidate.tail")).to_contain_text("all others")
     _, rows = query.run(
@@ -198,9 +198,9 @@ def test_pointing_at_a_token_shows_its_candidates_and_the_tail(visit, address, t
     expect(page.locator("#panel")).to_contain_text("Point at a token")
 
 
-def test_arrow_keys_go_through_tokens(visit, address):
+def test_arrow_keys_move_through_the_tokens(visit, address):
     page = visit(f"{address}#rows:r7:g").page
-    opened(page, "rows:r7:g")
+    tokens_of(page, "rows:r7:g")
     page.locator("#tokens .token[tabindex='0']").focus()
     expect(page.locator("#panel")).to_contain_text("Token 1 of ")
     page.keyboard.press("ArrowRight")
@@ -217,16 +217,15 @@ def test_arrow_keys_go_through_tokens(visit, address):
     page.locator("#rows button").first.focus()
     page.keyboard.press("ArrowDown")
     page.keyboard.press("Enter")
-    opened(page, rows_of(page)[1])
+    tokens_of(page, rows_of(page)[1])
 
 
 def test_the_student_stands_beside_the_teacher(visit, address):
     page = visit(f"{address}#rows:r7:g").page
-    tokens = opened(page, "rows:r7:g")
+    tokens = tokens_of(page, "rows:r7:g")
     expect(page.locator("#about")).to_contain_text("student's KL")
-    assert set(page.locator("#tokens .token").evaluate_all("all => all.map(t => t.dataset.shade)")) == {
-        "0"
-    }  # its own teacher
+    shades = page.locator("#tokens .token").evaluate_all("all => all.map(t => t.dataset.shade)")
+    assert set(shades) == {"0"}  # the student is the teacher itself
     tokens.nth(1).click()
     expect(page.locator(".candidate.tail")).to_be_attached()
     expect(page.locator(".candidate .bar.student")).to_have_count(page.locator(".candidate .bar.teacher").count())
@@ -241,12 +240,12 @@ def test_a_phone_shows_list_sample_and_token_one_after_the_other(visit, address)
     expect(page.locator("#rows button")).to_have_count(50)
     expect(page.locator("#reader")).to_be_hidden()
     page.locator("#rows button").nth(3).tap()
-    tokens = opened(page, rows_of(page)[3])
+    tokens = tokens_of(page, rows_of(page)[3])
     expect(page.locator("#list")).to_be_hidden()
     tokens.nth(1).tap()
     expect(page.locator(".candidate.tail")).to_be_attached()
     sheet, token = page.locator("#panel").bounding_box(), tokens.nth(1).bounding_box()
-    assert token["y"] + token["height"] <= sheet["y"]  # not under it
+    assert token["y"] + token["height"] <= sheet["y"]  # the panel does not cover the token
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.get_by_role("button", name="Close").tap()
     expect(page.locator("#panel")).to_be_hidden()
@@ -255,7 +254,7 @@ def test_a_phone_shows_list_sample_and_token_one_after_the_other(visit, address)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_ink_can_be_read_on_every_shade(visit, address, scheme):
+def test_text_is_readable_on_every_shade(visit, address, scheme):
     page = visit(address, color_scheme=scheme).page
     contrast = """() => {
         const style = getComputedStyle(document.documentElement);
@@ -269,16 +268,16 @@ def test_ink_can_be_read_on_every_shade(visit, address, scheme):
         const series = [1, 2, 3, 4, 5, 6, 7, 8].map((i) => of(`--series-${i}`, "--paper"));
         return { text: Math.min(...text.map((n) => of("--ink", n))), muted: of("--ink-muted", "--panel"), series: Math.min(...series) };
     }"""
-    found = page.evaluate(contrast)
-    assert found["text"] >= 4.5 and found["muted"] >= 4.5 and found["series"] >= 3
+    contrasts = page.evaluate(contrast)
+    assert contrasts["text"] >= 4.5 and contrasts["muted"] >= 4.5 and contrasts["series"] >= 3
 
 
 # --- hostile texts ----------------------------------------------------------------------------------------------------
 
 
-def test_markup_is_text(visit, hostile):
+def test_markup_is_shown_as_text(visit, hostile):
     page = visit(f"{hostile}#script").page
-    opened(page, "script").nth(1).click()
+    tokens_of(page, "script").nth(1).click()
     expect(page.locator(".candidate.tail")).to_be_visible()
     assert page.locator("#tokens").inner_text() == SCRIPT
     assert page.locator("#prompt").inner_text() == f"Say {SCRIPT}"
@@ -289,26 +288,26 @@ def test_markup_is_text(visit, hostile):
     expect(page.locator("#range")).to_have_text("1–1 of 1")
 
 
-def test_an_id_may_hold_anything(visit, hostile):
+def test_an_id_may_contain_any_character(visit, hostile):
     page = visit(hostile).page
     page.locator("#rows button").nth(4).click()
-    opened(page, "<b>'\"&#/?%")
+    tokens_of(page, "<b>'\"&#/?%")
     page.reload()
-    opened(page, "<b>'\"&#/?%")
+    tokens_of(page, "<b>'\"&#/?%")
 
 
-def test_marks_that_turn_text_around_are_shown_and_do_nothing(visit, hostile):
+def test_marks_of_text_direction_are_shown_and_have_no_effect(visit, hostile):
     page = visit(f"{hostile}#bidi").page
-    opened(page, "bidi")
+    tokens_of(page, "bidi")
     for place in ("#prompt", "#tokens"):
         shown = page.locator(place).inner_text()
         assert not re.search("[\u202a-\u202e\u2066-\u2069\u200e\u200f]", shown) and "U+202E" in shown
     assert "U+202E" in page.locator("#rows").inner_text()
 
 
-def test_what_cannot_be_seen_is_shown_and_characters_are_whole(visit, hostile):
+def test_invisible_characters_are_shown_and_split_ones_joined(visit, hostile):
     page = visit(f"{hostile}#line").page
-    opened(page, "line")
+    tokens_of(page, "line")
     shown = page.locator("#tokens").inner_text()
     assert "🙂🙂 año U+0000 שלום" in shown and "U+000D" in shown and "\ufffd" not in shown
     assert page.locator("#tokens .break").count() == 2 and page.locator("#tokens .tab").count() == 1
@@ -316,9 +315,9 @@ def test_what_cannot_be_seen_is_shown_and_characters_are_whole(visit, hostile):
     expect(page.locator("#panel h2")).to_contain_text("\\x")
 
 
-def test_a_line_of_100_kb_is_cut_until_it_is_asked_for(visit, hostile):
+def test_the_middle_of_a_long_line_is_shown_on_request(visit, hostile):
     page = visit(f"{hostile}#long").page
-    opened(page, "long")
+    tokens_of(page, "long")
     assert len(page.locator("#prompt").inner_text()) < 4000
     page.locator("#prompt").get_by_role("button", name="Show the").click()
     assert page.locator("#prompt").inner_text() == f"Repeat {LONG}"
@@ -326,9 +325,9 @@ def test_a_line_of_100_kb_is_cut_until_it_is_asked_for(visit, hostile):
     assert max(len(text) for text in page.locator("#rows .prompt").all_inner_texts()) <= 170
 
 
-def test_a_completion_of_thousands_of_tokens_grows_as_it_is_asked_for(visit, hostile):
+def test_more_tokens_of_a_long_completion_are_shown_on_request(visit, hostile):
     page = visit(f"{hostile}#thousands").page
-    tokens = opened(page, "thousands")
+    tokens = tokens_of(page, "thousands")
     expect(tokens).to_have_count(1500)
     page.locator("#tokens .token[tabindex='0']").focus()
     page.keyboard.press("End")
@@ -341,7 +340,7 @@ def test_a_completion_of_thousands_of_tokens_grows_as_it_is_asked_for(visit, hos
     expect(tokens).to_have_count(5001)
 
 
-def test_a_sample_that_is_not_there_is_said_so(visit, hostile):
+def test_an_unknown_sample_id_is_reported(visit, hostile):
     visited = visit(f"{hostile}#nowhere")
     expect(visited.page.locator("#reader [role=alert]")).to_contain_text("has no sample nowhere")
-    assert "400" in visited.errors.pop()  # Chromium notes every answer that is none
+    assert "400" in visited.errors.pop()  # Chromium logs every answer of status 400

@@ -1,4 +1,4 @@
-"""A package that is missing is named with the extra that brings it."""
+"""An error about a missing package names the extra that installs it."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def project():
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
-def test_the_table_of_extras_is_pyprojects(project):
+def test_the_table_of_extras_equals_that_of_pyproject(project):
     declared = {
         extra: {re.split(r"[<>=\[]", requirement)[0] for requirement in requirements}
         for extra, requirements in project["optional-dependencies"].items()
@@ -32,15 +32,15 @@ def test_the_table_of_extras_is_pyprojects(project):
 
 
 def kd_without(package, arguments, monkeypatch, capsys):
-    """What `kd` says where a package cannot be imported."""
+    """Run `kd` where a package cannot be imported, and return its stderr."""
     for module in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(_registry, "s3", raising=False)  # where fsspec keeps what it once imported
+    monkeypatch.delitem(_registry, "s3", raising=False)  # fsspec remembers what it has imported
     monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as error:
         cli.main()
-    assert left.value.code == 1
+    assert error.value.code == 1
     return capsys.readouterr().err
 
 
@@ -59,8 +59,8 @@ def test_a_missing_package_is_named_with_its_extra(
 ):
     monkeypatch.chdir(tmp_path)
     arguments = command.format(cache=tiny_cache, model=tiny_model, rows=rows_file).split()
-    said = kd_without(package, arguments, monkeypatch, capsys)
-    assert f"{package} is not installed: pip install 'kdcache[{extra}]'\n" in said
+    stderr = kd_without(package, arguments, monkeypatch, capsys)
+    assert f"{package} is not installed: pip install 'kdcache[{extra}]'\n" in stderr
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_a_missing_package_is_named_with_its_extra(
 )
 def test_a_page_without_its_packages_names_the_extra_report(package, draw, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError) as found:
+    with pytest.raises(ImportError) as error:
         draw()
-    assert extras.missing_package(found.value) in extras.EXTRAS["report"]
+    assert extras.missing_package(error.value) in extras.EXTRAS["report"]
 
 
 BASE_ONLY = """
@@ -91,30 +91,30 @@ cli.main()
         "report {cache}",
     ],
 )
-def test_without_any_extra_a_command_names_those_that_bring_transformers(command, tmp_path, tiny_cache, tiny_model):
+def test_without_any_extra_a_command_names_those_that_install_transformers(command, tmp_path, tiny_cache, tiny_model):
     blocked = sorted({package for packages in extras.EXTRAS.values() for package in packages})
     arguments = command.format(cache=tiny_cache, model=tiny_model).split()
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", BASE_ONLY.format(blocked=blocked), *arguments],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
         capture_output=True,
         text=True,
     )
-    assert re.match(r"Error: (torch|transformers) is not installed: .*pip install 'kdcache\[train\]'", done.stderr)
+    assert re.match(r"Error: (torch|transformers) is not installed: .*pip install 'kdcache\[train\]'", process.stderr)
 
 
-def test_an_error_of_a_package_that_is_there_is_not_called_missing():
+def test_an_installed_package_is_not_called_missing():
     assert extras.missing_package(ImportError("cannot import name 'Trainer' from 'transformers'")) is None
 
 
-def test_a_library_that_asks_for_another_is_understood(monkeypatch):
+def test_a_library_that_needs_another_package_is_understood(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     error = ImportError("Using the `Trainer` with `PyTorch` requires `accelerate>=1.1.0`: Please run ...")
     assert extras.missing_package(error) == "accelerate"
 
 
-def test_a_library_that_imports_late_says_why_in_its_cause():
+def test_the_cause_of_a_lazy_import_error_names_the_package():
     error = ModuleNotFoundError("Could not import module 'TrainingArguments'.")
     error.__cause__ = ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
     assert extras.missing_package(error) == "accelerate"

@@ -1,4 +1,4 @@
-"""Text of samples and models reaches a terminal as text: it holds nothing that a terminal obeys."""
+"""Text of samples and models reaches a terminal without characters that the terminal obeys."""
 
 import csv
 import io
@@ -15,7 +15,6 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from kdcache.commands.console import ProgressLine
 from kdcache.printable import json_text, printable
-from kdcache.progress import Progress
 
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 HOSTILE = {
@@ -36,7 +35,7 @@ def hostile_cache(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def kd_here(monkeypatch):
-    """`kd` in this process."""
+    """Return a function that runs `kd` in this process."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["kd", *map(str, arguments)])
@@ -47,7 +46,7 @@ def kd_here(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "expected"),
     [
         ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
         ("\x9b2J \x7f", "\\x9b2J \\x7f"),
@@ -57,11 +56,11 @@ def kd_here(monkeypatch):
         ("ñ 漢 🙂 👨\u200d👩 e\u0301 שלום", "ñ 漢 🙂 👨\u200d👩 e\u0301 שלום"),
     ],
 )
-def test_what_a_terminal_obeys_is_escaped_and_nothing_else(text, shown):
-    assert printable(text) == shown
+def test_only_characters_that_a_terminal_obeys_are_escaped(text, expected):
+    assert printable(text) == expected
 
 
-def test_json_has_no_character_that_a_terminal_obeys_and_the_same_values():
+def test_json_escapes_what_a_terminal_obeys_and_keeps_its_values():
     value = {"".join(map(chr, range(0x2100))): [HOSTILE, "\ud83d"]}
     text = json_text(value, indent=2)
     assert not OBEYED.search(text) and json.loads(text) == value
@@ -75,20 +74,20 @@ COMMANDS = {
     "a query that is wrong": ("sql", "{cache}", "SELECT \x1b[2J"),
     "a view": ("sql", "{cache}", "FROM hardest_samples"),
     "facts": ("cache", "info", "{cache}"),
-    "a folder that is not there": ("cache", "verify", "no\x1b[2Jwhere"),
-    "an option that is not there": ("compare", "--\x1b[2J", "x"),
+    "a folder that does not exist": ("cache", "verify", "no\x1b[2Jwhere"),
+    "an option that does not exist": ("compare", "--\x1b[2J", "x"),
     "a condition": ("train", "--from-cache", "{cache}", "--student", "s", "--output-dir", "o", "--where", "\x1b[2J"),
 }
 
 
 @pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
-def test_nothing_that_is_printed_for_people_is_obeyed_by_a_terminal(arguments, hostile_cache, kd_here, capsys):
+def test_output_for_people_has_no_character_that_a_terminal_obeys(arguments, hostile_cache, kd_here, capsys):
     kd_here(*(argument.replace("{cache}", str(hostile_cache)) for argument in arguments))
     out, err = capsys.readouterr()
     assert (out or err) and not OBEYED.search(out + err)
 
 
-def test_csv_is_exact_where_it_is_no_terminal(hostile_cache, kd_here, capsys):
+def test_csv_into_a_pipe_is_exact(hostile_cache, kd_here, capsys):
     kd_here("sql", hostile_cache, "SELECT completion FROM samples", "--csv")
     assert list(csv.reader(io.StringIO(capsys.readouterr().out, newline="")))[1:] == [[HOSTILE["completion"]]]
 
@@ -114,6 +113,6 @@ def test_the_first_rejected_row_and_the_progress_are_safe(tiny_model, tmp_path, 
 
 
 def test_a_line_of_progress_is_safe(capsys):
-    with ProgressLine() as line:
-        line.show(Progress(1, 1, "answers", "\x1b[2Jlabel: generated"))
-    assert capsys.readouterr().err == "1/1 answers  \\x1b[2Jlabel: generated\n"
+    line = ProgressLine("done")
+    line.show(1, 1, "\x1b[2Jlabel: answers", None)
+    assert capsys.readouterr().err == "1/1 done  \\x1b[2Jlabel: answers\n"

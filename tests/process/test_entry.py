@@ -49,8 +49,8 @@ def test_a_package_that_was_installed_over_ours_is_named(file, tmp_path, monkeyp
     monkeypatch.setattr(entry, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
-    assert f"{tmp_path / file} was written by another package" in (entry.in_the_way(name) or "")
+    assert f"{tmp_path / file} was written by another package" in (entry.import_problem(name) or "")
 
 
 def test_nothing_stands_in_the_way_here():
-    assert [entry.in_the_way(name) for name in ("cli", "trainer")] == [None, None]
+    assert [entry.import_problem(name) for name in ("cli", "trainer")] == [None, None]

@@ -33,7 +33,7 @@ def test_the_wheel_installed_elsewhere_runs_kd_sql(wheel, tmp_path, tiny_cache):
         "kdcache/recipes/demo.yaml",
         "kdcache/examples/data_sets/builtin.jsonl",
     }
-    carried |= {f"kdcache/view/page/{page}" for page in ("base.css", "view.html", "view.css", "view.js")}
+    carried |= {f"kdcache/view/page/{page}" for page in ("base.css", "view.html", "view.css", "view.js", "token.js")}
     carried |= {f"trainer/report/page/{page}" for page in ("report.html", "report.css")}
     assert carried <= set(names)
     assert not any(name.startswith(("tests/", "data/", "sql/")) for name in names)

@@ -1,4 +1,4 @@
-"""A real S3 server (moto, a process of its own) on 127.0.0.1, and before it a proxy that counts and fails as it is told."""
+"""A real S3 server (moto, in a process of its own) on 127.0.0.1, behind a proxy that counts bytes and injects faults."""
 
 from __future__ import annotations
 
@@ -20,21 +20,25 @@ import pytest
 
 KEY, SECRET = "AKIDFORTESTSONLY", "a-secret-that-nobody-may-see"
 
-#: What a fault does to a request: None lets it pass.
+#: From method and path of a request to the fault that it meets; None lets it pass.
 Fault = Callable[[str, str], str | None]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Before the server at ``port``. ``fault(method, path)`` says what becomes of a request:
+    """A proxy of the server at ``port``. ``fault(method, path)`` returns what happens to a request:
 
-    ``cut`` closes the connection in the middle of the body, ``break off`` in the middle of the answer, ``hold`` answers
-    nothing until ``release`` is set, a number is answered as that status. ``sent`` counts the bytes of GET answers by the client's application id and by path.
+    * ``cut`` closes the connection in the middle of the request's body,
+    * ``truncate`` closes it in the middle of the answer,
+    * ``hold`` sends no answer until ``release`` is set,
+    * a number is answered as that status.
+
+    ``sent`` counts the bytes of answers to GET, by the client's application id and the path.
     """
 
     daemon_threads = True
@@ -55,7 +59,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
 
     def handle_error(self, *_: Any) -> None:
-        """Clients that leave are what the tests are about."""
+        """Ignore clients that close the connection, as the tests make them do."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -80,18 +84,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.server.release.wait(60)
             self.close_connection = True
             return
-        if fault is not None and fault != "break off":
+        if fault is not None and fault != "truncate":
             code = {"503": "SlowDown", "403": "SignatureDoesNotMatch", "501": "NotImplemented"}[fault]
             self.answer(int(fault), {}, f"<Error><Code>{code}</Code><Message>{KEY} no</Message></Error>".encode())
             return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
         upstream.request(self.command, self.path, body, dict(self.headers))
-        found = upstream.getresponse()
-        data = found.read()
+        response = upstream.getresponse()
+        data = response.read()
         if self.command == "GET":
             app = re.search(r"app/(\S+)", self.headers.get("User-Agent", ""))
             self.server.sent[app[1] if app else "", self.path.partition("?")[0]] += len(data)
-        self.answer(found.status, dict(found.getheaders()), data, half=fault == "break off")
+        self.answer(response.status, dict(response.getheaders()), data, half=fault == "truncate")
         upstream.close()
 
     def answer(self, status: int, headers: dict[str, str], data: bytes, half: bool = False) -> None:
@@ -135,15 +139,15 @@ def s3_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.fixture(scope="session")
 def proxy(s3_port: int) -> Iterator[Proxy]:
-    made = Proxy(s3_port)
-    threading.Thread(target=made.serve_forever, daemon=True).start()
-    yield made
-    made.shutdown()
+    proxy = Proxy(s3_port)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    yield proxy
+    proxy.shutdown()
 
 
 @pytest.fixture(scope="session")
 def buckets(s3_port: int) -> Any:
-    """The server's own view of what is there, past the proxy."""
+    """A client of the server itself, past the proxy."""
     import boto3
 
     client = boto3.client(
@@ -161,7 +165,7 @@ def buckets(s3_port: int) -> Any:
 
 @pytest.fixture
 def s3(proxy: Proxy, buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The environment of a user of the server, through the proxy; each test with a disk cache of its own."""
+    """The proxy, in the environment of a user of the server. Each test has a disk cache of its own."""
     proxy.reset()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
@@ -180,7 +184,7 @@ def s3(proxy: Proxy, buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def objects(buckets: Any, prefix: str) -> dict[str, bytes]:
-    """Everything below a prefix of the bucket, by the rest of its key."""
+    """Return the contents of all objects below a prefix of the bucket, by the rest of their keys."""
     listed = buckets.list_objects_v2(Bucket="bucket", Prefix=prefix + "/").get("Contents", [])
     return {
         entry["Key"].removeprefix(prefix + "/"): buckets.get_object(Bucket="bucket", Key=entry["Key"])["Body"].read()
@@ -189,7 +193,7 @@ def objects(buckets: Any, prefix: str) -> dict[str, bytes]:
 
 
 def put(buckets: Any, folder: Path, prefix: str) -> str:
-    """A local cache, copied into the bucket; its location."""
+    """Copy a local cache into the bucket, and return its location."""
     for path in folder.rglob("*"):
         if path.is_file():
             key = f"{prefix}/{path.relative_to(folder)}"

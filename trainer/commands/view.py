@@ -43,7 +43,7 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
     kd view data/demo/cache --student data/demo/kd --sample builtin:en-001:g
     """
     quiet.libraries()
-    from kdcache.view.view import View
+    from kdcache.view.samples import View
 
     with contextlib.closing(View(cache)) as viewed:
         beside = None
@@ -54,7 +54,7 @@ def view(cache: Path, sample: str | None, student: str | None, port: int | None,
             check_tokenizer(student, viewed.cache)
             beside = Student(student, viewed.cache)
         if sample is not None:
-            viewed.shown(sample)
+            viewed.load(sample)
         _serve(viewed, beside, port, sample, not no_browser)
 
 

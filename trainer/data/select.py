@@ -59,7 +59,7 @@ class Selection:
         """Wait until other ranks of this node have fetched row groups. One that never arrives is fetched by ``load``."""
         for index in row_groups.tolist():
             cache, file, number = self.row_groups[index]
-            self.caches[cache].expect(file, number)
+            self.caches[cache].wait(file, number)
 
     def load(self, indices: np.ndarray, columns: Sequence[str] = ()) -> list[Sample]:
         """Return samples by index, in that order, with ``columns`` of TOKEN_COLUMNS. Each row group is read once."""

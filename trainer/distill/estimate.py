@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.models.identity import model_folder
 from trainer.distill.plan import Run
 from trainer.loss.fused import rows_per_chunk
@@ -78,7 +78,7 @@ def estimate(run: Run) -> dict[str, Any]:
 
 def matmul_flops_per_second(hidden: int, intermediate: int, dtype: torch.dtype, rows: int = 1024) -> float:
     """Return what this device reaches in an MLP's matrix product, the best of three."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.torch_device()
     a, b = (
         torch.ones(rows, hidden, dtype=dtype, device=device),
         torch.ones(hidden, intermediate, dtype=dtype, device=device),

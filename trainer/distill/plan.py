@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
+from kdcache import machine
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
 from trainer.data.select import Selection, select
@@ -236,7 +236,7 @@ def training_arguments(run: Run) -> TrainingArguments:
         "report_to": ["tensorboard"],
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,  # it would log a loss that is not finite as one that is
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": machine.torch_device() == "cpu",
     }
     options = defaults | given
     if options["report_to"] is None:  # `none` on the command line

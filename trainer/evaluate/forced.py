@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kdcache import machine
 from kdcache.cache.reader import Cache, Sample, entropy_unstored
 from kdcache.errors import KDError
 from trainer.data.pack import IGNORE, pack, to_device
@@ -60,8 +61,8 @@ class Student:
 
 
 def _load(model: str) -> tuple[Any, Head]:
-    student, _ = load_student(model, "auto" if torch.cuda.is_available() else "float32")
-    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    student, _ = load_student(model, "float32" if machine.torch_device() == "cpu" else "auto")
+    student.to(machine.torch_device()).eval()
     return student, head_of(student)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
+from kdcache import machine
 from kdcache.cache.reader import Sample
 from kdcache.errors import KDError
 from kdcache.progress import Progress, ShowProgress
@@ -43,7 +43,7 @@ def of_student(
 ) -> pa.Table:
     """Return a student's rows. ``captured`` is as ``forced.sampled_from`` gives it; KL is to the cells that were captured."""
     student, _ = load_student(model, dtype)
-    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    student.to(machine.torch_device()).eval()
     head, rows = head_of(student), []
     for samples in _batches(units, batch_size, ("entropies",)):
         scores = at_positions(student, head, samples, captured)  # of all samples together

@@ -44,7 +44,7 @@ def evaluate(config: EvaluateConfig, show: ShowProgress = silent, say: Callable[
         setup = prepare(config)
         entries = []
         for label, model in _labelled_models(setup):
-            weights = None if label in (TEACHER, COPY) else identity.weights(identity.model_folder(model))
+            weights = None if label in (TEACHER, COPY) else identity.weights_hash(identity.model_folder(model))
             settings = setup.settings | {"weights": weights}
             entry = evaluations.entry_of(label, model, settings)  # equal settings: the same folder
             if not evaluations.is_measured(config.out, entry):

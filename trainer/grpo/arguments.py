@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
-from kdcache import models
+from kdcache import machine, models
 from kdcache.errors import KDError, UsageError
 from kdcache.models.identity import model_folder
 from trainer.grpo.config import GrpoConfig
@@ -61,7 +59,7 @@ def grpo_arguments(config: GrpoConfig, given: Mapping[str, Any], prompts: int) -
         "save_steps": 20,
         "save_total_limit": 2,
         "report_to": "none",
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": machine.torch_device() == "cpu",
         "bf16": False,
         "gradient_checkpointing": False,
         "reward_weights": [1.0, FORMAT_WEIGHT],

@@ -59,7 +59,7 @@ def measure(model: str, prompt_ids: Sequence[int]) -> dict[str, float]:
     """Return the figures of one model in this process, by the names of UNITS; MB of 1,000,000 bytes."""
     quiet.libraries()  # nobody has called it yet in this process
     student, _ = load_student(model, "auto")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = machine.torch_device()
     student.to(device).eval()
     ids = torch.tensor([list(prompt_ids)], device=device)  # [1, T]
     prefill_seconds, decode_seconds = [], []
@@ -95,8 +95,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def _seconds() -> float:
     """Return a clock reading after everything that the GPU was given is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 

@@ -93,7 +93,7 @@ def measure(
         )
         changes += quality(compare.rows([evaluate(config, show)], against="before"))
     return Measurement(
-        device=machine.device(),
+        device=machine.device_name(),
         date=date.today().isoformat(),
         versions=machine.versions(),
         rounds=rounds,
@@ -101,7 +101,7 @@ def measure(
         new_tokens=footprint.NEW_TOKENS,
         batch=1,
         quality_on=[cache.fingerprint for cache in test.caches] if test else None,
-        verdict=verdict(changes, machine.device()),
+        verdict=verdict(changes, machine.device_name()),
         changes=changes,
     )
 

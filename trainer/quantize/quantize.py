@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.models import identity
 from kdcache.progress import Progress, ShowProgress, silent
@@ -104,7 +104,7 @@ def prepare(config: QuantizeConfig) -> Quantization:
     settings = {
         "format": config.format,
         "dtype": dtype,
-        "student_weights": identity.weights(str(folder)),
+        "student_weights": identity.weights_hash(str(folder)),
         "calibrated_on": [cache.fingerprint for cache in train.caches] if train and config.format == "w4a16" else None,
     }
     record = Record(settings, config.student, FORMATS[config.format])
@@ -133,7 +133,7 @@ def quantize(quantization: Quantization, show: ShowProgress = silent) -> Record:
     config, record = quantization.config, quantization.record
     with folders.held(config.out, folders.QUANTIZED):
         if not _is_saved(config, record.settings):  # checked again, as another process may have written there since
-            with folders.whole(config.out, folders.QUANTIZED) as scratch:
+            with folders.replacing(config.out, folders.QUANTIZED) as scratch:
                 _save(quantization, scratch, show)
                 atomic.write_text(scratch / "README.md", _card(quantization))
                 atomic.write_json(scratch / RECORD, record.as_json())
@@ -189,7 +189,7 @@ def _auto_round(quantization: Quantization, folder: Path) -> None:
                 dataset=list(rows.split(1)),
                 nsamples=len(rows),
                 seqlen=rows.shape[1],
-                device_map="cuda" if torch.cuda.is_available() else "cpu",
+                device_map=machine.torch_device(),
                 enable_torch_compile=False,
                 trust_remote_code=models.code_is_trusted(),  # its own default is True
             ).quantize_and_save(str(folder), format="llm_compressor")

@@ -35,7 +35,7 @@ def new_record(config: StudentConfig, caches: Sequence[Cache], **entries: Any) -
 
 def made_with() -> dict[str, str]:
     """Return the device and the versions that a run was made with."""
-    return {"device": machine.device(), **machine.versions()}
+    return {"device": machine.device_name(), **machine.versions()}
 
 
 def bos_of(caches: Sequence[Cache]) -> dict[str, str]:

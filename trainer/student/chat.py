@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TextIteratorStreamer
 
+from kdcache import machine
 from kdcache.bounds import check_sampling
 from kdcache.errors import KDError, first_line
 from kdcache.models import identity
@@ -50,8 +51,8 @@ class Conversation:
         self, student: str, system: str | None, temperature: float, max_new_tokens: int, bos: str | None = None
     ):
         check_sampling(temperature, None)
-        self.model, self.tokenizer = load_student(student, "float32" if not torch.cuda.is_available() else "auto")
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        self.model, self.tokenizer = load_student(student, "float32" if machine.torch_device() == "cpu" else "auto")
+        self.model.to(machine.torch_device()).eval()
         folder = identity.model_folder(student)
         bos = bos or identity.read_json(folder, folders.RUN.marker).get("bos") or "auto"
         self.prompts = Prompts(folder, self.tokenizer, bos=bos)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.bounds import LARGEST
 from kdcache.errors import KDError, UsageError
 from kdcache.hashing import request_seed
@@ -166,7 +166,7 @@ def _from_transformers(
 ) -> list[str]:
     """Generate in batches of prompts of one temperature and similar length."""
     student, tokenizer = load_student(model, decoding.dtype)
-    student.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    student.to(machine.torch_device()).eval()
     stops = stop_ids(student, tokenizer, decoding.stop_ids)
     texts: dict[int, str] = {}
     order = sorted(range(len(asks)), key=lambda i: (asks[i].temperature, len(asks[i].prompt_ids), i))

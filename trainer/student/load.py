@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from kdcache import models
+from kdcache import machine, models
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
 from kdcache.models import identity
@@ -33,8 +32,7 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
     tokenizer = models.tokenizer(folder)
     options: dict[str, Any] = {}
     if weights is not None:
-        device = int(os.environ.get("LOCAL_RANK", "0")) if torch.cuda.is_available() else "cpu"
-        options["device_map"] = {"": device}
+        options["device_map"] = {"": machine.torch_device()}
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=weights != "int8",
             load_in_8bit=weights == "int8",

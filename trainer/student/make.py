@@ -40,7 +40,7 @@ def init_student(base: str, out: Path, keep_layers: str | None = None, overwrite
         if keep_layers is not None:
             kept = parse_layers(keep_layers, depth)
             _keep(model, kept)
-        with folders.whole(out, folders.STUDENT) as scratch:
+        with folders.replacing(out, folders.STUDENT) as scratch:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
             record = {"kdcache": __version__, "from": base, "kept": kept, "of": depth}

@@ -62,7 +62,7 @@ def examine(
     examination = Examination()
     try:
         identity = digests.identity(path) if isinstance(path, Path) else None
-        source = storage.whole(path)
+        source = storage.fetched(path)
         digest = seal.digest(source)
     except OSError as error:
         examination.problems.append(f"it cannot be read: {first_line(error)}")

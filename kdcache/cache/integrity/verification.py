@@ -156,7 +156,7 @@ class _SmallTable:
 
 def _read_small_table(path: Location, needs_seal: bool) -> _SmallTable:
     try:
-        source = storage.whole(path)
+        source = storage.fetched(path)
         digest = seal.digest(source)
         if digest.sealed is False:
             return _SmallTable(None, "its bytes are not those that were written", sealed=True)

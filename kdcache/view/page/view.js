@@ -1,159 +1,68 @@
-// The page of `kd view`: a list of samples, one sample token by token, and what the teacher (and a student) could have
-// said at a token. What a cache holds is anybody's text: it gets onto the page as text nodes, and no other way.
+// The page of `kd view`: a list of samples, and one sample token by token. token.js shows the candidates that the teacher
+// (and a student) considered at a token; elements.js holds what both use.
 "use strict";
 
-const CHUNK = 256; // positions whose candidates are asked for at once
-const TOKENS = 1500; // shown at first, and more at each press of a button
-const TEXT = [2000, 1000]; // characters shown of a long text's beginning and end
-const CANDIDATES = 10; // shown at first
-// The lowest value of each shade, nats; below the first there is none.
+const TOKENS = 1500; // shown at first, and added by each press of "Show more"
+// The lowest value of each shade, in nats; values below the first are not shaded.
 const EDGES = { entropy: [0.25, 0.75, 1.5, 2.5, 3.5, 5], kl: [0.1, 0.25, 0.6, 1.2, 2.5, 5] };
 
-const $ = (id) => document.getElementById(id);
-const list = { search: "", sort: "cache", split: "", offset: 0, asked: null };
+const list = { search: "", sort: "cache", split: "", offset: 0, request: null };
 let about = null;
-let open = null; // the sample on the page: what /api/sample said, with `chunks`, `opinion`, `shade`, `at`, `pinned`
-
-// --- elements, texts, numbers ------------------------------------------------------------------------------------------
-
-function element(name, properties = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(properties)) {
-    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else if (key === "class") made.className = value;
-    else if (value !== null && value !== undefined) made.setAttribute(key, value);
-  }
-  made.append(...children.filter((child) => child !== null));
-  return made;
-}
-
-// Controls, marks that turn the direction of text around, and what takes no space. Joiners stay: scripts and emoji need them.
-const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/g;
-
-// Text as it is, with what cannot be seen made visible. A line break breaks the line; in a `label` it is a sign alone, and
-// spaces at the ends are signs too.
-function visible(text, label = false) {
-  const made = document.createDocumentFragment();
-  let rest = text;
-  if (label) {
-    const [, before, middle, after] = /^( *)([^]*?)( *)$/.exec(text);
-    rest = middle;
-    if (before) made.append(element("span", { class: "sign" }, "␣".repeat(before.length)));
-    made.append(visibleMiddle(rest, true));
-    if (after) made.append(element("span", { class: "sign" }, "␣".repeat(after.length)));
-    return made;
-  }
-  return visibleMiddle(rest, false);
-}
-
-function visibleMiddle(text, label) {
-  const made = document.createDocumentFragment();
-  let from = 0;
-  for (const found of text.matchAll(UNSEEN)) {
-    if (found.index > from) made.append(text.slice(from, found.index));
-    from = found.index + 1;
-    const mark = found[0];
-    if (mark === "\n") made.append(label ? element("span", { class: "sign" }, "↵") : element("span", { class: "break" }, "\n"));
-    else if (mark === "\t") made.append(label ? element("span", { class: "sign" }, "⇥") : element("span", { class: "tab" }, "\t"));
-    else made.append(element("span", { class: "control" }, `U+${mark.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0")}`));
-  }
-  made.append(text.slice(from));
-  return made;
-}
-
-// A text of any length: the middle of a long one is left out until it is asked for.
-function bounded(text) {
-  const [head, tail] = TEXT;
-  if (text.length <= head + tail + 500) return visible(text);
-  const made = document.createDocumentFragment();
-  const [first, last] = [cut(text, head), cut(text, text.length - tail)];
-  const more = element("button", { type: "button", class: "more" }, `Show the ${count(last - first)} characters between`);
-  more.addEventListener("click", () => more.replaceWith(visible(text.slice(first, last))));
-  made.append(visible(text.slice(0, first)), more, visible(text.slice(last)));
-  return made;
-}
-
-// Not between the halves of a character.
-function cut(text, at) {
-  return /[\udc00-\udfff]/.test(text.charAt(at)) ? at + 1 : at;
-}
-
-const count = (n) => n.toLocaleString("en");
-const nats = (x) => (x === null ? "–" : x.toFixed(x !== 0 && Math.abs(x) < 0.095 ? 3 : 2).replace("-", "−"));
-
-function percent(p) {
-  if (p === null) return "–";
-  if (p > 0 && p < 0.0005) return "<0.1%";
-  return `${(100 * p).toFixed(p < 0.9995 || p === 1 ? 1 : 2)}%`;
-}
-
-const mean = (values) => {
-  const there = values.filter((value) => value !== null);
-  return there.length ? there.reduce((a, b) => a + b, 0) / there.length : null;
-};
-
-async function ask(what, parameters = {}, signal = undefined) {
-  const answer = await fetch(`api/${what}?${new URLSearchParams(parameters)}`, { signal });
-  const found = await answer.json();
-  if (!answer.ok) throw new Error(found.error);
-  return found;
-}
-
-const failure = (error) => (error instanceof TypeError ? "kd view does not answer; was it ended in the terminal?" : error.message);
+let open = null; // the sample on the page: the answer of /api/sample, with `chunks`, `opinion`, `shade`, `at`, `pinned`
 
 // --- the list ----------------------------------------------------------------------------------------------------------
 
 async function refresh() {
-  list.asked?.abort();
-  const asked = (list.asked = new AbortController());
+  list.request?.abort();
+  const request = (list.request = new AbortController());
   const { search, sort, split, offset } = list;
   $("list").setAttribute("aria-busy", "true");
   try {
-    const found = await ask("samples", { search, sort, split, offset }, asked.signal);
-    if ("measuring" in found) {
-      $("note").textContent = `Measuring every sample once: ${Math.floor(100 * found.measuring)}%`;
+    const answer = await ask("samples", { search, sort, split, offset }, request.signal);
+    if ("measuring" in answer) {
+      $("note").textContent = `Measuring every sample once: ${Math.floor(100 * answer.measuring)}%`;
       await new Promise((resolve) => setTimeout(resolve, 200));
-      if (list.asked === asked) refresh();
+      if (list.request === request) refresh();
       return;
     }
-    show(found);
+    show(answer);
   } catch (error) {
     if (error.name === "AbortError") return;
     $("note").textContent = failure(error);
   }
-  if (list.asked === asked) $("list").setAttribute("aria-busy", "false");
+  if (list.request === request) $("list").setAttribute("aria-busy", "false");
 }
 
-function show(found) {
-  $("rows").replaceChildren(...found.rows.map(row));
+function show(answer) {
+  $("rows").replaceChildren(...answer.rows.map(row));
   $("rows").querySelector("button")?.setAttribute("tabindex", "0");
   $("rows").parentElement.scrollTop = 0;
-  const last = found.offset + found.rows.length;
-  $("range").textContent = found.total ? `${count(found.offset + 1)}–${count(last)} of ${count(found.total)}` : "";
-  $("note").textContent = found.total ? "" : "No sample holds this.";
-  $("previous").disabled = found.offset === 0;
-  $("next").disabled = last >= found.total;
-  list.page = found.rows.length;
+  const last = answer.offset + answer.rows.length;
+  $("range").textContent = answer.total ? `${count(answer.offset + 1)}–${count(last)} of ${count(answer.total)}` : "";
+  $("note").textContent = answer.total ? "" : "No sample contains this text.";
+  $("previous").disabled = answer.offset === 0;
+  $("next").disabled = last >= answer.total;
+  list.page = answer.rows.length;
   mark();
-  if (!open && !location.hash && found.rows.length && wide()) history.replaceState(null, "", address(found.rows[0].id)), route();
+  if (!open && !location.hash && answer.rows.length && wide()) history.replaceState(null, "", address(answer.rows[0].id)), route();
 }
 
-function row(told) {
+function row(sample) {
   const figures = {
-    uncertain: told.entropy !== null ? `${nats(told.entropy)} nats` : "",
-    worst: told.ce !== null ? `${nats(told.ce)} nats` : "",
+    uncertain: sample.entropy !== null ? `${nats(sample.entropy)} nats` : "",
+    worst: sample.ce !== null ? `${nats(sample.ce)} nats` : "",
   };
-  const figure = figures[list.sort] ?? `${count(told.tokens)} tokens`;
-  const made = element(
+  const figure = figures[list.sort] ?? `${count(sample.tokens)} tokens`;
+  const button = element(
     "button",
-    { type: "button", class: "sample", tabindex: "-1", onclick: () => go(told.id) },
-    element("span", { class: "id" }, visible(told.id)),
-    element("span", { class: "figure" }, reward(told.reward), figure),
-    element("span", { class: "prompt" }, visible(told.prompt.trim(), true)),
-    element("span", { class: "answer" }, visible(told.completion.trim(), true)),
+    { type: "button", class: "sample", tabindex: "-1", onclick: () => go(sample.id) },
+    element("span", { class: "id" }, visible(sample.id)),
+    element("span", { class: "figure" }, reward(sample.reward), figure),
+    element("span", { class: "prompt" }, visible(sample.prompt.trim(), true)),
+    element("span", { class: "answer" }, visible(sample.completion.trim(), true)),
   );
-  made.dataset.id = told.id;
-  return element("li", {}, made);
+  button.dataset.id = sample.id;
+  return element("li", {}, button);
 }
 
 function reward(value) {
@@ -192,12 +101,12 @@ async function route() {
   if (!id || (open && open.id === id)) return;
   $("reader").setAttribute("aria-busy", "true");
   try {
-    const found = await ask("sample", { id });
+    const answer = await ask("sample", { id });
     if (decodeURIComponent(location.hash.slice(1)) !== id) return;
-    open = { ...found, chunks: new Map(), opinion: null, shade: open?.shade ?? (about.student ? "kl" : "entropy"), at: null, pinned: null };
+    open = { ...answer, chunks: new Map(), opinion: null, shade: open?.shade ?? (about.student ? "kl" : "entropy"), at: null, pinned: null };
     draw();
     mark();
-    if (about.student) listen(open);
+    if (about.student) askStudent(open);
   } catch (error) {
     open = null;
     $("reader").replaceChildren(back(), element("p", { role: "alert", class: "bad" }, failure(error)));
@@ -206,8 +115,8 @@ async function route() {
   $("reader").setAttribute("aria-busy", "false");
 }
 
-// The student reads the sample: seconds the first time, when it is loaded.
-async function listen(sample) {
+// Let the student read the sample. The first time takes seconds, because the student is loaded.
+async function askStudent(sample) {
   try {
     sample.opinion = await ask("opinion", { id: sample.id });
   } catch (error) {
@@ -222,7 +131,7 @@ async function listen(sample) {
 
 function draw() {
   const { id, prompt, texts, reference } = open;
-  const [before, own, after] = prompt;
+  const [before, content, after] = prompt;
   $("reader").replaceChildren(
     back(),
     element("h2", {}, visible(id)),
@@ -233,7 +142,7 @@ function draw() {
       "pre",
       { class: "text", id: "prompt" },
       element("span", { class: "muted" }, bounded(before)),
-      bounded(own),
+      bounded(content),
       element("span", { class: "muted" }, bounded(after)),
     ),
     element("h3", { id: "completion-title" }, "Completion"),
@@ -273,9 +182,9 @@ function grow(more) {
   const tokens = $("tokens");
   const from = tokens.childElementCount;
   const to = Math.min(from + more, open.texts.length);
-  const made = document.createDocumentFragment();
-  for (let i = from; i < to; i++) made.append(...token(i));
-  tokens.append(made);
+  const fragment = document.createDocumentFragment();
+  for (let i = from; i < to; i++) fragment.append(...token(i));
+  tokens.append(fragment);
   shade(from);
   const left = open.texts.length - to;
   const button = (label, n) => element("button", { type: "button", class: "more", onclick: () => grow(n) }, label);
@@ -286,17 +195,17 @@ function grow(more) {
 function token(i) {
   const part = i in open.escaped;
   const text = open.texts[i];
-  const gap = / *(?=[^ ])/y.exec(text)?.[0] ?? ""; // outside, not shaded: at the end of a line it would hang there
-  const made = element("span", { role: "option", class: "token", tabindex: "-1", "aria-selected": "false" }, visible(text.slice(gap.length)));
+  const gap = / *(?=[^ ])/y.exec(text)?.[0] ?? ""; // spaces stay outside the shaded element, where they can hang over the end of a line
+  const span = element("span", { role: "option", class: "token", tabindex: "-1", "aria-selected": "false" }, visible(text.slice(gap.length)));
   if (part && !text) {
-    made.classList.add("continued");
-    made.setAttribute("aria-label", "part of the character before");
+    span.classList.add("continued");
+    span.setAttribute("aria-label", "part of the character before");
   } else if (!text.trim()) {
-    made.setAttribute("aria-label", text.includes("\n") ? "line break" : "space");
+    span.setAttribute("aria-label", text.includes("\n") ? "line break" : "space");
   }
-  if (!open.supervised[i]) made.classList.add("unsupervised");
-  made.dataset.i = i;
-  return [gap, made];
+  if (!open.supervised[i]) span.classList.add("unsupervised");
+  span.dataset.i = i;
+  return [gap, span];
 }
 
 function facts() {
@@ -306,7 +215,7 @@ function facts() {
     visible([split, source, task, origin].filter(Boolean).join(" · ")),
     ` · ${count(prompt)} + ${count(texts.length)} tokens · entropy ${nats(mean(entropies))} · cross-entropy ${nats(ce && -ce)}`,
     opinion?.kl ? ` · student's KL ${nats(mean(opinion.kl))}` : "",
-    " nats a token ",
+    " nats per token ",
     reward(open.reward) ?? "",
   );
   const choice = (name, label) => {
@@ -325,7 +234,7 @@ function facts() {
     about.student
       ? element("div", { class: "choice", role: "group", "aria-label": "Shade tokens by" }, choice("entropy", "Teacher's entropy"), choice("kl", "Student's KL"))
       : element("span", {}, "Teacher's entropy"),
-    element("ol", { class: "legend", "aria-label": "Shades, from this many nats on" }, ...[0, ...EDGES[open.shade]].map(swatch)),
+    element("ol", { class: "legend", "aria-label": "Shades, each from this number of nats" }, ...[0, ...EDGES[open.shade]].map(swatch)),
     element("span", { class: "muted" }, "nats"),
     element("p", { role: "status", class: opinion?.error ? "bad" : "muted" }, note ?? ""),
   );
@@ -342,173 +251,10 @@ function shade(from = 0) {
   }
 }
 
-// --- one token ---------------------------------------------------------------------------------------------------------
+// --- start -------------------------------------------------------------------------------------------------------------
 
-const tokenOf = (target) => target.closest?.(".token");
-
-function hover(target) {
-  const found = tokenOf(target);
-  if (found) point(Number(found.dataset.i));
-}
-
-function pin(found) {
-  if (!found || Number(found.dataset.i) === open.pinned) return;
-  for (const before of $("tokens").querySelectorAll('[tabindex="0"]')) {
-    before.tabIndex = -1;
-    before.setAttribute("aria-selected", "false");
-  }
-  found.tabIndex = 0;
-  found.setAttribute("aria-selected", "true");
-  open.pinned = Number(found.dataset.i);
-  found.focus({ preventScroll: true });
-  found.scrollIntoView({ block: "nearest" }); // from under the sheet, on a phone
-  point(open.pinned);
-}
-
-function tokenKeys(event) {
-  if (event.key === "Escape") return unpin();
-  const tokens = $("tokens").children;
-  const at = open.pinned ?? 0;
-  let to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: tokens.length - 1 }[event.key];
-  if (event.key === "ArrowUp" || event.key === "ArrowDown") to = lineAway(at, event.key === "ArrowUp" ? -1 : 1);
-  if (to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
-  event.preventDefault();
-  if (to >= tokens.length && tokens.length < open.texts.length) grow(TOKENS);
-  if (!tokens[to]) return;
-  pin(tokens[to]);
-}
-
-// The token above or below: on the nearest line that way, the nearest one.
-function lineAway(at, way) {
-  const tokens = $("tokens").children;
-  const here = tokens[at].getClientRects()[0] ?? tokens[at].getBoundingClientRect();
-  let found;
-  let line = null;
-  let distance = Infinity;
-  for (let i = at + way; tokens[i]; i += way) {
-    const there = tokens[i].getClientRects()[0];
-    if (!there || way * (there.top - here.top) < here.height / 2) continue;
-    line ??= there.top;
-    if (Math.abs(there.top - line) > here.height / 2) break;
-    if (Math.abs(there.left - here.left) < distance) {
-      distance = Math.abs(there.left - here.left);
-      found = i;
-    }
-  }
-  return found;
-}
-
-function unpin() {
-  open.pinned = null;
-  for (const token of $("tokens").querySelectorAll('[aria-selected="true"]')) token.setAttribute("aria-selected", "false");
-  point(null);
-}
-
-// Show what is known of token i in the panel; null: how to get there.
-async function point(i) {
-  const sample = open;
-  sample.at = i;
-  document.body.classList.toggle("pointing", i !== null);
-  if (i === null) {
-    $("panel").replaceChildren(element("p", { class: "muted" }, "Point at a token, or go through them with the arrow keys, to see what else could have been said there."));
-    return;
-  }
-  const first = i - (i % CHUNK);
-  if (!sample.chunks.has(first)) sample.chunks.set(first, ask("candidates", { id: sample.id, first }));
-  try {
-    const chunk = await sample.chunks.get(first);
-    if (open === sample && sample.at === i) panel(i, chunk.positions[i - first]);
-  } catch (error) {
-    sample.chunks.delete(first);
-    if (open === sample && sample.at === i) $("panel").replaceChildren(element("p", { class: "bad", role: "alert" }, failure(error)));
-  }
-}
-
-function panel(i, told) {
-  const { texts, escaped, entropies, logprobs, ranks, supervised, opinion } = open;
-  const text = escaped[i] ?? texts[i];
-  const choice = (label) => element("span", { class: "label" }, visible(label, true));
-  const student = opinion?.kl ? opinion : null;
-  const figures = [
-    ["Log-probability, nats", nats(logprobs[i]), student && nats(student.logprobs[i])],
-    ["Rank", count(ranks[i]), student && count(student.ranks[i])],
-    ["First choice", choice(told.texts[0] ?? ""), student && choice(student.best[i])],
-    ["Entropy, nats", nats(entropies[i]), student && ""],
-    student && ["KL to the teacher, nats", "", nats(student.kl[i])],
-  ];
-  const cells = (name, values, tag = "td") =>
-    element("tr", {}, element("th", { scope: "row" }, name), ...values.filter((v) => v !== null).map((v) => element(tag, { class: "number" }, v)));
-  const head = (whose) => element("span", { class: "key" }, element("i", { class: whose }), whose);
-  $("panel").replaceChildren(
-    element("button", { type: "button", class: "close", "aria-label": "Close", onclick: unpin }, "×"),
-    element("h2", { class: "label" }, visible(text, true)),
-    element("p", { class: "muted" }, `Token ${count(i + 1)} of ${count(texts.length)}${supervised[i] ? "" : ", not supervised"}`),
-    element(
-      "table",
-      {},
-      student ? element("thead", {}, cells("", [head("teacher"), head("student")], "th")) : null,
-      element("tbody", {}, ...figures.filter(Boolean).map(([name, ...values]) => cells(name, values))),
-    ),
-    bars(i, told, CANDIDATES),
-  );
-  $("said").textContent = `Token ${i + 1}: entropy ${nats(entropies[i])} nats, rank ${ranks[i]}, probability ${percent(Math.exp(logprobs[i]))}`;
-}
-
-// The candidates with their probabilities, the teacher's above the student's; the completion's own token, also where it
-// is none of them; and all that is left.
-function bars(i, told, most) {
-  const { texts, escaped, logprobs, opinion } = open;
-  const both = Boolean(told.student);
-  const line = (label, teacher, student, kind = "", note = "") =>
-    element(
-      "li",
-      { class: `candidate ${kind}` },
-      element("span", { class: "label", title: note || null }, label),
-      element(
-        "span",
-        { class: "bars" },
-        bar("teacher", teacher, both ? "Teacher " : ""),
-        both ? bar("student", student, "Student ") : null,
-      ),
-    );
-  const own = (label, kind, n) => line(visible(label, true), told.probabilities[n], told.student?.[n], `${kind}${told.drawn[n] ? " drawn" : ""}`);
-  const found = told.texts.map((text, n) => own(text, told.given[n] ? "given" : "", n));
-  const hidden = found.slice(most).filter((made) => !made.classList.contains("given"));
-  const shown = found.filter((made) => !hidden.includes(made));
-  if (!told.given.includes(true)) {
-    const note = "The completion's own token is none of the stored candidates";
-    shown.push(line(visible(escaped[i] ?? texts[i], true), Math.exp(logprobs[i]), opinion?.logprobs ? Math.exp(opinion.logprobs[i]) : null, "given outside", note));
-  }
-  const made = element("ol", { class: "candidates", "aria-label": "Candidates" }, ...shown);
-  if (hidden.length) {
-    const all = () => {
-      more.remove();
-      made.querySelector(".tail").before(...hidden);
-    };
-    const more = element("li", {}, element("button", { type: "button", class: "more", onclick: all }, `Show ${count(hidden.length)} more`));
-    made.append(more);
-  }
-  made.append(line("all others", told.tail, told.student_tail, "tail"));
-  const notes = [];
-  const drawn = told.drawn.includes(true);
-  if (!told.given.includes(true)) notes.push(`The token itself is not among the candidates stored: ${drawn ? "those drawn, or " : ""}all others stand for it.`);
-  if (drawn) {
-    notes.push("Pale bars: drawn candidates. Each stands for many unlikely tokens, at the threshold's probability, so that the sum is right and the token's own is lower.");
-    if (both) notes.push("A position's KL is an estimate here, and may be below 0; the mean over positions is right.");
-  }
-  return element("div", {}, made, ...notes.map((note) => element("p", { class: "muted" }, note)));
-}
-
-function bar(whose, probability, name) {
-  const filled = element("span", { class: `bar ${whose}`, "aria-hidden": "true" });
-  filled.style.setProperty("--share", probability ?? 0);
-  return element("span", { class: "value" }, filled, element("span", { class: "visually-hidden" }, name), element("span", { class: "percent" }, percent(probability)));
-}
-
-// --- to begin with -----------------------------------------------------------------------------------------------------
-
-function change(what) {
-  Object.assign(list, { offset: 0 }, what);
+function change(filters) {
+  Object.assign(list, { offset: 0 }, filters);
   refresh();
 }
 

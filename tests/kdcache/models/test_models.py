@@ -1,4 +1,4 @@
-"""Code that comes with a model runs only under --trust-remote-code, whichever command loads it and whatever stdin says."""
+"""A model's own code runs only with --trust-remote-code, in every command and whatever stdin answers."""
 
 import ast
 import contextlib
@@ -19,7 +19,7 @@ from trainer.quantize.config import QuantizeConfig
 from trainer.student import make
 from trainer.student.chat import Conversation
 
-#: What a folder's own code does here: it leaves a file, then is the model that it derives from.
+#: The code in a model's folder: it creates a file, and otherwise equals the class that it derives from.
 CODE = """
 from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -35,7 +35,7 @@ class Tokenizer(PreTrainedTokenizerFast):
 
 @pytest.fixture(params=["of its own kind", "of a kind that transformers has"])
 def with_code(request, tiny_model, tmp_path, monkeypatch):
-    """A student that brings code, and the file by which it shows that it ran. Every question is answered with a "y"."""
+    """A student with code of its own, and the file that this code creates. Every question on stdin is answered with "y"."""
     folder, ran = tmp_path / "student", tmp_path / "ran"
     shutil.copytree(tiny_model, folder)
     kind = "llama" if request.param.endswith("has") else "stranger"
@@ -44,8 +44,8 @@ def with_code(request, tiny_model, tmp_path, monkeypatch):
     auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
     (folder / "config.json").write_text(json.dumps(config | {"model_type": kind, "auto_map": auto_map}))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    named = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    classes = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": [None, "code.Tokenizer"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | classes))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.delenv(models.TRUST, raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
@@ -66,9 +66,9 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_code_of_a_model_does_not_run_by_itself(with_code, use):
+def test_a_models_code_does_not_run_by_default(with_code, use):
     folder, ran = with_code
-    with contextlib.suppress(KDError, ValueError):  # what cannot be loaded without its code is refused
+    with contextlib.suppress(KDError, ValueError):  # a model that needs its code is refused
         USES[use](folder)
     assert not ran.exists()
 
@@ -88,7 +88,7 @@ def test_the_refusal_names_the_option(with_code, load):
 
 
 @pytest.mark.parametrize("use", ["load", "init-student"])
-def test_code_of_a_model_runs_where_it_is_trusted(with_code, use, monkeypatch):
+def test_a_models_code_runs_if_it_is_trusted(with_code, use, monkeypatch):
     folder, ran = with_code
     monkeypatch.setenv(models.TRUST, "1")
     USES[use](folder)
@@ -96,22 +96,22 @@ def test_code_of_a_model_runs_where_it_is_trusted(with_code, use, monkeypatch):
 
 
 @pytest.mark.parametrize("trusted", [False, True])
-def test_vllm_is_told_whether_code_is_trusted(trusted, monkeypatch):
+def test_vllm_receives_whether_code_is_trusted(trusted, monkeypatch):
     monkeypatch.setenv(models.TRUST, "1" if trusted else "")
     assert _arguments(EngineOptions("m", 8, 512, "float32"), on_cpu=True)["trust_remote_code"] is trusted
 
 
-def test_a_config_file_cannot_ask_for_trust(kd, tmp_path, tiny_cache, tiny_model):
+def test_a_config_file_cannot_set_trust_remote_code(kd, tmp_path, tiny_cache, tiny_model):
     (tmp_path / "run.yaml").write_text("trust_remote_code: true\n")
-    asked = ("--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", "out", "--dry-run")
-    done = kd("train", "--config", "run.yaml", *asked, code=2)
-    assert "trust_remote_code is for the command line" in done.stderr
+    options = ("--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", "out", "--dry-run")
+    process = kd("train", "--config", "run.yaml", *options, code=2)
+    assert "trust_remote_code is for the command line" in process.stderr
 
 
 LOADERS = {"from_pretrained", "from_config"}
 
 
-def test_nothing_is_loaded_but_by_models():
+def test_only_kdcache_models_loads_models():
     elsewhere = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in [ROOT / "cli.py", *(ROOT / "kdcache").rglob("*.py"), *(ROOT / "trainer").rglob("*.py")]

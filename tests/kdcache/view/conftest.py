@@ -1,0 +1,15 @@
+"""A view of the tiny cache, which lists, samples and the server are tested on."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from kdcache.view.samples import View
+
+
+@pytest.fixture
+def viewed(tiny_cache):
+    with contextlib.closing(View(tiny_cache)) as view:
+        yield view
