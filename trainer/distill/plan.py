@@ -24,7 +24,7 @@ from trainer.loss import divergences
 from trainer.run import parallel
 from trainer.run.arguments import build
 from trainer.run.folder import Start, find_start
-from trainer.run.inputs import check_lora, open_for
+from trainer.run.inputs import check_lora, open_checked
 from trainer.run.record import fingerprints, new_record
 from trainer.run.refused import REFUSED_BY_TRAIN
 from trainer.run.values import check_values, requested_steps
@@ -112,7 +112,7 @@ def prepare(config: TrainConfig) -> Run:
     if not 0.0 <= config.alpha <= 1.0:
         raise UsageError(f"--alpha {config.alpha}: expected 0 (only cross-entropy) to 1 (only the teacher)")
     arguments = check_values(config.arguments, REFUSED_BY_TRAIN)
-    caches = open_for(config)
+    caches = open_checked(config)
     check_lora(config)
     alpha = config.alpha if config.method == "kd" else 0.0
     if alpha:

@@ -21,7 +21,7 @@ from trainer.grpo.arguments import check_options, grpo_arguments
 from trainer.grpo.config import GrpoConfig
 from trainer.run import parallel
 from trainer.run.folder import Start, find_start
-from trainer.run.inputs import check_lora, open_for
+from trainer.run.inputs import check_lora, open_checked
 from trainer.run.record import fingerprints, new_record
 from trainer.student.load import cached_stop_ids
 
@@ -74,7 +74,7 @@ def prepare(config: GrpoConfig) -> GrpoRun:
             "--guide needs each answer of a group to begin differently, which --use-vllm cannot; use one of them"
         )
     arguments = check_options(config.arguments)
-    caches = open_for(config)
+    caches = open_checked(config)
     where = config.where if config.where is not None else _default_where(config)
     prompts = merged(prompt for cache in caches for prompt in _choose(cache.path, cache.plan, where))
     if not prompts:

@@ -108,19 +108,19 @@ def _find_point(config: StudentConfig, record: dict[str, Any], settings: Setting
 
 
 def _traces(folder: Path) -> frozenset[Any]:
-    """Return what would differ if another run had written its results to a folder: it reads no results, only names.
+    """Return what would differ if another run had written its results to a folder. No result is read for this.
 
-    (path, bytes, time of change) of every result, and whether the record says that the run is finished.
+    It is (path, bytes, time of change) of every result, and whether the record says that the run is finished.
     """
-    paths = [path for checkpoint in checkpoints.listed(folder) for path in checkpoint.rglob("*")]
-    paths += [*folder.glob("*.safetensors"), *(folder / adapters.FOLDER).rglob("*")]
     traces: set[Any] = set()
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):  # deleted by another process just now, which the next look shows
-            status = path.stat()
-            traces.add((str(path), status.st_size, status.st_mtime_ns))
+    for place in (*checkpoints.listed(folder), folder / adapters.FOLDER, *folder.glob("*.safetensors")):
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process just now: the next look shows it
+            for path in (place, *place.rglob("*")):
+                status = path.stat()
+                traces.add((str(path), status.st_size, status.st_mtime_ns))
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        traces.add(("finished", json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("finished")))
+        finished = json.loads((folder / RUN_FILE).read_text(encoding="utf-8")).get("finished")
+        traces.add(("finished", bool(finished)))
     return frozenset(traces)
 
 

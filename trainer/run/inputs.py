@@ -20,7 +20,7 @@ from trainer.student.config import StudentConfig
 from trainer.student.load import check_tokenizer, quantized_by
 
 
-def open_for(config: StudentConfig) -> list[Cache]:
+def open_checked(config: StudentConfig) -> list[Cache]:
     """Open the caches, after checking that this student can train on them and that --overwrite would not delete it."""
     if config.load_in_4bit and config.lora_r is None:
         raise UsageError("--load-in-4bit needs --lora-r: 4-bit weights cannot be trained, only what LoRA adds to them")

@@ -28,7 +28,7 @@ def threshold_cache(tiny_model, rows_file, tmp_path_factory):
 @pytest.fixture(scope="module")
 def half(tiny_model, tmp_path_factory) -> str:
     """The first of the teacher's two layers."""
-    from trainer.student.load import init_student
+    from trainer.student.make import init_student
 
     out = tmp_path_factory.mktemp("students") / "half"
     init_student(tiny_model, out, "1")
