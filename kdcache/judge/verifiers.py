@@ -1,6 +1,6 @@
 r"""Is this answer right? Invariant: only what was judged has a reward; 1 is right, 0 is wrong, None is not judged.
 
-A sample's verifier is a JSON object; code needs a sandbox (kdcache/judge/sandbox.py):
+A sample's verifier is a JSON object; code needs a sandbox (kdcache/judge/sandbox/):
 
 * {"kind": "stdio", "language": "python" or "cpp", "tests": [{"input", "output"}, ...]}, optionally "time_limit_seconds",
   "memory_limit_mb" and "checker". Without a checker, outputs are compared word by word, in order, whatever whitespace is
@@ -18,7 +18,7 @@ A sample's verifier is a JSON object; code needs a sandbox (kdcache/judge/sandbo
 
 The answer of exact and numeric is the sample's reference unless it is given here.
 
-Asserts run in a process that holds the tests and never the answer (kdcache/judge/asserts.py); another one holds the answer and
+Asserts run in a process that holds the tests and never the answer (kdcache/judge/asserts/); another one holds the answer and
 is asked for the values of its functions, one call at a time. So an answer can write nothing but values, and a value has to
 be right. Setup is the tests' own: the answer sees its imports, and its classes if no test is in them. Not judged, with the
 reason: tests that pass functions or objects of theirs to the answer, compare its objects with each other, catch exceptions
