@@ -31,7 +31,8 @@ from kdcache.errors import KDError
 from kdcache.examples.types import BadRow
 from kdcache.judge import rewards_file as judging
 from kdcache.judge import verifiers
-from kdcache.judge.sandbox import Sandbox, Workers
+from kdcache.judge.sandbox import Sandbox
+from kdcache.judge.sandbox.pool import JudgePool
 from kdcache.prompts.tokenize import vocab_table, whole_turn
 from kdcache.storage import Location, atomic, folders, lock
 from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
@@ -316,7 +317,7 @@ def fill(
         written = now
         state.shards_done += 1
 
-    with Workers() as judges, Background() as background, judges.stopped_by_errors():
+    with JudgePool() as judges, Background() as background, judges.stopped_by_errors():
         for request, answer in teacher.run(requests()):
             shard_name, sample_id = request.key
             opened = open_shards[shard_name]

@@ -29,6 +29,8 @@ def verify_answers(cache: Path, where: str | None, renew: bool, unsafe_exec: boo
 
     warn_of_unsafe(unsafe_exec)
     line = ProgressLine("answers")
-    found = judging.verify_answers(cache, renew, unsafe_exec, where, lambda done, of: line.show(done, of, "", None))
+    facts = judging.verify_answers(
+        cache, renew, unsafe_exec, where, lambda p: line.show(p.done, p.total, p.note, p.seconds_left)
+    )
     line.close()
-    print_facts(found, as_json)
+    print_facts(facts, as_json)

@@ -9,7 +9,8 @@ those that were found at capture. It is replaced whole, every minute: interrupte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ from kdcache.cache import integrity, query, writer
 from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
+from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.prompts.tokenize import whole_turn
 from kdcache.storage import Location, lock
 
@@ -34,7 +36,7 @@ def verify_answers(
     renew: bool = False,
     unsafe: bool = False,
     where: str | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    show: ShowProgress = silent,
 ) -> dict[str, Any]:
     """Judge the samples that have a verifier and no reward yet (``renew``: all that have one), and count the verdicts."""
     with lock.held(cache):
@@ -58,16 +60,21 @@ def verify_answers(
                 (sample["verifier"], whole_turn(sample["prompt"], sample["completion"]), sample["reference"])
                 for sample in some
             ]
-            for sample, verdict in zip(some, verifiers.verify_many(items, sandbox)):
+            shown = partial(_show_all, show, first, len(todo))
+            for sample, verdict in zip(some, verifiers.verify_many(items, sandbox, show=shown)):
                 row = {"sample_id": sample["sample_id"], "reward": verdict.reward, "reason": verdict.reason}
                 known[sample["sample_id"]] = row
                 counts["not_judged" if verdict.reward is None else "right" if verdict.reward >= 1 else "wrong"] += 1
-            progress(min(first + AT_ONCE, len(todo)), len(todo))
             if time.monotonic() - saved > SAVE_SECONDS:
                 _write(cache, known)
                 saved = time.monotonic()
         _write(cache, known)
     return {"cache": str(cache), "judged": len(todo), **counts}
+
+
+def _show_all(show: ShowProgress, before: int, total: int, progress: Progress) -> None:
+    """Show the progress of a part as that of the whole."""
+    show(replace(progress, done=before + progress.done, total=total))
 
 
 def prepare(cache: Location) -> None:

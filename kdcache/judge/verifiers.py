@@ -31,7 +31,7 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -39,7 +39,10 @@ from typing import Any
 
 from kdcache.errors import KDError
 from kdcache.judge import asserts
-from kdcache.judge.sandbox import Limits, Outcome, Sandbox, side_by_side
+from kdcache.judge.sandbox import Sandbox
+from kdcache.judge.sandbox.limits import Limits, Outcome
+from kdcache.judge.sandbox.pool import side_by_side
+from kdcache.progress import ShowProgress, silent
 
 KINDS = ("stdio", "asserts", "exact", "numeric", "none")
 LANGUAGES = {"stdio": ("python", "cpp"), "asserts": ("python",)}
@@ -240,7 +243,7 @@ def verify_many(
     items: Sequence[tuple[dict[str, Any] | str | None, str, str | None]],
     sandbox: Sandbox | None,
     workers: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    show: ShowProgress = silent,
     max_tests: int | None = None,
 ) -> list[Verdict]:
     """Verdicts of (verifier, completion, reference), in order, programs side by side.
@@ -251,7 +254,7 @@ def verify_many(
         if sandbox is None:
             raise KDError("some of the answers are programs, which need a sandbox")
         sandbox.check()
-    return side_by_side(lambda item: verify(*item, sandbox, max_tests), items, workers, progress)
+    return side_by_side(lambda item: verify(*item, sandbox, max_tests), items, workers, show, "answers")
 
 
 def sandbox_for(verifiers: Iterable[str | None], unsafe: bool = False) -> Sandbox | None:

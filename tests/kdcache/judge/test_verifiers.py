@@ -9,6 +9,7 @@ from kdcache.errors import KDError
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
 from kdcache.judge.verifiers import Verdict, extract, parse, verify, verify_many
+from kdcache.progress import Progress
 from trainer.evaluate.metrics import WordTokenizer
 
 SUM = {
@@ -447,10 +448,10 @@ def test_many_answers_are_judged_in_order_and_one_bad_row_spoils_no_other(sandbo
         (DOUBLE, "double = lambda x: x * 2", None),
     ]
     items += [(SUM, fenced(ADD + " # \ud800"), None), ({"kind": "stdio"}, "x", None)]
-    counted = []
-    verdicts = verify_many(items, sandbox, workers=2, progress=counted.append)
+    shown = []
+    verdicts = verify_many(items, sandbox, workers=2, show=shown.append)
     assert [verdict.reward for verdict in verdicts] == [0.0, 0.0, 0.0, None, None, 1.0, 1.0, 1.0, None]
-    assert sum(counted) == len(items)
+    assert shown[-1] == Progress(len(items), len(items), "answers")
 
 
 def test_code_without_a_sandbox_that_works_is_not_judged(monkeypatch, tmp_path):
