@@ -27,7 +27,7 @@ from kdcache.examples import near_duplicates as splits
 from kdcache.examples.templates import TEMPLATE_VERSION, with_reasoning
 from kdcache.examples.types import BadRow, Columns, Example
 from kdcache.hashing import request_seed, stable_hash
-from kdcache.judge import verifiers
+from kdcache.judge import kinds
 from kdcache.models import embedded, identity
 from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, Asked, Prompts
 from kdcache.storage import Location, folders, seal
@@ -504,7 +504,7 @@ def _group_id(example: Example) -> str:
 def _not_judged(example: Example) -> str | None:
     """Why an answer to this example could not be judged although the row says how; None where all is well."""
     try:
-        verifiers.parse(example.verifier)
+        kinds.parse(example.verifier)
     except KDError as error:
         return str(error)
     return None

@@ -42,7 +42,7 @@ BUG_FIX_DESCRIBED = (
 )
 DOCSTRING = "Write the docstring of this Python function: its text alone, without quotes and without the code."
 
-#: By language. What follows the user's message under --reasoning; verifiers.extract reads the answer back.
+#: By language. What follows the user's message under --reasoning; judge/answers.py reads the answer back.
 REASONING = {
     "en": "Think first, between <think> and </think>. Then give the answer alone, between <answer> and </answer>.",
     "es": "Piensa primero, entre <think> y </think>. Después da solo la respuesta, entre <answer> y </answer>.",

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.judge.verifiers import nfc
+from kdcache.judge.compare import nfc
 
 RESAMPLINGS = 2000
 LEAST_GROUPS = 5  # problems that an interval needs: resampling fewer says little of others

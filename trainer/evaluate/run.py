@@ -30,7 +30,7 @@ from kdcache.cache import query
 from kdcache.cache.format import SPLITS
 from kdcache.cache.reader import Cache, Sample
 from kdcache.errors import KDError, UsageError
-from kdcache.judge import verifiers
+from kdcache.judge import answers, verifiers
 from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
 from kdcache.prompts.tokenize import whole_turn
@@ -426,7 +426,7 @@ def _judge(
             if known:
                 row["rougeL"] = max(metrics.rouge_l(text, reference) for _, reference in known)
                 row["rougeL_paper"] = max(metrics.rouge_l_of_the_paper(text, reference) for _, reference in known)
-                row["exact"] = max(metrics.exact(verifiers.answer_in(turn, verifier), ref) for verifier, ref in known)
+                row["exact"] = max(metrics.exact(answers.answer_in(turn, verifier), ref) for verifier, ref in known)
             if prompt.teacher and not is_teacher:
                 row["rougeL_teacher"] = metrics.rouge_l(text, prompt.teacher[0])
             yield row

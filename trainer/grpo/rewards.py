@@ -17,7 +17,7 @@ import numpy as np
 
 from kdcache.cache.reader import Sample
 from kdcache.errors import KDError
-from kdcache.judge import verifiers
+from kdcache.judge import answers, verifiers
 from kdcache.judge.sandbox import Sandbox
 
 FORMAT_WEIGHT = 0.1
@@ -65,9 +65,9 @@ def compose(verdict: verifiers.Verdict, form: bool, finished: bool) -> Judged:
 
 def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
     """Whether an answer has the form asked for: reasoning and answer in their tags, or simply an answer that can be found."""
-    if reasoned and not verifiers.has_reasoned_form(text):
+    if reasoned and not answers.has_reasoned_form(text):
         return False
-    return bool(verifiers.answer_in(text, verifier).strip())
+    return bool(answers.answer_in(text, verifier).strip())
 
 
 def likeness(ids: Sequence[int], cached: Sequence[Sample]) -> float:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdcache.judge import asserts
+from kdcache.judge.asserts import values
 from kdcache.judge.sandbox import Sandbox, program
 from kdcache.judge.verifiers import Verdict, verify
 
@@ -291,7 +291,7 @@ def test_asserts_are_judged_without_bubblewrap_too_where_that_is_asked_for():
 )
 def test_a_text_that_is_no_value_is_refused(text):
     with pytest.raises((ValueError, IndexError, TypeError, KeyError, RecursionError)):
-        asserts.decode(text, asserts.plain)
+        values.decode(text, values.only_plain)
 
 
 def test_values_survive_being_text():
@@ -310,4 +310,4 @@ def test_values_survive_being_text():
         frozenset([3]),
         {},
     ]
-    assert asserts.decode(asserts.encode(value, str), asserts.plain) == value
+    assert values.decode(values.encode(value, str), values.only_plain) == value
