@@ -13,30 +13,33 @@ from kdcache.commands.options import CONTEXT, NAME_OR_PATH, PATH, PathType
 
 @click.command("run", context_settings=CONTEXT)
 @click.argument("recipe", type=NAME_OR_PATH)
-@click.option("--out", type=PATH, help="Folder of everything it makes [default: data/RECIPE].")
+@click.option("--size", help="One of the recipe's sizes, such as paper or cpu [default: its first, paper].")
+@click.option(
+    "--out", type=PATH, help="Folder of everything it makes [default: data/RECIPE, data/RECIPE-SIZE for cpu]."
+)
 @click.option(
     "--data-path",
     type=PathType(exists=True),
     help="The data set's file or folder; without it the recipe takes it from the Hub.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the commands, each checked; run none.")
-def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: bool) -> None:
+def run_recipe(recipe: str, size: str | None, out: Path | None, data_path: Path | None, dry_run: bool) -> None:
     """Run a whole experiment: cache, train (KD and SFT), evaluate, compare. RECIPE is a name of recipes/, or a .yaml.
 
-    Run it again after an interruption: it continues where it stopped.
+    Run it again after an interruption: it resumes where it stopped.
 
     \b
     kd run dolly-en --dry-run
-    kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
+    kd run dolly-en --size cpu --data-path dolly.jsonl --out data/dolly
     """
     quiet.libraries()
     from kdcache.commands import recipes
 
-    out = out or Path("data") / Path(recipe).stem
     if not dry_run:
-        recipes.run(recipe, out, note, data_path)
+        recipes.run(recipe, out, note, data_path, size)
         return
-    for step in recipes.steps(recipes.load(recipe), out, data_path):
+    loaded = recipes.load(recipe)
+    for step in recipes.steps(loaded, out or recipes.default_folder(loaded, size), data_path, size):
         _check_command(step.arguments)
         say(f"# {step.name}\n{step.command}\n")
 
@@ -51,10 +54,10 @@ def _check_command(arguments: list[str]) -> None:
     command = root.command
     while isinstance(command, click.Group):
         name, arguments = arguments[0], arguments[1:]
-        found = command.get_command(root, name)
-        if found is None:
+        subcommand = command.get_command(root, name)
+        if subcommand is None:
             raise click.UsageError(f"no command {name}")
-        command = found
+        command = subcommand
     with command.make_context(command.name, list(arguments)) as context:
         if command is cache_teacher:
             engine_extra(context, context.params["engine"])
