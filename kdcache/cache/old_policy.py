@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, THINK, opens_thought
+from kdcache.prompts.thoughts import THINK, opens_thought
+from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION
 
 #: Below this median the teacher hardly expects an end where one stands. SmolLM2 gives the right mark -1.3 nats after six
 #: given answers of the builtin examples (median), and <|endoftext|> in its place -11.8.

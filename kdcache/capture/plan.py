@@ -29,7 +29,7 @@ from kdcache.examples.types import BadRow, Columns, Example
 from kdcache.hashing import request_seed, stable_hash
 from kdcache.judge import kinds
 from kdcache.models import embedded, identity
-from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, Asked, Prompts
+from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, Prompts, TokenizedRow
 from kdcache.storage import Location, folders, seal
 from kdcache.storage.folders import CACHE
 from kdcache.teachers import EngineOptions, Request, Sampling, resolve_dtype, runs_on_gpu
@@ -373,7 +373,7 @@ class Plan:
         elif has_files:
             raise KDError(f"--out {out} is not empty and is no cache (it has no plan.json). Use another --out.")
 
-    def asked(self, example: Example, given: bool) -> Asked:
+    def asked(self, example: Example, given: bool) -> TokenizedRow:
         """What the teacher is asked about an example: its prompt alone, or (``given``) with the answer given to it."""
         if self.config.reasoning:
             example = with_reasoning(example)
@@ -438,7 +438,7 @@ class Plan:
             "verifier": example.verifier,
         }
 
-        def sample(asked: Asked, suffix: str, **more: Any) -> Sample:
+        def sample(asked: TokenizedRow, suffix: str, **more: Any) -> Sample:
             sample_id = f"{example.source}:{example.row_id}:{suffix}"
             index = more.get("sample_index")
             seed = None if index is None else request_seed(config.seed, sample_id, index)

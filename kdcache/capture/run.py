@@ -33,7 +33,8 @@ from kdcache.judge import rewards_file as judging
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
 from kdcache.judge.sandbox.pool import JudgePool
-from kdcache.prompts.tokenize import vocab_table, whole_turn
+from kdcache.prompts.thoughts import whole_turn
+from kdcache.prompts.vocabulary import vocab_table
 from kdcache.storage import Location, atomic, folders, lock
 from kdcache.teachers import Answer, Refusal, Request, Say, Teacher, load, runs_on_gpu
 

@@ -22,7 +22,7 @@ from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
 from kdcache.progress import Progress, ShowProgress, silent
-from kdcache.prompts.tokenize import whole_turn
+from kdcache.prompts.thoughts import whole_turn
 from kdcache.storage import Location, lock
 
 REWARDS = pa.schema(

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdcache import models
 from kdcache.errors import UsageError
-from kdcache.prompts.tokenize import ids_in
+from kdcache.prompts.vocabulary import ids_in
 from kdcache.teachers import Answer, EngineOptions, Request, has_gpu
 
 

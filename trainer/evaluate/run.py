@@ -33,7 +33,7 @@ from kdcache.errors import KDError, UsageError
 from kdcache.judge import answers, verifiers
 from kdcache.judge.sandbox import Sandbox
 from kdcache.models import identity
-from kdcache.prompts.tokenize import whole_turn
+from kdcache.prompts.thoughts import whole_turn
 from kdcache.storage import atomic, folders
 from trainer.data.stream import Units, open_caches, select
 from trainer.evaluate import metrics

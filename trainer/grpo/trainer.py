@@ -13,7 +13,8 @@ import torch
 from transformers.trainer_callback import PrinterCallback
 
 from kdcache.judge.sandbox import Sandbox
-from kdcache.prompts.tokenize import completion_text, whole_turn
+from kdcache.prompts.thoughts import whole_turn
+from kdcache.prompts.tokenize import completion_text
 from trainer.grpo import rewards
 from trainer.grpo.train import GrpoRun
 from trainer.run import parallel

@@ -16,7 +16,7 @@ from kdcache import __version__, models
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError, UsageError
 from kdcache.models import identity
-from kdcache.prompts.tokenize import ids_in
+from kdcache.prompts.vocabulary import ids_in
 from kdcache.storage import atomic, folders
 
 

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from kdcache.prompts import tokenize as prompts_module
-from kdcache.prompts.tokenize import Prompts, whole_turn
+from kdcache.prompts.thoughts import whole_turn
+from kdcache.prompts.tokenize import Prompts
 
 #: Written for these tests, in the shapes that model families use.
 CHATML = (
