@@ -1,7 +1,7 @@
 """What the files of data_sets/ share. Each says where its rows are and how a row becomes a ``Draft``; the rest is here.
 
-Every row becomes an example or a BadRow with a reason. Columns are checked once, in the first row: a data set in another
-layout ends the run with an error that names the expected and the present columns.
+Every row becomes an example or a BadRow with a reason. Columns are checked once, in the first row: a data set in
+another layout ends the run with an error that names the expected and the present columns.
 """
 
 from __future__ import annotations

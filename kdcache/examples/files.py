@@ -18,7 +18,7 @@ from kdcache.prompts.messages import without_nulls
 
 Row = dict[str, Any]
 
-#: Levels of lists and objects in a row. JSON and chat templates walk through them recursively, and must not run out of stack.
+#: Levels of lists and objects in a row. JSON and chat templates walk through them recursively, which costs stack.
 MAX_DEPTH = 100
 
 

@@ -1,7 +1,7 @@
 """Where prompts come from: one short file per data set, and all of them yield ``Example``.
 
-``load`` picks by name: ``builtin``, a data set, a .jsonl or .parquet file, or a Hub data set id with such columns. To add
-a data set, write its file in data_sets/ and add the file's name to ``MODULES``.
+``load`` picks by name: ``builtin``, a data set, a .jsonl or .parquet file, or a Hub data set id with such columns. To
+add a data set, write its file in data_sets/ and add the file's name to ``MODULES``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ Slices = dict[str, list[Example | BadRow]]  # by split
 
 
 def normalise(text: str) -> str:
-    """Return the words of a text alone: NFKC, casefolded, with one space between. A text without words keeps its signs."""
+    """Return a text's words alone: NFKC, casefolded, one space between them. A text without words keeps its signs."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", text) or text.split())
 
@@ -98,7 +98,8 @@ class _EvaluationRow:
 class _EvaluationRows:
     """The rows that another may not repeat, and an inverted index of their shingles: 20 bytes per shingle.
 
-    The index has for each part (the instruction, its input) all shingles in order, and beside each the number of its row.
+    The index has for each part (the instruction, its input) all shingles in order, and beside each the number of its
+    row.
     """
 
     def __init__(self) -> None:
@@ -121,7 +122,7 @@ class _EvaluationRows:
             self.index[number] = all_shingles[order], row_numbers[order]
 
     def similar_to(self, parts: tuple[Shingles, ...]) -> tuple[_EvaluationRow, float] | None:
-        """Return the first row whose every part is similar to these, with the similarity of the part that differs most."""
+        """Return the first row whose every part is similar to these, with the lowest of the parts' similarities."""
         number = max(range(len(parts)), key=lambda n: len(parts[n]))  # the longest part has the rarest shingles
         if number not in self.index:
             return None

@@ -75,7 +75,7 @@ def _text(value: Any) -> str | None:
 
 
 def _row_reader(first: dict[str, Any], where: str, columns: Columns) -> Callable[[dict[str, Any]], TableRow | str]:
-    """Return the function that reads this table's rows, decided by the first row: as a TableRow, or a reason as text."""
+    """Return the function that reads this table's rows as TableRows, or as reasons; the first row decides which."""
     column_names = ", ".join(first) or "none"
     for flag, column in (("--prompt-column", columns.prompt), ("--completion-column", columns.completion)):
         if column is not None and column not in first:

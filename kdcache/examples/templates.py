@@ -1,7 +1,8 @@
 """All the words that are put around a row. Whoever changes one changes TEMPLATE_VERSION, and so the fingerprint.
 
-``chat`` writes the instruction and its context into a user message for the teacher's chat template. ``alpaca`` writes the
-plain text of Stanford Alpaca (Taori et al. 2023), as MiniLLM renders Dolly; it is tokenised without a chat template.
+``chat`` writes the instruction and its context into a user message for the teacher's chat template. ``alpaca`` writes
+the plain text of Stanford Alpaca (Taori et al. 2023), as MiniLLM renders Dolly; it is tokenised without a chat
+template.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ BUG_FIX_DESCRIBED = (
 )
 DOCSTRING = "Write the docstring of this Python function: its text alone, without quotes and without the code."
 
-#: By language: what follows the user's message with --reasoning. judge/answers.py finds the answer in such a completion.
+#: By language: what follows the user's message with --reasoning. judge/answers.py finds the answer in what comes back.
 REASONING = {
     "en": "Think first, between <think> and </think>. Then give the answer alone, between <answer> and </answer>.",
     "es": "Piensa primero, entre <think> y </think>. Después da solo la respuesta, entre <answer> y </answer>.",

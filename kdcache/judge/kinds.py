@@ -2,16 +2,16 @@
 
 A sample's verifier is a JSON object; code needs a sandbox (kdcache/judge/sandbox/):
 
-* {"kind": "stdio", "language": "python" or "cpp", "tests": [{"input", "output"}, ...]}, optionally "time_limit_seconds",
-  "memory_limit_mb" and "checker". Without a checker, outputs are compared word by word (kdcache/judge/compare.py). A
-  checker is a Python program that is called with the paths of input, expected output and output. The last word that it
-  prints is 1 or True for a right output (the data set's own rule), or a score: an output is right if its score reaches
-  the 100 that the expected output gets;
-* {"kind": "asserts", "language": "python", "tests": ["assert f(1) == 2", ...]}, optionally "setup", which is run before,
-  and the two limits;
+* {"kind": "stdio", "language": "python" or "cpp", "tests": [{"input", "output"}, ...]}, optionally
+  "time_limit_seconds", "memory_limit_mb" and "checker". Without a checker, outputs are compared word by word
+  (kdcache/judge/compare.py). A checker is a Python program that is called with the paths of input, expected output and
+  output. The last word that it prints is 1 or True for a right output (the data set's own rule), or a score: an output
+  is right if its score reaches the 100 that the expected output gets;
+* {"kind": "asserts", "language": "python", "tests": ["assert f(1) == 2", ...]}, optionally "setup", which is run
+  before, and the two limits;
 * {"kind": "exact", "answer"}: equal after Unicode's NFC and with runs of whitespace as one blank;
-* {"kind": "numeric", "answer", "tolerance" (1e-6)}: the last number of the answer, with signs, and separators as English
-  or Spanish write them: where 1,234 or 1.234 has two readings, either may be right;
+* {"kind": "numeric", "answer", "tolerance" (1e-6)}: the last number of the answer, with signs, and separators as
+  English or Spanish write them: where 1,234 or 1.234 has two readings, either may be right;
 * {"kind": "none"}: not judged.
 
 The answer of exact and numeric is the sample's reference unless the verifier gives one.

@@ -1,16 +1,16 @@
 """Judges completions by their verifiers. Invariant: only what was judged has a reward: 1 is right, 0 is wrong.
 
-    python -c 'from kdcache.judge.verifiers import verify; print(verify({"kind": "numeric", "answer": "7"}, "So it is 7."))'
+    python -c 'from kdcache.judge.verifiers import verify; print(verify({"kind": "numeric", "answer": "7"}, "It is 7."))'
 
 A verifier says how a completion is judged (kdcache/judge/kinds.py), a verdict is what came of it. The verdict of a
 completion that could not be judged has the reward None, and says why.
 
 Asserts run in a process that holds the tests and never the answer (kdcache/judge/asserts/). Another process holds the
-answer and is asked for the values of its functions, one call at a time. So an answer can write nothing but values, and a
-value has to be right. The setup belongs to the tests: the answer sees its imports, and those of its classes that have no
-test in them. Some tests are not judged: those that pass their own functions or objects to the answer, compare objects of
-the answer with each other, catch exceptions of its classes, or assert nothing. A name that neither the tests nor Python
-define is the answer's.
+answer and is asked for the values of its functions, one call at a time. So an answer can write nothing but values, and
+a value has to be right. The setup belongs to the tests: the answer sees its imports, and those of its classes that
+have no test in them. Some tests are not judged: those that pass their own functions or objects to the answer, compare
+objects of the answer with each other, catch exceptions of its classes, or assert nothing. A name that neither the
+tests nor Python define is the answer's.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def verify(
     sandbox: Sandbox | None = None,
     max_tests: int | None = None,
 ) -> Verdict:
-    """Return the verdict on a completion. If the verifier is invalid or the sandbox fails, it says so, without a reward."""
+    """Return the verdict on a completion. An invalid verifier or a sandbox that fails gives no reward, and the reason."""
     try:
         parsed = kinds.parse(verifier) if isinstance(verifier, str) or verifier is None else kinds.check(verifier)
         if parsed is None or parsed.kind == "none":

@@ -1,4 +1,4 @@
-"""Checks that a chat template writes all of a conversation that matters, for some templates leave parts out silently."""
+"""Checks that a chat template writes all of a conversation that matters: some templates leave parts out silently."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdcache.prompts.thoughts import THINK
 
 
 def plain_text(messages: Sequence[Message]) -> str:
-    """Return the contents alone, for a tokenizer without a chat template; ValueError if more than that must be written."""
+    """Return the contents alone, for a tokenizer without a chat template; ValueError if there is more to write."""
     for message in messages:
         for key in ("tool_calls", *REASONING_KEYS):
             if message.get(key):
@@ -47,7 +47,7 @@ def _is_within(part: str, text: str) -> bool:
 
 
 def answer_inside_thought(answer: Message) -> str | None:
-    """Return reasoning and answer as they continue a ``<think>`` in the prompt; None for an answer without reasoning."""
+    """Return reasoning and answer as they continue a ``<think>`` in the prompt; None if there is no reasoning."""
     content, reasoning = str(answer.get("content") or ""), answer.get(REASONING_KEYS[0])
     if reasoning:
         return f"{reasoning.strip()}\n</think>\n\n{content.lstrip()}"

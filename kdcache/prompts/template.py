@@ -26,7 +26,7 @@ Render = Callable[[Sequence[Message], Sequence[dict[str, Any]], bool], str]
 class TemplateFacts:
     """What a chat template writes around an answer; without a template, what takes its place.
 
-    For example, for ChatML: generation_prompt "<|im_start|>assistant\\n", before_answer "", after_answer "<|im_end|>\\n".
+    For ChatML: generation_prompt "<|im_start|>assistant\\n", before_answer "", after_answer "<|im_end|>\\n".
     """
 
     chat_template: bool

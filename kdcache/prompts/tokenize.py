@@ -5,7 +5,7 @@ conversation. The answer is what the whole conversation has after the prompt, up
 
     prompt          <|im_start|>user\\nName a river.<|im_end|>\\n<|im_start|>assistant\\n
     conversation    <|im_start|>user\\nName a river.<|im_end|>\\n<|im_start|>assistant\\nThe Nile.<|im_end|>\\n
-                                                                                   ^^^^^^^^^ the answer, then end_of_turn
+                                                                                   ^^^^^^^^^ the answer, then its end
 
 If the conversation does not begin with the prompt, the conversation is followed, and the row says so (``differs``).
 """
@@ -117,7 +117,7 @@ class Prompts:
         return self._append(prompt, completion, None, is_plain=True)
 
     def _append(self, prompt: str, completion: str, differs: str | None, is_plain: bool = False) -> TokenizedRow:
-        """Return the ids of ``completion`` after ``prompt``, with one end-of-turn; no ids if the completion is empty."""
+        """Return the ids of ``completion`` after ``prompt``, with one end-of-turn; none if the completion is empty."""
         encode = partial(self.prompt_ids, is_plain=is_plain)
         prompt_ids = encode(prompt)
         if not completion.strip():

@@ -14,7 +14,7 @@ def ids_in(*values: Any) -> list[int]:
 
 
 def vocab_table(tokenizer: Any, head_rows: int) -> pa.Table:
-    """Return token_id, token (as the tokenizer shows it) and bytes (its text), with a row per row of the teacher's head."""
+    """Return token_id, token (as the tokenizer shows it) and bytes (its text), one row per row of the head."""
     size = min(len(tokenizer), head_rows)
     tokens: list[str | None] = list(tokenizer.convert_ids_to_tokens(list(range(size))))
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)

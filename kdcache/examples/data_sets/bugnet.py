@@ -3,9 +3,9 @@
     kd cache-teacher --examples bugnet-python --data-path bugnet/ --out data/bugnet
 
 A folder holds ``{Python,C++}_{train,validation,test}.jsonl`` and may hold ``problem_descriptions.json`` and
-``problem_tests.json``. The data set's own splits are not kept: ours go by problem. An answer is
-judged by running it if there is a test, else by comparing it. The verifier's ``baseline`` is the program with the bug: the
-answer of a model that copies its input.
+``problem_tests.json``. The data set's own splits are not kept: ours go by problem. An answer is judged by running it
+if there is a test, else by comparing it. The verifier's ``baseline`` is the program with the bug: the answer of a
+model that copies its input.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VERIFIER_LANGUAGES = {"Python": "python", "C++": "cpp"}
 
 
 def rows(place: str, local: bool, language: str) -> Iterator[files.Row]:
-    """Yield the rows of the language's three files, or of one file, with the description and the tests of their problem."""
+    """Yield the rows of the language's three files, or of one file, with their problem's description and tests."""
     path = Path(place) if local else _download(place, language)
     paths = [path] if path.is_file() else [p for s in SPLITS if (p := path / f"{language}_{s}.jsonl").is_file()]
     if not paths:

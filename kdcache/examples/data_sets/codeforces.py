@@ -56,7 +56,7 @@ def language_of(row: files.Row, prompt: str) -> str:
 
 
 def problem(row: files.Row) -> str | None:
-    """Return contest/index, as the data sets' ids are; None (then a hash of the prompt is taken) if both are missing."""
+    """Return contest/index, as the data sets' ids are; None (a hash of the prompt is used) if both are missing."""
     if row.get("contest_id") and row.get("index"):
         return f"{row['contest_id']}/{row['index']}"
     return None if row.get("id") is None else str(row["id"])

@@ -1,4 +1,4 @@
-"""PyTorrent: functions of Python packages with their docstrings; here code -> docstring (each row its package's licence).
+"""PyTorrent: functions of Python packages, whose docstrings are the answers (each row has its package's licence).
 
     kd cache-teacher --examples pytorrent --data-path PyTorrent/jsonl --out data/pytorrent
 

@@ -1,4 +1,4 @@
-"""Self-Instruct's 252 user-oriented instructions, an evaluation set (Wang et al. 2022, Apache-2.0): all of it for the test split.
+"""Self-Instruct's 252 user-oriented instructions (Wang et al. 2022, Apache-2.0): an evaluation set, all in the test split.
 
     kd cache-teacher --examples self-instruct --data-path user_oriented_instructions.jsonl --mode both --split-ratios 0,0,1
 

@@ -15,7 +15,7 @@ the value of a call. Each process runs in a sandbox of its own::
                                      <----------------------  ("value", r0, [])
       assert double(2) == 4
       ("call", [r0, 2], {}, False)   ---------------------->  call it
-                                     <----------------------  ("value", 4, [])  or  ("raise", class, builtin base, message)
+                                     <----------------------  ("value", 4, [])  or  ("raise", class, builtin, message)
       compare 4 with 4
     print ("passed", "") and end                              is ended with the judge
 
@@ -52,7 +52,7 @@ def script() -> str:
 
 
 def _without_own_imports(source: str) -> str:
-    """Return the source of a module without what may not stand in the middle of a text, or is defined in the same text."""
+    """Return a module's source without its imports of this package and of __future__."""
     lines = source.splitlines()
     for node in ast.parse(source).body:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith(("__future__", "kdcache")):

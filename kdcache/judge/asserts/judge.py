@@ -41,7 +41,7 @@ class AnswerProcess:
         return self._reply(operation, arguments, in_place)
 
     def _reply(self, operation: str, arguments: tuple[Any, ...], in_place: bool) -> Any:
-        """Return the value that comes back, or raise its exception here. Whatever else comes back spoils the verdict."""
+        """Return the value that comes back, or raise its exception here. Anything else spoils the verdict."""
         try:
             text = receive(self.source)
             message = ("gone", "") if text is None else decode(text, self._resolve)

@@ -69,7 +69,7 @@ def encode(value: Any, refer: Callable[[Any], str]) -> str:
 
 
 def decode(text: str, resolve: Callable[[str, str], Any]) -> Any:
-    """Return the value of a text, made of exactly the plain types; ``resolve`` gives the objects that r and g stand for.
+    """Return the value of a text, of exactly the plain types; ``resolve`` gives the objects that r and g stand for.
 
     Any exception means that ``encode`` did not write the text.
     """

@@ -55,7 +55,7 @@ def side_by_side(
     show: ShowProgress = silent,
     unit: str = "programs",
 ) -> list[R]:
-    """Return ``function`` (which runs programs) of each item, in order; ``workers`` run at a time (default: the CPUs)."""
+    """Return ``function``, which runs programs, of each item, in order; ``workers`` (default: the CPUs) at a time."""
     with JudgePool(workers or os.cpu_count() or 1) as pool, pool.stopped_by_errors():
         results = []
         for result in pool.map(function, items):

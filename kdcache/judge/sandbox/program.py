@@ -1,7 +1,8 @@
 """One program that runs behind the walls: how it is started, read, watched and ended.
 
-Start-up. Whether the sandbox failed or the program did must never be confused: the first is an error of ours, the second
-a verdict. So a shell inside the walls reports with one byte that everything stands, just before it becomes the program::
+Start-up. Whether the sandbox failed or the program did must never be confused: the first is an error of ours, the
+second a verdict. So a shell inside the walls reports with one byte that everything stands, just before it becomes the
+program::
 
     this process                     inside the sandbox
     ------------                     ------------------
@@ -118,8 +119,9 @@ def start(
 ) -> RunningProgram:
     """Start a command behind its wrapper, and let ``stack`` end it.
 
-    ``files`` (path -> content) are put into the sandbox; None where there is no bubblewrap. ``stdin`` is the path, inside,
-    of what the program reads. ``inherited`` are descriptors that the program gets. KDError if nothing can be started.
+    ``files`` (path -> content) are put into the sandbox; None where there is no bubblewrap. ``stdin`` is the path,
+    inside, of what the program reads. ``inherited`` are descriptors that the program gets. KDError if nothing can be
+    started.
     """
     address_bytes = (limits.memory_mb + SPARE_ADDRESS_MB) << 20
     rlimits = [f"--as={address_bytes}", f"--stack={limits.stack_mb << 20}:", f"--fsize={limits.file_bytes}"]
@@ -160,7 +162,7 @@ def start(
 
 
 def _pipe(stack: contextlib.ExitStack) -> tuple[int, int]:
-    """Return a pipe's reading and writing end. The program, which is nobody, may also open the latter as /dev/stdout."""
+    """Return a pipe's reading and writing end. The program, being nobody, may also open the latter as /dev/stdout."""
     reading, writing = os.pipe()
     stack.callback(os.close, reading)
     os.fchmod(writing, 0o622)

@@ -103,13 +103,13 @@ def test_reasoning_is_asked_for_in_the_rows_language_and_is_part_of_the_fingerpr
     path = tmp_path / "rows.jsonl"
     lines = [{"id": "a", "prompt": "Why?", "language": "en"}, {"id": "b", "prompt": "¿Por qué?", "language": "es"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    plain, asked = (
+    plain, reasoned = (
         capture_plan(tiny_model, path, tmp_path / "c", mode="sample", reasoning=reasoning)
         for reasoning in (False, True)
     )
-    assert plain.fingerprint != asked.fingerprint
-    found = [s for shard in asked.shards for e in shard.examples for s in asked.samples_of(shard, e)]
-    prompts = {s.row_id: s.fields["prompt"] for s in found if isinstance(s, Sample)}
+    assert plain.fingerprint != reasoned.fingerprint
+    samples = [s for shard in reasoned.shards for e in shard.examples for s in reasoned.samples_of(shard, e)]
+    prompts = {s.row_id: s.fields["prompt"] for s in samples if isinstance(s, Sample)}
     assert "Think first, between <think> and </think>" in prompts["a"] and "Piensa primero" in prompts["b"]
     with pytest.raises(UsageError, match="alpaca"):
         capture_plan(tiny_model, path, tmp_path / "c", reasoning=True, prompt_format="alpaca")

@@ -32,13 +32,13 @@ def said_by(outcome):
 def is_running(marker):
     """Whether a process of the machine has ``marker`` in its command line, after a moment's grace."""
     for _ in range(50):
-        found = []
+        has_marker = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                found.append(marker.encode() in path.read_bytes())
+                has_marker.append(marker.encode() in path.read_bytes())
             except OSError:
                 continue
-        if not any(found):
+        if not any(has_marker):
             return False
         time.sleep(0.05)
     return True
