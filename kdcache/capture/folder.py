@@ -16,7 +16,7 @@ from kdcache.capture.space import needs_space
 from kdcache.errors import KDError
 from kdcache.judge import rewards_file
 from kdcache.progress import Progress, ShowProgress
-from kdcache.prompts.tokenize import vocab_table
+from kdcache.prompts.vocabulary import vocab_table
 from kdcache.storage import Location, atomic, folders, lock
 from kdcache.storage.folders import CACHE
 

@@ -19,7 +19,8 @@ from kdcache.cache.layout import shard_name
 from kdcache.capture.config import CaptureConfig
 from kdcache.examples.types import BadRow, Example
 from kdcache.models import identity
-from kdcache.prompts.tokenize import Prompts, TemplateFacts
+from kdcache.prompts.template import TemplateFacts
+from kdcache.prompts.tokenize import Prompts
 from kdcache.storage import seal
 from kdcache.teachers import EngineOptions
 

@@ -18,7 +18,7 @@ from kdcache.capture.plan import Plan, Shard
 from kdcache.examples.templates import with_reasoning
 from kdcache.examples.types import BadRow, Example
 from kdcache.hashing import request_seed, stable_hash
-from kdcache.prompts.tokenize import Asked, Prompts
+from kdcache.prompts.tokenize import Prompts, TokenizedRow
 from kdcache.teachers import Answer, Refusal, Request
 
 
@@ -77,7 +77,7 @@ def questions_of(plan: Plan, prompts: Prompts, shard: Shard, example: Example | 
             yield _question(plan, shard, example, prompt, index)
 
 
-def ask_about(config: CaptureConfig, prompts: Prompts, example: Example, with_answer: bool) -> Asked:
+def ask_about(config: CaptureConfig, prompts: Prompts, example: Example, with_answer: bool) -> TokenizedRow:
     """Return the ids of an example's prompt, and with ``with_answer`` those of the answer given to it.
 
     Raises ValueError, in words for the user, where the chat template cannot write them.
@@ -100,7 +100,7 @@ def beyond_vocabulary(token: int, vocab_size: int) -> str:
     return f"token {token}, is beyond the model's vocabulary of {vocab_size}: its tokenizer has more tokens than that"
 
 
-def _question(plan: Plan, shard: Shard, example: Example, text: Asked, index: int | None) -> Question:
+def _question(plan: Plan, shard: Shard, example: Example, text: TokenizedRow, index: int | None) -> Question:
     """Return the question that scores the given answer (``index`` None), or that samples answer number ``index``."""
     sample_id = f"{example.source}:{example.row_id}:{'g' if index is None else f's{index}'}"
     seed = None if index is None else request_seed(plan.config.seed, sample_id, index)
@@ -128,7 +128,7 @@ def _bad(example: Example, reason: str) -> BadRow:
     return BadRow(example.source, example.row_id, reason)
 
 
-def _prompt_problem(plan: Plan, prompt: Asked | None, given: Asked | None) -> str | None:
+def _prompt_problem(plan: Plan, prompt: TokenizedRow | None, given: TokenizedRow | None) -> str | None:
     """Return why an example's prompt cannot be asked; None if it can."""
     either = prompt or given
     assert either is not None
@@ -139,7 +139,7 @@ def _prompt_problem(plan: Plan, prompt: Asked | None, given: Asked | None) -> st
     return _too_long(plan, len(prompt.prompt_ids), "prompt:") if prompt is not None else None
 
 
-def _answer_problem(plan: Plan, given: Asked, example: Example) -> str | None:
+def _answer_problem(plan: Plan, given: TokenizedRow, example: Example) -> str | None:
     """Return why a given answer cannot be scored; None if it can."""
     if not given.completion_ids:
         return "no completion to score" if example.given is None else "the completion is empty"

@@ -23,7 +23,7 @@ from kdcache.examples import load
 from kdcache.examples.near_duplicates import drop_near_duplicates
 from kdcache.examples.types import BadRow, Example
 from kdcache.hashing import stable_hash
-from kdcache.judge import verifiers
+from kdcache.judge import kinds
 from kdcache.models import identity
 from kdcache.prompts.tokenize import Prompts
 from kdcache.storage import Location
@@ -206,7 +206,7 @@ def _notes(
 def _verifier_problem(example: Example) -> str | None:
     """Return why an answer to this example cannot be judged although the row has a verifier; None where it can."""
     try:
-        verifiers.parse(example.verifier)
+        kinds.parse(example.verifier)
     except KDError as error:
         return str(error)
     return None

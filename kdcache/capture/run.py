@@ -28,9 +28,11 @@ from kdcache.capture.space import bytes_per_token, needs_space
 from kdcache.errors import KDError
 from kdcache.examples.types import BadRow, Example
 from kdcache.judge import verifiers
-from kdcache.judge.sandbox import Sandbox, Workers
+from kdcache.judge.sandbox import Sandbox
+from kdcache.judge.sandbox.pool import JudgePool
 from kdcache.progress import Progress, ShowProgress, silent
-from kdcache.prompts.tokenize import Prompts, whole_turn
+from kdcache.prompts.thoughts import whole_turn
+from kdcache.prompts.tokenize import Prompts
 from kdcache.storage import folders, lock
 from kdcache.teachers import Answer, Refusal, Request, Say, Teacher
 from kdcache.teachers.device import runs_on_gpu
@@ -228,7 +230,7 @@ def fill(
         last_written = written
         tally.shards_written += 1
 
-    with Workers() as judges, Background() as background, judges.stopped_by_errors():
+    with JudgePool() as judges, Background() as background, judges.stopped_by_errors():
         for request, answer in teacher.run(requests()):
             shard_name, sample_id = request.key
             opened = open_shards[shard_name]
@@ -261,7 +263,7 @@ def add_answer(
     opened: OpenShard,
     question: Question,
     answer: Answer | Refusal,
-    judges: Workers,
+    judges: JudgePool,
     sandbox: Sandbox | None,
 ) -> None:
     """Make the row of an answer, and hand the answer to the judges if its row has a verifier."""

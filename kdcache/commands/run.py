@@ -15,30 +15,31 @@ from kdcache.commands.passthrough import PassThrough
 
 @click.command("run")
 @click.argument("recipe", type=NAME_OR_PATH)
-@click.option("--out", type=PATH, help="Folder of all results [default: data/RECIPE].")
+@click.option("--size", help="One of the recipe's sizes, such as paper or cpu [default: its first, paper].")
+@click.option("--out", type=PATH, help="Folder of all results [default: data/RECIPE, data/RECIPE-SIZE for cpu].")
 @click.option(
     "--data-path",
     type=PathType(exists=True),
     help="File or folder of the data set; without it the recipe downloads the data set from the Hub.",
 )
 @click.option("--dry-run", is_flag=True, help="Check and print the commands; run none.")
-def run_recipe(recipe: str, out: Path | None, data_path: Path | None, dry_run: bool) -> None:
+def run_recipe(recipe: str, size: str | None, out: Path | None, data_path: Path | None, dry_run: bool) -> None:
     """Run a whole experiment, from the cache to the comparison.
 
     RECIPE is a name in recipes/, or a .yaml file. Run it again after an interruption: it continues where it stopped.
 
     \b
     kd run dolly-en --dry-run
-    kd run dolly-en-cpu --data-path dolly.jsonl --out data/dolly
+    kd run dolly-en --size cpu --data-path dolly.jsonl --out data/dolly
     """
     quiet.libraries()
     from kdcache.commands import recipes
 
-    out = out or Path("data") / Path(recipe).stem
     if not dry_run:
-        recipes.run(recipe, out, note, data_path)
+        recipes.run(recipe, out, note, data_path, size)
         return
-    for step in recipes.steps(recipes.load(recipe), out, data_path):
+    loaded = recipes.load(recipe)
+    for step in recipes.steps(loaded, out or recipes.default_folder(loaded, size), data_path, size):
         check_command(step.arguments)
         say(f"# {step.name}\n{step.command}\n")
 

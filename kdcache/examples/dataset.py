@@ -1,7 +1,7 @@
-"""What the data sets' own files share: each says where its rows are and what it makes of one; the rest is here.
+"""What the files of data_sets/ share. Each says where its rows are and how a row becomes a ``Draft``; the rest is here.
 
-A row becomes an example or a reason, never nothing. Columns are looked at once, in the first row: a data set in another
-layout ends the run with what was expected and what was found.
+Every row becomes an example or a BadRow with a reason. Columns are checked once, in the first row: a data set in
+another layout ends the run with an error that names the expected and the present columns.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from kdcache.examples.types import BadRow, Example
 
 
 class Rejected(ValueError):
-    """Why a row cannot be taken."""
+    """Why a row cannot become an example."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A row as a task, before it has the form of a prompt."""
+    """A row as a task, before it is written as a prompt."""
 
     instruction: str
-    input: str = ""  # what the instruction is about
-    fence: str | None = None  # the input is code of this language
+    input: str = ""  # the context of the instruction
+    fence: str | None = None  # the language of the input, if it is code
     completion: str | None = None
     reference: str | None = None
     group_id: str | None = None
@@ -39,18 +39,21 @@ class Draft:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set's place on the Hub, its columns (any one of the layouts), and what becomes of a row."""
+    """Where a data set is on the Hub, its columns (those of any one layout), and how a row becomes a draft."""
 
     hub: str
     layouts: tuple[tuple[str, ...], ...]
     take: Callable[[files.Row], Draft]
     config: str | None = None
-    split: str | None = None  # None: all, for the splits are ours
-    within: str = "*"  # which files of a folder, if some are like it
+    split: str | None = None  # None: all, since we split the rows ourselves
+    within: str = "*"  # the pattern of the files to read in a folder; all files if none matches
     language: str = "en"  # of the prose, ISO 639-1
-    rows: Callable[[str, bool], Iterator[files.Row]] | None = None  # (path or Hub id, is it local), if not as below
+    rows: Callable[[str, bool], Iterator[files.Row]] | None = (
+        None  # of (path or Hub id, is it local); None: as ``read`` does
+    )
 
     def read(self, path: str | None) -> Iterator[files.Row]:
+        """Yield the rows, from a file, folder or Hub id (default: the data set's own); UsageError if it is none."""
         local = path is not None and Path(path).exists()
         if path is not None and not local and not files.is_hub_id(path):
             raise UsageError(f"--data-path {path}: no such file or folder, and no Hub id either")
@@ -64,13 +67,14 @@ class DataSet:
 def examples(
     data_set: DataSet, source: str, path: str | None, prompt_format: str, system: str | None
 ) -> Iterator[Example | BadRow]:
+    """Yield the rows of a data set as examples. ``path`` is a file, folder or Hub id; ``source`` names the data set."""
     seen: Counter[str] = Counter()
     for number, row in enumerate(data_set.read(path)):
         if not number:
             check_columns(row, data_set.layouts, f"{source} ({path or data_set.hub})")
         row_id = str(row["id"]) if row.get("id") is not None else str(number)
         seen[row_id] += 1
-        if seen[row_id] > 1:  # several answers to one problem
+        if seen[row_id] > 1:  # one of several answers to a problem
             row_id = f"{row_id}#{seen[row_id]}"
         try:
             draft = data_set.take(row)
@@ -95,17 +99,17 @@ def examples(
 
 
 def check_columns(row: files.Row, layouts: tuple[tuple[str, ...], ...], where: str) -> None:
-    """KDError that names the columns a row has not, of the layout that it comes nearest to."""
-    lacking = min(([c for c in layout if c not in row] for layout in layouts), key=len)
-    if lacking:
+    """Raise KDError, with the missing columns of the most similar layout, unless a row has all columns of a layout."""
+    missing = min(([c for c in layout if c not in row] for layout in layouts), key=len)
+    if missing:
         expected = ", or ".join(", ".join(layout) for layout in layouts)
         raise KDError(
-            f"{where}: no column {', '.join(map(repr, lacking))}; expected {expected}; found: {', '.join(row) or 'none'}"
+            f"{where}: no column {', '.join(map(repr, missing))}; expected {expected}; found: {', '.join(row) or 'none'}"
         )
 
 
 def text(row: files.Row, *columns: str) -> str:
-    """The first of the columns that holds text; Rejected if none does."""
+    """Return the first of the columns that holds text; Rejected if none does."""
     for column in columns:
         if isinstance(row.get(column), str) and row[column].strip():
             return row[column]
@@ -113,7 +117,7 @@ def text(row: files.Row, *columns: str) -> str:
 
 
 def optional(row: files.Row, *columns: str) -> str:
-    """The same, and "" where the columns are missing or empty; Rejected if one holds something else."""
+    """Return the first of the columns that holds text, or "" if none does; Rejected if one holds something else."""
     for column in columns:
         if row.get(column) is not None and not isinstance(row[column], str):
             raise Rejected(f"column {column!r} is {type(row[column]).__name__}, expected text")
@@ -123,11 +127,11 @@ def optional(row: files.Row, *columns: str) -> str:
 
 
 def stdio(language: str, tests: Any, **more: Any) -> dict[str, Any] | None:
-    """A verifier that runs a program on inputs; None if there is no whole test. Empty settings are left out."""
-    whole = [
+    """Return a verifier that runs a program on inputs; None if no test is complete. Empty settings are left out."""
+    complete = [
         {"input": test["input"], "output": test["output"]}
         for test in (tests if isinstance(tests, list) else [])
         if isinstance(test, dict) and isinstance(test.get("input"), str) and isinstance(test.get("output"), str)
     ]
     settings = {name: value for name, value in more.items() if value not in (None, "")}
-    return {"kind": "stdio", "language": language, "tests": whole, **settings} if whole else None
+    return {"kind": "stdio", "language": language, "tests": complete, **settings} if complete else None

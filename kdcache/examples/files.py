@@ -1,4 +1,7 @@
-"""Rows as dicts from .jsonl, .jsonl.gz, .json and .parquet files, folders of them, and the Hub. Nothing else opens them."""
+"""Reads rows as dicts from .jsonl, .jsonl.gz, .json and .parquet files, folders of them, and the Hub.
+
+Invariant: no other module opens files of examples.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from kdcache.prompts.messages import without_nulls
 
 Row = dict[str, Any]
 
-#: Levels of lists and objects in a row: what walks through one recursively (JSON, chat templates) must get through.
+#: Levels of lists and objects in a row. JSON and chat templates walk through them recursively, which costs stack.
 MAX_DEPTH = 100
 
 
@@ -33,7 +36,7 @@ def _jsonl_gz(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects, or one object a line."""
+    """Read a list of objects, or one object per line."""
     with open(path, encoding="utf-8-sig") as file:
         start = file.read(64).lstrip()[:1]
         file.seek(0)
@@ -79,7 +82,7 @@ def _lines(lines: IO[str] | Iterable[str], path: Path) -> Iterator[Row]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise KDError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); one JSON object a line is expected"
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); one JSON object per line is expected"
             ) from None
         except RecursionError:
             raise _too_deep(f"{path}, line {number}") from None
@@ -103,13 +106,16 @@ def _too_deep(where: str) -> KDError:
 
 
 def reader(path: Path) -> Callable[[Path], Iterator[Row]] | None:
-    """How a file of this name is read; None if it is not."""
+    """Return the function that reads a file of this name; None if there is none."""
     name = path.name.lower()
     return next((read for suffix, read in READERS.items() if name.endswith(suffix)), None)
 
 
 def read(path: Path, within: str = "*") -> Iterator[Row]:
-    """The rows of a file, or of a folder's files in the order of their names: of those like ``within``, if there are any."""
+    """Yield the rows of a file, or of a folder's files in the order of their names.
+
+    In a folder, only files that match ``within`` are read, if any file does.
+    """
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     files = [path]
@@ -128,7 +134,7 @@ def read(path: Path, within: str = "*") -> Iterator[Row]:
 
 
 def hub(name: str, config: str | None = None, split: str | None = None) -> Iterator[Row]:
-    """The rows of a Hub data set (or of a folder in its layout): of one split, or of all in their order."""
+    """Yield the rows of a Hub data set (or of a folder in its layout): of one split, or of all in their order."""
     from datasets import load_dataset
 
     what = " ".join(filter(None, [name, config]))
@@ -144,9 +150,10 @@ def hub(name: str, config: str | None = None, split: str | None = None) -> Itera
 
 
 def _without_fill(row: Row) -> Row:
-    """A row of an Arrow table without the null fields inside its columns, which stand there for other rows' sake."""
+    """Return a row of an Arrow table without the null fields inside its columns, which only other rows have."""
     return {column: without_nulls(value) for column, value in row.items()}
 
 
 def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id, OWNER/NAME."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None

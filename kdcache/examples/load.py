@@ -1,34 +1,41 @@
-"""Where prompts come from: one short file a data set, all yielding ``Example``.
+"""Where prompts come from: one short file per data set, and all of them yield ``Example``.
 
-``load`` picks by name: ``builtin``, a data set, a .jsonl or .parquet file, or a Hub data set id with such columns.
+``load`` picks by name: ``builtin``, a data set, a .jsonl or .parquet file, or a Hub data set id with such columns. To
+add a data set, write its file in data_sets/ and add the file's name to ``MODULES``.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kdcache.errors import KDError, UsageError
 from kdcache.examples.types import BadRow, Columns, Example
 
+if TYPE_CHECKING:
+    from kdcache.examples.dataset import DataSet
 
-def data_sets() -> dict[str, Any]:
-    """The data sets by the name that --examples takes."""
-    from kdcache.examples.data_sets import (
-        arithmetic,
-        bugnet,
-        codeforces,
-        codeforces_cots,
-        dolly,
-        dolly_es,
-        pytorrent,
-        self_instruct,
-    )
 
-    modules = (dolly, dolly_es, bugnet, pytorrent, codeforces_cots, codeforces, self_instruct, arithmetic)
+#: The files of data_sets/ in the order in which users see them. Each names its data sets in DATA_SETS.
+MODULES = (
+    "dolly",
+    "dolly_es",
+    "bugnet",
+    "pytorrent",
+    "codeforces_cots",
+    "codeforces",
+    "self_instruct",
+    "arithmetic",
+)
+
+
+def data_sets() -> dict[str, DataSet]:
+    """Return the data sets by the name that --examples takes."""
+    modules = [importlib.import_module(f"kdcache.examples.data_sets.{name}") for name in MODULES]
     return {name: data_set for module in modules for name, data_set in module.DATA_SETS.items()}
 
 
@@ -39,7 +46,7 @@ def load(
     data_path: str | None = None,
     prompt_format: str = "chat",
 ) -> list[Example | BadRow]:
-    """All examples of ``name`` in order, at most ``limit``. KDError if there are none."""
+    """Return all examples of ``name`` in order, at most ``limit``. KDError if there are none."""
     rows = _rows(name, columns, data_path, prompt_format)
     examples: list[Example | BadRow] = []
     for number, row in enumerate(rows, 1):
@@ -60,15 +67,15 @@ def _rows(name: str, columns: Columns, data_path: str | None, prompt_format: str
         raise UsageError(f"--prompt-format {prompt_format}: expected one of {', '.join(templates.PROMPT_FORMATS)}")
     if prompt_format == "alpaca" and columns.system is not None:
         raise UsageError("--system has no place in --prompt-format alpaca, which is plain text without roles")
-    known = data_sets()
-    if name in known:
+    by_name = data_sets()
+    if name in by_name:
         if columns.prompt or columns.completion:
             raise UsageError(f"--prompt-column and --completion-column are for tables; {name} has columns of its own")
-        return dataset.examples(known[name], name, data_path, prompt_format, columns.system)
-    names = f"builtin, {', '.join(known)}"
+        return dataset.examples(by_name[name], name, data_path, prompt_format, columns.system)
+    names = f"builtin, {', '.join(by_name)}"
     if data_path is not None:
         raise UsageError(
-            f"--data-path goes with the name of a data set ({', '.join(known)}), not with --examples {name}"
+            f"--data-path goes with the name of a data set ({', '.join(by_name)}), not with --examples {name}"
         )
     if name == "builtin":
         return builtin.read(columns.system)
@@ -81,17 +88,18 @@ def _rows(name: str, columns: Columns, data_path: str | None, prompt_format: str
     )
 
 
-FIELD_NAMES = {"row_id": "id", "messages": "prompt"}  # as a user calls them, where that is another name
+#: What users call the fields of an example, where that is another name.
+FIELD_NAMES = {"row_id": "id", "messages": "prompt"}
 
 
 def _writable(row: BadRow) -> BadRow:
-    """The same row with what UTF-8 cannot hold escaped, so that it can be listed."""
+    """Return the row with characters that UTF-8 cannot hold escaped, so that it can be listed."""
     texts = (text.encode("utf-8", "backslashreplace").decode() for text in (row.source, row.row_id, row.reason))
     return BadRow(*texts)
 
 
 def _finish(example: Example, number: int, prompt_format: str) -> Example | BadRow:
-    """What every example must be, wherever it comes from: valid Unicode, and in the form asked for."""
+    """Return an example in the prompt format, or why it cannot be: not valid Unicode, or a conversation for alpaca."""
     from kdcache.examples import templates
 
     def bad(reason: str) -> BadRow:

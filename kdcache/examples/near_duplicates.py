@@ -1,9 +1,28 @@
-"""Which rows say nearly the same on two sides of a split, so that the teacher's and the student's test is honest.
+"""Drops rows that nearly repeat a row of another split, so that teacher and student are not tested on what was trained.
 
-The evaluation rows stay: a validation row that repeats a test row is dropped, and a train row that repeats either. A
-row repeats another if each part of its own text (a template's words are not its own) shares enough word shingles with
-the other's: Jaccard similarity (Broder 1997), counted (over 64-bit hashes) through an inverted index of the rows
-already kept, so that the answer depends on the rows alone. Texts without spaces between words are one word each: equal or not.
+Evaluation rows stay: a validation row that repeats a test row is dropped, and a train row that repeats either. A row
+repeats another if each part of its own text (without a template's words) is similar to the other's: the Jaccard
+similarity of their shingles, which are runs of three words (Broder 1997), is at least 0.8. An exact index finds the
+repetitions, so the result depends on nothing but the rows. A text without spaces between words is a single word, and so
+is equal to another or not similar at all.
+
+The prefix filter (Chaudhuri, Ganti and Kaushik 2006; Bayardo, Ma and Srikant 2007). Comparing every row with every
+evaluation row would take days. Let a row have n shingles, and another row similarity J >= t = 0.8 with it. Then they
+share s >= t * n of them: J = s / (size of the union), and the union is at least n. So at most n - ceil(t * n) of the
+row's shingles are missing in the other row. Of any n - ceil(t * n) + 1 shingles, at least one is shared. It is
+therefore enough to look up that many shingles, and we choose the rarest, which lead to the fewest rows.
+
+Example, with n = 5 shingles, at most 5 - ceil(0.8 * 5) = 1 of them missing, so any 2 are looked up::
+
+    the row's shingles         in how many evaluation rows (from the index)
+    "write a poem"             90
+    "a poem about"             70
+    "poem about the"           40
+    "about the tallest"         2    <- looked up: rows 7, 31
+    "the tallest oak"           1    <- looked up: row 7
+
+    Only rows 7 and 31 are compared with it in full. A row with neither of the two shingles misses 2 of the 5, so that
+    its similarity is at most 3/5.
 """
 
 from __future__ import annotations
@@ -13,6 +32,7 @@ import hashlib
 import math
 import re
 import unicodedata
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,18 +43,21 @@ NEAR_DUPLICATES = ("drop", "keep")
 SHINGLE_WORDS = 3
 MIN_JACCARD = 0.8
 
-Shingles = np.ndarray  # uint64, in order and each once: 64-bit hashes of them
+Shingles = np.ndarray  # uint64: the 64-bit hashes of a text's shingles, sorted, each once
 Slices = dict[str, list[Example | BadRow]]  # by split
 
 
 def normalise(text: str) -> str:
-    """The words alone: NFKC, casefolded, one space between. A text without words keeps its signs."""
+    """Return a text's words alone: NFKC, casefolded, one space between them. A text without words keeps its signs."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return " ".join(re.findall(r"\w+", text) or text.split())
 
 
 def own_parts(example: Example) -> tuple[str, ...]:
-    """What is compared: the example's own content, else what the user says (in all turns: "go on" is no duplicate)."""
+    """Return the texts to compare: the example's own content, else what the user says.
+
+    That is all turns of the user: two conversations that both end in "go on" are no duplicates.
+    """
     if example.content is not None:
         return example.content
     users = [str(message.get("content")) for message in example.messages if message.get("role") == "user"]
@@ -42,7 +65,7 @@ def own_parts(example: Example) -> tuple[str, ...]:
 
 
 def shingles(text: str) -> Shingles:
-    """All runs of SHINGLE_WORDS words; a shorter text is one shingle."""
+    """Return all runs of SHINGLE_WORDS words, as hashes; a shorter text is one shingle."""
     words = np.array([_hash(word) for word in normalise(text).split()], dtype=np.uint64)
     width = min(SHINGLE_WORDS, len(words))
     mixed = np.zeros(len(words) - width + 1, dtype=np.uint64)
@@ -60,76 +83,89 @@ def _hash(word: str) -> int:
 
 
 def jaccard(a: Shingles, b: Shingles) -> float:
+    """Return the share of the shingles of either text that both texts have."""
     shared = len(np.intersect1d(a, b, assume_unique=True))
     return shared / (len(a) + len(b) - shared)
 
 
-class _Kept:
-    """The evaluation rows that a row may not repeat, and where each of their shingles is: 20 bytes a shingle."""
+@dataclass(frozen=True)
+class _EvaluationRow:
+    split: str
+    example: Example
+    parts: tuple[Shingles, ...]
+
+
+class _EvaluationRows:
+    """The rows that another may not repeat, and an inverted index of their shingles: 20 bytes per shingle.
+
+    The index has for each part (the instruction, its input) all shingles in order, and beside each the number of its
+    row.
+    """
 
     def __init__(self) -> None:
-        self.rows: list[tuple[str, Example, tuple[Shingles, ...]]] = []  # (split, example, its parts)
-        self.index: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by part: shingles in order, the row of each
+        self.rows: list[_EvaluationRow] = []
+        self.index: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def add(self, split: str, examples: list[tuple[Example, tuple[Shingles, ...]]]) -> None:
-        self.rows += [(split, example, parts) for example, parts in examples]
+    def add(self, rows: list[_EvaluationRow]) -> None:
+        """Add rows and rebuild the index."""
+        self.rows += rows
         by_part: dict[int, list[tuple[int, Shingles]]] = {}
-        for row, (_, _, parts) in enumerate(self.rows):
-            for number, part in enumerate(parts):
-                by_part.setdefault(number, []).append((row, part))
-        for number, found in by_part.items():
-            all_shingles = np.concatenate([part for _, part in found])
-            rows = np.repeat(np.array([row for row, _ in found], dtype=np.int32), [len(part) for _, part in found])
+        for row_number, row in enumerate(self.rows):
+            for number, part in enumerate(row.parts):
+                by_part.setdefault(number, []).append((row_number, part))
+        for number, parts in by_part.items():
+            all_shingles = np.concatenate([part for _, part in parts])
+            row_numbers = np.repeat(
+                np.array([row_number for row_number, _ in parts], dtype=np.int32), [len(part) for _, part in parts]
+            )
             order = np.argsort(all_shingles, kind="stable")
-            self.index[number] = all_shingles[order], rows[order]
+            self.index[number] = all_shingles[order], row_numbers[order]
 
-    def like(self, parts: tuple[Shingles, ...]) -> tuple[str, Example, float] | None:
-        """The first kept row whose every part is like these, with the similarity of the part that differs most.
-
-        One that is alike misses a fifth of the shingles at most, so it has one of any fifth and one more: the rarest
-        are looked up, and what they lead to is compared (prefix filtering: Chaudhuri et al. 2006).
-        """
-        number = max(range(len(parts)), key=lambda n: len(parts[n]))  # the longest part has the fewest namesakes
+    def similar_to(self, parts: tuple[Shingles, ...]) -> tuple[_EvaluationRow, float] | None:
+        """Return the first row whose every part is similar to these, with the lowest of the parts' similarities."""
+        number = max(range(len(parts)), key=lambda n: len(parts[n]))  # the longest part has the rarest shingles
         if number not in self.index:
             return None
-        known, rows = self.index[number]
-        first, last = (np.searchsorted(known, parts[number], side) for side in ("left", "right"))
+        indexed, row_numbers = self.index[number]
+        # Shingle i of this part is at indexed[first[i]:last[i]], so last - first is the number of rows that have it.
+        first, last = (np.searchsorted(indexed, parts[number], side) for side in ("left", "right"))
         size = len(parts[number])
-        rarest = np.argsort(last - first, kind="stable")[: size - math.ceil(MIN_JACCARD * size - 1e-9) + 1]
-        for place in np.unique(np.concatenate([rows[first[i] : last[i]] for i in rarest])).tolist():
-            split, example, others = self.rows[place]
-            if len(parts) == len(others) and (similarity := min(map(jaccard, parts, others))) >= MIN_JACCARD:
-                return split, example, similarity
+        most_missing = size - math.ceil(MIN_JACCARD * size - 1e-9)  # 1e-9 undoes rounding errors before ceil
+        rarest = np.argsort(last - first, kind="stable")[: most_missing + 1]
+        for row_number in np.unique(np.concatenate([row_numbers[first[i] : last[i]] for i in rarest])).tolist():
+            row = self.rows[row_number]
+            if len(parts) == len(row.parts) and (similarity := min(map(jaccard, parts, row.parts))) >= MIN_JACCARD:
+                return row, similarity
         return None
 
 
 def drop_near_duplicates(by_split: Slices) -> tuple[Slices, int]:
-    """The same slices, in order, with a BadRow in place of each row that repeats one of a later split; and how many."""
-    kept, dropped, result = _Kept(), 0, dict(by_split)
+    """Return the slices with a BadRow in place of each row that repeats one of a later split, and their number."""
+    evaluation, dropped, result = _EvaluationRows(), 0, dict(by_split)
     for split in reversed(SPLITS):  # test, validation, train
-        taken: list[tuple[Example, tuple[Shingles, ...]]] = []
+        new: list[_EvaluationRow] = []
         rows: list[Example | BadRow] = []
-        has_evaluation = bool(kept.rows)
+        has_evaluation = bool(evaluation.rows)
         for row in by_split.get(split, []):
             if isinstance(row, Example) and (has_evaluation or split != "train"):
                 parts = tuple(map(shingles, own_parts(row)))
-                if found := kept.like(parts):
-                    other_split, other, similarity = found
+                if match := evaluation.similar_to(parts):
+                    other, similarity = match
                     row = BadRow(
                         row.source,
                         row.row_id,
-                        f"near duplicate of {other_split} row {other.row_id} (similarity {similarity:.2f})",
+                        f"near duplicate of {other.split} row {other.example.row_id} (similarity {similarity:.2f})",
                     )
                     dropped += 1
                 elif split != "train":
-                    taken.append((row, parts))
+                    new.append(_EvaluationRow(split, row, parts))
             rows.append(row)
-        if taken:
-            kept.add(split, taken)
+        if new:
+            evaluation.add(new)
         result[split] = rows
     return result, dropped
 
 
 def parameters(near_duplicates: str) -> dict[str, float] | None:
-    """What decides which rows are dropped: for the fingerprint."""
+    """Return the settings that decide which rows are dropped, for the fingerprint; None if all are kept."""
     return {"shingle_words": SHINGLE_WORDS, "min_jaccard": MIN_JACCARD} if near_duplicates == "drop" else None

@@ -1,7 +1,8 @@
-"""The words put around a row: the one place that has them. Changing any changes TEMPLATE_VERSION, and so the fingerprint.
+"""All the words that are put around a row. Whoever changes one changes TEMPLATE_VERSION, and so the fingerprint.
 
-``chat`` puts the instruction (and what it is about) into a user message for the teacher's chat template. ``alpaca`` is
-the plain text of Stanford Alpaca (Taori et al. 2023), as MiniLLM renders Dolly, tokenised without a chat template.
+``chat`` writes the instruction and its context into a user message for the teacher's chat template. ``alpaca`` writes
+the plain text of Stanford Alpaca (Taori et al. 2023), as MiniLLM renders Dolly; it is tokenised without a chat
+template.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 TEMPLATE_VERSION = 1
 PROMPT_FORMATS = ("chat", "alpaca")
 
-#: By language: with an input, and without.
+#: By language: the frame with an input, and the one without.
 ALPACA = {
     "en": (
         "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -42,30 +43,30 @@ BUG_FIX_DESCRIBED = (
 )
 DOCSTRING = "Write the docstring of this Python function: its text alone, without quotes and without the code."
 
-#: By language. What follows the user's message under --reasoning; verifiers.extract reads the answer back.
+#: By language: what follows the user's message with --reasoning. judge/answers.py finds the answer in what comes back.
 REASONING = {
     "en": "Think first, between <think> and </think>. Then give the answer alone, between <answer> and </answer>.",
     "es": "Piensa primero, entre <think> y </think>. Después da solo la respuesta, entre <answer> y </answer>.",
 }
 
 
-def chat(instruction: str, input: str = "", fence: str | None = None) -> str:
-    """A user message: the instruction and, if any, its input below it; code stands between fences."""
-    if not input:
+def chat(instruction: str, context: str = "", fence: str | None = None) -> str:
+    """Return a user message: the instruction, and below it its context, between fences of a language if it is code."""
+    if not context:
         return instruction
-    return f"{instruction}\n\n```{fence}\n{input.rstrip()}\n```" if fence else f"{instruction}\n\n{input}"
+    return f"{instruction}\n\n```{fence}\n{context.rstrip()}\n```" if fence else f"{instruction}\n\n{context}"
 
 
-def alpaca(instruction: str, input: str = "", language: str | None = "en") -> str:
-    """The whole prompt as plain text; other languages than Spanish have the English frame."""
-    with_input, without = ALPACA.get(language or "en", ALPACA["en"])
-    return (with_input if input else without).format(instruction=instruction, input=input)
+def alpaca(instruction: str, context: str = "", language: str | None = "en") -> str:
+    """Return the whole prompt as plain text. A language without a frame of its own gets the English one."""
+    with_context, without_context = ALPACA.get(language or "en", ALPACA["en"])
+    return (with_context if context else without_context).format(instruction=instruction, input=context)
 
 
 def with_reasoning(example: Example) -> Example:
-    """The example with its last user message asking for the reasoning before the answer."""
+    """Return the example with its last user message asking for the reasoning before the answer."""
     *before, last = example.messages
     if last.get("role") != "user" or not isinstance(last.get("content"), str):
         raise ValueError("--reasoning needs a user's message of text at the end of the prompt")
-    asked = REASONING.get(example.language or "en", REASONING["en"])
-    return replace(example, messages=(*before, last | {"content": f"{last['content']}\n\n{asked}"}))
+    request = REASONING.get(example.language or "en", REASONING["en"])
+    return replace(example, messages=(*before, last | {"content": f"{last['content']}\n\n{request}"}))

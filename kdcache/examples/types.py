@@ -10,7 +10,7 @@ from kdcache.settings import option
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt as chat messages, and the answer given to it, if any. Everything phase two may ask for is here."""
+    """A prompt as chat messages, and the answer given to it, if any, with all that phase two needs to know of them."""
 
     source: str
     row_id: str
@@ -23,19 +23,19 @@ class Example:
     task: str | None = None
     language: str | None = None
     verifier: str | None = None
-    prompt: str | None = None  # the prompt as plain text, for which the chat template is not asked
-    content: tuple[str, ...] | None = None  # what duplicates are told by; default: the last user message
+    prompt: str | None = None  # the prompt as plain text, which no chat template renders
+    content: tuple[str, ...] | None = None  # compared to find duplicates; default: what the user says
 
     @property
     def given(self) -> dict[str, Any] | None:
-        """The assistant's turn that stands in the row, whole; None if there is none."""
+        """The row's whole assistant turn; None if it has none."""
         text = None if self.completion is None else {"role": "assistant", "content": self.completion}
         return self.answer or text
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot become an example, with the reason; it is counted and listed, never dropped in silence."""
+    """A row that cannot become an example, with the reason; it is counted and listed, never dropped silently."""
 
     source: str
     row_id: str
@@ -44,7 +44,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Columns:
-    """How a table's columns are called, and the system prompt to put in front."""
+    """The names of a table's columns, and the system prompt to put first."""
 
     prompt: str | None = option(
         None, "Column of the prompts, if it is not `prompt` or `messages`.", flag="--prompt-column"

@@ -1,14 +1,17 @@
-"""The rewards of a cache that is there already: ``kd verify-answers``. They stand beside the shards, which never change.
+"""Judges the answers of an existing cache, into a file beside the shards. Invariant: no shard changes.
 
     kd verify-answers data/codeforces
 
-rewards.parquet has a row for each sample judged (sample_id, reward, reason); the view ``samples`` puts its rewards before
-those that were found at capture. It is replaced whole, every minute: interrupted, what was judged by then is kept.
+rewards.parquet has a row per judged sample (sample_id, reward, reason). In the view ``samples`` its rewards replace
+those found at capture. The whole file is rewritten every minute, so that an interruption loses a minute of verdicts at
+most.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -20,13 +23,13 @@ from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
 from kdcache.progress import Progress, ShowProgress, silent
-from kdcache.prompts.tokenize import whole_turn
+from kdcache.prompts.thoughts import whole_turn
 from kdcache.storage import Location, lock
 
 REWARDS = pa.schema(
     [pa.field("sample_id", pa.string()), pa.field("reward", pa.float32()), pa.field("reason", pa.string())]
 )
-SAVE_SECONDS, AT_ONCE = 60.0, 64
+SAVE_SECONDS, BATCH = 60.0, 64
 
 
 def verify_answers(
@@ -34,11 +37,14 @@ def verify_answers(
     renew: bool = False,
     unsafe: bool = False,
     where: str | None = None,
-    progress: ShowProgress = silent,
+    show: ShowProgress = silent,
 ) -> dict[str, Any]:
-    """Judge the samples that have a verifier and no reward yet (``renew``: all that have one), and count the verdicts."""
+    """Judge the samples that have a verifier and no reward yet (``renew``: all with a verifier); return the counts.
+
+    ``where`` is an SQL condition on the samples. KDError if programs must be run and cannot be.
+    """
     with lock.held(cache):
-        todo = [
+        samples = [
             sample
             for split in query.splits(cache)
             for sample in query.select(
@@ -49,47 +55,52 @@ def verify_answers(
                 "AND verifier IS NOT NULL" + ("" if renew else " AND reward IS NULL"),
             ).to_pylist()
         ]
-        sandbox = verifiers.sandbox_for((sample["verifier"] for sample in todo), unsafe)
-        known = {row["sample_id"]: row for row in _read(cache)}
-        saved, counts = time.monotonic(), {"right": 0, "wrong": 0, "not_judged": 0}
-        for first in range(0, len(todo), AT_ONCE):
-            some = todo[first : first + AT_ONCE]
+        sandbox = verifiers.sandbox_for((sample["verifier"] for sample in samples), unsafe)
+        rows = {row["sample_id"]: row for row in _read(cache)}
+        save_seconds, counts = time.monotonic(), {"right": 0, "wrong": 0, "not_judged": 0}
+        for first in range(0, len(samples), BATCH):
+            batch = samples[first : first + BATCH]
             items = [
                 (sample["verifier"], whole_turn(sample["prompt"], sample["completion"]), sample["reference"])
-                for sample in some
+                for sample in batch
             ]
-            for sample, verdict in zip(some, verifiers.verify_many(items, sandbox)):
+            show_batch = partial(_show_whole, show, first, len(samples))
+            for sample, verdict in zip(batch, verifiers.verify_many(items, sandbox, show=show_batch)):
                 row = {"sample_id": sample["sample_id"], "reward": verdict.reward, "reason": verdict.reason}
-                known[sample["sample_id"]] = row
+                rows[sample["sample_id"]] = row
                 counts["not_judged" if verdict.reward is None else "right" if verdict.reward >= 1 else "wrong"] += 1
-            progress(Progress(min(first + AT_ONCE, len(todo)), len(todo), "answers"))
-            if time.monotonic() - saved > SAVE_SECONDS:
-                _write(cache, known)
-                saved = time.monotonic()
-        _write(cache, known)
-    return {"cache": str(cache), "judged": len(todo), **counts}
+            if time.monotonic() - save_seconds > SAVE_SECONDS:
+                _write(cache, rows)
+                save_seconds = time.monotonic()
+        _write(cache, rows)
+    return {"cache": str(cache), "judged": len(samples), **counts}
+
+
+def _show_whole(show: ShowProgress, before: int, total: int, progress: Progress) -> None:
+    """Show the progress of a batch as that of all samples."""
+    show(replace(progress, done=before + progress.done, total=total))
 
 
 def prepare(cache: Location) -> None:
-    """An empty rewards.parquet, so that the views open in any client."""
+    """Write an empty rewards.parquet unless there is one, so that the views open in any client."""
     if not (cache / REWARDS_FILE).is_file():
         _write(cache, {})
 
 
 def forget(cache: Location) -> None:
-    """Strike the rewards of samples that are no longer in any shard: their shard is to be written anew."""
+    """Remove the rewards of samples that are in no shard any more: their shard will be written again."""
     rows = _read(cache)
     if rows:
-        there = {
+        sample_ids = {
             sample_id
             for name in integrity.readable_shards(cache)
             for sample_id in pq.read_table(storage.opened(cache / name), columns=["sample_id"])["sample_id"].to_pylist()
         }
-        _write(cache, {row["sample_id"]: row for row in rows if row["sample_id"] in there})
+        _write(cache, {row["sample_id"]: row for row in rows if row["sample_id"] in sample_ids})
 
 
 def _read(cache: Location) -> list[dict[str, Any]]:
-    """The rows, in the file's order: of several of one sample the last holds."""
+    """Return the rows in the file's order. If a sample has several, the last one counts."""
     path = cache / REWARDS_FILE
     if not path.is_file():
         return []

@@ -1,7 +1,8 @@
-"""Chat messages as tables hold them -> chat messages as templates take them. What cannot be carried over is refused by name.
+"""Turns chat messages as tables hold them into chat messages as templates take them.
 
 Roles get their usual names, parts of text are joined, nulls that Arrow puts into structs are left out, and JSON that a
-table keeps as text is parsed. Nothing that a message says is dropped: tool calls, their ids and reasoning stay.
+table keeps as text is parsed. Invariant: nothing that a message says is dropped. Tool calls, their ids and reasoning
+stay, and what cannot be carried over is refused, with an error that names it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ ROLES = {
 }
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
-#: What an assistant's message may hold its reasoning in. Templates read the first.
+#: The keys in which an assistant's message may hold its reasoning. Templates read the first.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 def read(value: Any) -> list[Message]:
-    """The messages of a row. ValueError, naming the message and what is wrong with it, if they cannot be used."""
+    """Return the messages of a row. ValueError names the message that cannot be used, and what is wrong with it."""
     value = parsed(value)
     if not isinstance(value, list) or not value:
         raise ValueError("no prompt (column 'messages' is not a list of {role, content})")
@@ -37,7 +38,7 @@ def read(value: Any) -> list[Message]:
 
 
 def tools(value: Any) -> tuple[dict[str, Any], ...]:
-    """The functions of a row's ``tools`` column; none where it is null or empty."""
+    """Return the functions of a row's ``tools`` column; none if it is null or empty."""
     value = parsed(value)
     if value is None or value == []:
         return ()
@@ -47,14 +48,14 @@ def tools(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def tool_name(tool: dict[str, Any]) -> str | None:
-    """The name of a function, or of a call of one, in the form of OpenAI or without its outer shell."""
+    """Return the name of a function or of a call of it, in OpenAI's form or without the outer ``function``."""
     inner = tool.get("function")
     name = (inner if isinstance(inner, dict) else tool).get("name")
     return name if isinstance(name, str) and name else None
 
 
 def split_answer(messages: Sequence[Message]) -> tuple[list[Message], Message | None]:
-    """The prompt's messages, and the last turn where it is the assistant's. ValueError if nothing stands before it."""
+    """Return the prompt's messages, and the last turn if it is the assistant's. ValueError if the rest is empty."""
     if messages[-1]["role"] != "assistant":
         return list(messages), None
     if len(messages) == 1:
@@ -63,7 +64,7 @@ def split_answer(messages: Sequence[Message]) -> tuple[list[Message], Message | 
 
 
 def parsed(value: Any) -> Any:
-    """JSON that is kept as text (a string, or a list of strings) as what it says; anything else as it is."""
+    """Return JSON that is kept as text (a string, or a list of strings) as its value; anything else as it is."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -75,7 +76,7 @@ def parsed(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """The same without null fields, at every depth: Arrow gives each struct of a column the fields of all others."""
+    """Return a value without null fields, at every depth: Arrow gives every struct the fields of the others."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -106,7 +107,7 @@ def _message(message: Any, number: int) -> Message:
 
 
 def _text(content: Any, number: int) -> str:
-    """A message's text; parts of it joined. Nothing is the empty text, which every template can print."""
+    """Return a message's text, with its parts joined. No content is the empty text, which every template can print."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -124,16 +125,16 @@ def _text(content: Any, number: int) -> str:
 
 
 def _calls(calls: Any, number: int) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are objects, as transformers' templates expect them."""
+    """Return tool calls whose arguments are objects, as transformers' templates expect them."""
     calls = parsed(calls)
     if not isinstance(calls, list) or not all(isinstance(call, dict) and tool_name(call) for call in calls):
         raise ValueError(f"message {number}: its tool_calls are not a list of calls with names")
-    found = []
+    parsed_calls = []
     for call in calls:
         inner = call.get("function")
         if isinstance(inner, dict):
             call = call | {"function": inner | {"arguments": parsed(inner.get("arguments") or {})}}
         else:
             call = call | {"arguments": parsed(call.get("arguments") or {})}
-        found.append(call)
-    return found
+        parsed_calls.append(call)
+    return parsed_calls

@@ -13,9 +13,9 @@ import numpy as np
 
 from kdcache import models
 from kdcache.errors import UsageError
-from kdcache.prompts.tokenize import ids_in
+from kdcache.machine import has_gpu
+from kdcache.prompts.vocabulary import ids_in
 from kdcache.teachers import Answer, EngineOptions, Request
-from kdcache.teachers.device import has_gpu
 
 
 class TransformersTeacher:

@@ -50,7 +50,7 @@ def mended_cache(smollm, tmp_path_factory):
 
 def test_the_cross_entropy_of_given_answers_is_that_under_the_right_tokenizer(right, mended_cache):
     _, mended = mended_cache
-    mean = lambda found: float(np.concatenate([found[name] for name in sorted(found)]).mean())  # noqa: E731
+    mean = lambda by_sample: float(np.concatenate([by_sample[name] for name in sorted(by_sample)]).mean())  # noqa: E731
     assert mean(mended) == pytest.approx(mean(right), abs=0.01)
 
 

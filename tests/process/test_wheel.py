@@ -73,4 +73,4 @@ def test_the_page_says_who_made_it_for_what_and_where_it_is(page):
 
 def test_every_recipe_is_made_of_kd_commands():
     demo = recipe.load("demo")
-    assert all(step["run"].startswith("kd ") for step in demo["steps"]) and "{out}" in demo["end"]
+    assert all(step.run.startswith("kd ") for step in demo.steps) and "{out}" in demo.end

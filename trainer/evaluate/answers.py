@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
-from kdcache.prompts.tokenize import whole_turn
+from kdcache.prompts.thoughts import whole_turn
 from trainer.data.prompts import Prompt
 from trainer.evaluate import metrics
 from trainer.evaluate.metrics import Attempt

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from kdcache.judge import verifiers
-from kdcache.judge.verifiers import nfc
+from kdcache.judge import answers, verifiers
+from kdcache.judge.compare import nfc
 
 #: Rises with every change of what is measured, so that an evaluation from before is not compared with one from after.
 MEASURES_VERSION = 5
@@ -159,7 +159,7 @@ def exact(answer: str, target: str) -> float:
 def _exact_answer(attempt: Attempt) -> float | None:
     """Return whether the part of the turn that the verifier looks at is one of the references, word for word."""
     pairs = [(verifier, reference) for verifier, reference in attempt.judges if reference is not None]
-    return max((exact(verifiers.answer_in(attempt.turn, v), reference) for v, reference in pairs), default=None)
+    return max((exact(answers.answer_in(attempt.turn, v), reference) for v, reference in pairs), default=None)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kdcache.judge import verifiers
+from kdcache.judge import answers, verifiers
 from kdcache.judge.sandbox import Sandbox
 
 FORMAT_WEIGHT = 0.1
@@ -63,6 +63,6 @@ def compose(verdict: verifiers.Verdict, form: bool, finished: bool) -> Judged:
 
 def has_form(text: str, verifier: str | None, reasoned: bool) -> bool:
     """Return whether an answer has the form asked for: reasoning and answer in their tags, or an answer that can be found."""
-    if reasoned and not verifiers.has_reasoned_form(text):
+    if reasoned and not answers.has_reasoned_form(text):
         return False
-    return bool(verifiers.answer_in(text, verifier).strip())
+    return bool(answers.answer_in(text, verifier).strip())

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kdcache.judge.sandbox import Sandbox
-from kdcache.prompts.tokenize import completion_text, whole_turn
+from kdcache.prompts.thoughts import whole_turn
+from kdcache.prompts.tokenize import completion_text
 from trainer.grpo import rewards
 from trainer.grpo.plan import GrpoRun
 from trainer.run.trainer import RunTrainer

@@ -11,7 +11,7 @@ from kdcache import machine, models
 from kdcache.cache.reader import Cache
 from kdcache.errors import KDError
 from kdcache.models import identity
-from kdcache.prompts.tokenize import ids_in
+from kdcache.prompts.vocabulary import ids_in
 
 
 def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[Any, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION, THINK, opens_thought
+from kdcache.prompts.thoughts import THINK, opens_thought
+from kdcache.prompts.tokenize import COMPLETION_POLICY_VERSION
 
 #: Below this median log-probability the teacher hardly expects an end. After given answers of the builtin examples,
 #: SmolLM2 gives the right mark -1.3 nats (median of six), and <|endoftext|> in its place -11.8.

@@ -1,8 +1,8 @@
-"""One-digit sums and times tables, made here: 162 problems that a very small model gets right now and then.
+"""One-digit sums and times tables, generated here: 162 problems that a very small model sometimes gets right.
 
     kd cache-teacher --examples arithmetic --mode both --samples 4 --temperature 0.8 --max-tokens 24 --out data/arithmetic
 
-Every answer is judged by its number, so this is where reinforcement learning can be tried in minutes.
+Every answer is judged by its number, so reinforcement learning can be tried on these in minutes.
 """
 
 from __future__ import annotations

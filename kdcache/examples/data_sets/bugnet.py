@@ -3,8 +3,9 @@
     kd cache-teacher --examples bugnet-python --data-path bugnet/ --out data/bugnet
 
 A folder holds ``{Python,C++}_{train,validation,test}.jsonl`` and may hold ``problem_descriptions.json`` and
-``problem_tests.json``. The data set's own splits are not kept: ours go by problem. The answer is checked by running
-it where there is a test, else by comparing it; ``baseline`` is the program with the bug, for who copies its input.
+``problem_tests.json``. The data set's own splits are not kept: ours go by problem. An answer is judged by running it
+if there is a test, else by comparing it. The verifier's ``baseline`` is the program with the bug: the answer of a
+model that copies its input.
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ VERIFIER_LANGUAGES = {"Python": "python", "C++": "cpp"}
 
 
 def rows(place: str, local: bool, language: str) -> Iterator[files.Row]:
-    """The rows of the language's three files, or of one file, with the problem's description and tests joined on."""
+    """Yield the rows of the language's three files, or of one file, with their problem's description and tests."""
     path = Path(place) if local else _download(place, language)
-    found = [path] if path.is_file() else [p for s in SPLITS if (p := path / f"{language}_{s}.jsonl").is_file()]
-    if not found:
+    paths = [path] if path.is_file() else [p for s in SPLITS if (p := path / f"{language}_{s}.jsonl").is_file()]
+    if not paths:
         raise UsageError(f"--data-path {path}: expected {language}_train.jsonl, {language}_validation.jsonl or similar")
-    folder = found[0].parent
+    folder = paths[0].parent
     descriptions, tests = _by_problem(folder, "description"), _by_problem(folder, "input", "output")
-    for file in found:
+    for file in paths:
         for row in files.read(file):
             problem = row.get("problem_id")
-            told = {"description": row.get("description") or next(iter(descriptions[problem]), {}).get("description")}
-            yield row | told | {"tests": tests[problem] or [row]}
+            description = row.get("description") or next(iter(descriptions[problem]), {}).get("description")
+            yield row | {"description": description} | {"tests": tests[problem] or [row]}
 
 
 def _by_problem(folder: Path, *columns: str) -> dict[Any, list[files.Row]]:
-    """problem_descriptions.json or problem_tests.json: rows by problem; none where the file is not there."""
+    """Return the rows of problem_descriptions.json or problem_tests.json by problem; none if there is no such file."""
     path = folder / ("problem_descriptions.json" if columns == ("description",) else "problem_tests.json")
-    found: dict[Any, list[files.Row]] = defaultdict(list)
+    by_problem: dict[Any, list[files.Row]] = defaultdict(list)
     for row in files.read(path) if path.is_file() else ():
         if any(column not in row for column in ("problem_id", *columns)):
             raise KDError(f"{path}: expected rows of problem_id, {', '.join(columns)}; found: {', '.join(row)}")
-        found[row["problem_id"]].append(row)
-    return found
+        by_problem[row["problem_id"]].append(row)
+    return by_problem
 
 
 def _download(name: str, language: str) -> Path:
-    """The files alone: the data set's loading script is one that ``datasets`` no longer runs."""
+    """Download the files themselves: ``datasets`` no longer runs loading scripts such as this data set's."""
     from huggingface_hub import snapshot_download
 
     wanted = [f"{language}_*.jsonl", "problem_*.json"]
@@ -86,7 +87,7 @@ def take(row: files.Row, language: str) -> Draft:
 
 
 def _plain(page: str) -> str:
-    """CodeNet's descriptions are HTML: the text, without tags and empty lines."""
+    """Return the text of one of CodeNet's descriptions, which are HTML, without tags and empty lines."""
     lines = (line.strip() for line in html.unescape(re.sub(r"<[^>]+>", "", page)).splitlines())
     return "\n".join(line for line in lines if line)
 

@@ -2,7 +2,8 @@
 
     kd cache-teacher --examples codeforces --mode sample --samples 4 --max-tokens 4096 --out data/codeforces
 
-The problem is contest and index, whatever language it is asked in. Tests that the site shows cut off ("...") are left out.
+A problem is a contest and an index, in whatever language the answer is to be. Tests that the site truncates ("...") are
+left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ def take(row: files.Row) -> Draft:
 
 
 def verifier_of(row: files.Row, tests: Any, language: str) -> dict[str, Any] | None:
+    """Return the verifier of a row with these tests; None if no test is complete."""
+
     def is_whole(test: Any) -> bool:
         return isinstance(test, dict) and not any(
             str(test.get(name)).rstrip().endswith("...") for name in ("input", "output")
@@ -47,20 +50,20 @@ def _number(value: Any) -> float | None:
 
 
 def language_of(row: files.Row, prompt: str) -> str:
-    """Of the answer: what the row says, else the fence that the prompt asks for."""
-    said = str(row.get("language") or ("cpp" if "```cpp" in prompt else "python")).lower()
-    return "cpp" if said.startswith(("cpp", "c++")) else said
+    """Return the language of the answer: the row's, else that of the fence which the prompt asks for."""
+    language = str(row.get("language") or ("cpp" if "```cpp" in prompt else "python")).lower()
+    return "cpp" if language.startswith(("cpp", "c++")) else language
 
 
 def problem(row: files.Row) -> str | None:
-    """contest/index, as the data sets' ids are; None (a hash of the prompt) where neither is there."""
+    """Return contest/index, as the data sets' ids are; None (a hash of the prompt is used) if both are missing."""
     if row.get("contest_id") and row.get("index"):
         return f"{row['contest_id']}/{row['index']}"
     return None if row.get("id") is None else str(row["id"])
 
 
 def own_words(row: files.Row, prompt: str) -> tuple[str, ...]:
-    """The statement without the instructions around it."""
+    """Return the problem's statement without the instructions around it."""
     return (optional(row, "description") or prompt.partition("# Problem\n")[2] or prompt,)
 
 

@@ -2,8 +2,8 @@
 
     kd cache-teacher --examples codeforces-cots --max-model-len 16384 --out data/cots
 
-Traces are as R1 wrote them, right or wrong; those that do not come to an end are rejected. The examples of the
-statement are the tests, so a wrong program may pass: the verdict is weaker than that of ``codeforces``.
+Traces are as R1 wrote them, right or wrong; unfinished ones are rejected. The tests are the examples of the problem's
+statement, so a wrong program may pass: the verdict is weaker than that of ``codeforces``.
 """
 
 from __future__ import annotations

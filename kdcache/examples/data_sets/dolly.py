@@ -2,7 +2,7 @@
 
     kd cache-teacher --examples dolly --prompt-format alpaca --out data/dolly
 
-Also MiniLLM's files of it (``instruction, input, output``). The problem is the instruction with its context.
+MiniLLM's files of Dolly (``instruction, input, output``) are read, too. A problem is an instruction with its context.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LAYOUTS = (("instruction", "context", "response"), ("instruction", "input", "out
 def take(row: files.Row) -> Draft:
     instruction, answer = text(row, "instruction"), text(row, "response", "output")
     context = optional(row, "context", "input")
-    # The translation of a row belongs on the side of the split where the original is.
+    # A row and its translation belong in the same split.
     original = (
         optional(row, "instruction_original_en") or instruction,
         optional(row, "context_original_en") or context,

@@ -2,7 +2,7 @@
 
     kd cache-teacher --examples dolly-es --prompt-format alpaca --out data/dolly-es
 
-Rows that keep their English original share its problem, so that a row and its translation are on one side.
+Rows that keep their English original share its problem, so that a row and its translation are in the same split.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""PyTorrent: functions of Python packages with their docstrings; here code -> docstring (each row its package's licence).
+"""PyTorrent: functions of Python packages, whose docstrings are the answers (each row has its package's licence).
 
     kd cache-teacher --examples pytorrent --data-path PyTorrent/jsonl --out data/pytorrent
 
-The original (Zenodo 4546290) is zips of .jsonl.gz: unpack one, and name its folder. The problem is the repository:
-all its functions are on one side of a split, since they share names, style and often text.
+The original (Zenodo 4546290) is a set of zip files of .jsonl.gz: unpack one, and name its folder. A problem is a
+repository: all its functions are in the same split, since they share names, style and often text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def take(row: files.Row) -> Draft:
 
 
 def without_docstring(code: str) -> str:
-    """The function without the answer in it; Rejected where one cannot be told from the other."""
+    """Return a function without its docstring, which is the answer; Rejected if the two cannot be separated."""
     code = textwrap.dedent(code)
     try:
         (function,) = ast.parse(code).body

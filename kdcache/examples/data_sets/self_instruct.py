@@ -1,8 +1,8 @@
-"""Self-Instruct's 252 user-oriented instructions, an evaluation set (Wang et al. 2022, Apache-2.0): all of it for the test split.
+"""Self-Instruct's 252 user-oriented instructions (Wang et al. 2022, Apache-2.0): an evaluation set, all in the test split.
 
     kd cache-teacher --examples self-instruct --data-path user_oriented_instructions.jsonl --mode both --split-ratios 0,0,1
 
-An evaluation set is cached like any other, once: so the teacher's own row is in the table, and the KL to it.
+An evaluation set is cached once, like any other: so the table of an evaluation has the teacher's row and the KL to it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def take(row: files.Row) -> Draft:
 
 
 def _first(instances: Any) -> files.Row:
-    """A list of {input, output} in the file, and a dictionary of lists on the Hub."""
+    """Return the first instance: the file has a list of {input, output}, the Hub a dictionary of lists."""
     if isinstance(instances, dict):
         instances = [{name: values[0] for name, values in instances.items() if values}]
     if not isinstance(instances, list) or not instances or not isinstance(instances[0], dict):

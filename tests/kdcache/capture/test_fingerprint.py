@@ -9,7 +9,7 @@ from helpers import capture_plan
 from kdcache.cache.format import fingerprint
 from kdcache.capture import fingerprint as fingerprinted
 from kdcache.examples.types import BadRow, Columns, Example
-from kdcache.prompts.tokenize import TemplateFacts
+from kdcache.prompts.template import TemplateFacts
 from kdcache.teachers import Sampling
 
 WEATHER = {

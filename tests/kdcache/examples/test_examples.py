@@ -365,10 +365,10 @@ def test_train_rows_that_repeat_an_evaluation_row_are_dropped_and_no_others():
         test=["name   a ﬁsh", "¿Qué hora es?"],
     )
     kept, dropped = splits.drop_near_duplicates(by_split)
-    found = {row.row_id: row.reason for rows in kept.values() for row in rows if isinstance(row, BadRow)}
-    assert dropped == 3 and found == {
+    reasons = {row.row_id: row.reason for rows in kept.values() for row in rows if isinstance(row, BadRow)}
+    assert dropped == 3 and reasons == {
         "train0": "near duplicate of test row test0 (similarity 1.00)",
-        "train1": f"near duplicate of validation row validation0 (similarity {found['train1'][-5:-1]})",
+        "train1": f"near duplicate of validation row validation0 (similarity {reasons['train1'][-5:-1]})",
         "validation1": "near duplicate of test row test1 (similarity 1.00)",
     }
     assert {split: len(rows) for split, rows in kept.items()} == {"train": 6, "validation": 2, "test": 2}
@@ -394,8 +394,8 @@ def test_the_index_finds_what_comparing_all_pairs_finds():
     frame = [f"word{i}" for i in range(18)]
     texts = [" ".join(frame[rng.randint(0, 9) :] + rng.choices("abcdef", k=3)) for _ in range(300)]
     by_split = slices(train=texts[:200], test=texts[200:])
-    known = [splits.shingles(text) for text in texts[200:]]
-    wanted = [any(splits.jaccard(splits.shingles(t), k) >= splits.MIN_JACCARD for k in known) for t in texts[:200]]
+    evaluation = [splits.shingles(text) for text in texts[200:]]
+    wanted = [any(splits.jaccard(splits.shingles(t), k) >= splits.MIN_JACCARD for k in evaluation) for t in texts[:200]]
     kept, dropped = splits.drop_near_duplicates(by_split)
     assert [isinstance(row, BadRow) for row in kept["train"]] == wanted and 20 < dropped < 180
 
@@ -449,10 +449,10 @@ def test_the_plan_counts_near_duplicates_and_the_capture_lists_them(tiny_model, 
     plan = capture_plan(tiny_model, "dolly", tmp_path / "out", **settings)
     keeps = capture_plan(tiny_model, "dolly", tmp_path / "out", near_duplicates="keep", **settings)
     assert plan.near_duplicates > 0 == keeps.near_duplicates
-    found = capture.run(plan)
+    facts = capture.run(plan)
     listed = [json.loads(line)["reason"] for line in (tmp_path / "out/rejected.jsonl").read_text().splitlines()]
     assert sum("near duplicate of" in reason for reason in listed) == plan.near_duplicates
-    assert found["rejected"] == plan.near_duplicates + 1 and found["rows"] == 67 - found["rejected"]
+    assert facts["rejected"] == plan.near_duplicates + 1 and facts["rows"] == 67 - facts["rejected"]
     assert json.loads((tmp_path / "out/plan.json").read_text())["near_duplicates_dropped"] == plan.near_duplicates
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from kdcache.judge import asserts
-from kdcache.judge import sandbox as sandbox_module
-from kdcache.judge.sandbox import Sandbox
+from kdcache.judge.asserts import values
+from kdcache.judge.sandbox import Sandbox, program
 from kdcache.judge.verifiers import Verdict, verify
 
 DOUBLE = {"kind": "asserts", "language": "python", "tests": ["assert double(2) == 4", "assert double('a') == 'aa'"]}
@@ -267,13 +266,13 @@ def test_tests_that_cannot_be_judged_say_why(sandbox, verifier, program, reason)
 
 
 def test_tests_that_end_before_the_answer_has_started_are_judged(monkeypatch):
-    real = sandbox_module._start
+    real = program.start
 
     def slow_for_the_answer(stack, wrapper, command, *rest):
         wait = ["/bin/sh", "-c", 'sleep 60; exec "$@"', "sh"] if "program" in command else []
         return real(stack, [*wait, *wrapper], command, *rest)
 
-    monkeypatch.setattr(sandbox_module, "_start", slow_for_the_answer)
+    monkeypatch.setattr(program, "start", slow_for_the_answer)
     verdict = verify(of("assert f(1) =="), "def f(x): pass", None, Sandbox())
     assert verdict.reward is None and "SyntaxError" in verdict.reason
 
@@ -292,7 +291,7 @@ def test_asserts_are_judged_without_bubblewrap_too_where_that_is_asked_for():
 )
 def test_a_text_that_is_no_value_is_refused(text):
     with pytest.raises((ValueError, IndexError, TypeError, KeyError, RecursionError)):
-        asserts.decode(text, asserts.plain)
+        values.decode(text, values.only_plain)
 
 
 def test_values_survive_being_text():
@@ -311,4 +310,4 @@ def test_values_survive_being_text():
         frozenset([3]),
         {},
     ]
-    assert asserts.decode(asserts.encode(value, str), asserts.plain) == value
+    assert values.decode(values.encode(value, str), values.only_plain) == value

@@ -103,14 +103,16 @@ def test_reasoning_is_asked_for_in_the_rows_language_and_is_part_of_the_fingerpr
     path = tmp_path / "rows.jsonl"
     lines = [{"id": "a", "prompt": "Why?", "language": "en"}, {"id": "b", "prompt": "¿Por qué?", "language": "es"}]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    plain, asked = (
+    plain, reasoned = (
         capture_plan(tiny_model, path, tmp_path / "c", mode="sample", reasoning=reasoning)
         for reasoning in (False, True)
     )
-    assert plain.fingerprint != asked.fingerprint
-    opened = asked.open_prompts()
-    found = [q for shard in asked.shards for e in shard.examples for q in questions_of(asked, opened, shard, e)]
-    prompts = {q.row_id: q.prompt for q in found if isinstance(q, Question)}
+    assert plain.fingerprint != reasoned.fingerprint
+    opened = reasoned.open_prompts()
+    questions = [
+        q for shard in reasoned.shards for e in shard.examples for q in questions_of(reasoned, opened, shard, e)
+    ]
+    prompts = {q.row_id: q.prompt for q in questions if isinstance(q, Question)}
     assert "Think first, between <think> and </think>" in prompts["a"] and "Piensa primero" in prompts["b"]
     with pytest.raises(UsageError, match="alpaca"):
         capture_plan(tiny_model, path, tmp_path / "c", reasoning=True, prompt_format="alpaca")
@@ -129,27 +131,56 @@ def test_shuffled_a_limit_is_a_sample_that_the_seed_decides(tiny_model, rows_fil
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", recipe.names())
-def test_every_recipe_is_whole_and_each_of_its_commands_is_understood(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in recipe.names() for size in recipe.load(name).sizes or [None]]
+)
+def test_every_recipe_is_whole_and_each_of_its_commands_is_understood(name, size, tmp_path):
     from click.testing import CliRunner
 
     from cli import kd as command
 
     (tmp_path / "rows.jsonl").write_text("{}")
-    done = CliRunner().invoke(command, ["run", name, "--data-path", str(tmp_path / "rows.jsonl"), "--dry-run"])
+    options = ["--data-path", str(tmp_path / "rows.jsonl"), "--dry-run"] + (["--size", size] if size else [])
+    done = CliRunner().invoke(command, ["run", name, *options])
     assert done.exit_code == 0, done.output + str(done.exception)
-    assert done.output.count("\nkd ") == len(recipe.steps(recipe.load(name), tmp_path)) and "{" not in done.output
-    if name not in ("demo", "arithmetic-cpu"):
+    assert (
+        done.output.count("\nkd ") == len(recipe.steps(recipe.load(name), tmp_path, size=size))
+        and "{" not in done.output
+    )
+    if name not in ("demo", "arithmetic"):
         commands = [line.split()[1] for line in done.output.splitlines() if line.startswith("kd ")]
         assert {"cache-teacher", "train", "evaluate", "compare"} <= set(commands)
         assert done.output.count("--method kd") == done.output.count("--method sft") > 1  # seeds of each
 
 
-def test_the_twins_of_the_papers_recipes_differ_in_size_alone():
-    names = set(recipe.names())
-    for name in ("dolly-en", "dolly-es", "bugnet", "pytorrent"):
-        assert {name, f"{name}-cpu"} <= names
-        assert "Qwen/Qwen2.5-3B-Instruct" in str(recipe.load(name)) and "embedded" in str(recipe.load(f"{name}-cpu"))
+def test_the_papers_recipes_have_its_size_and_one_for_a_cpu(tmp_path):
+    for name in ("dolly-en", "dolly-es", "bugnet", "codeforces", "pytorrent"):
+        loaded = recipe.load(name)
+        assert list(loaded.sizes) == ["paper", "cpu"]
+        teachers = {"paper": "--teacher Qwen/Qwen2.5-3B-Instruct", "cpu": "--teacher embedded"}
+        for size, teacher in teachers.items():
+            commands = [step.command for step in recipe.steps(loaded, tmp_path, size=size)]
+            assert teacher in commands[0] and commands[-1] == f"kd report {tmp_path} --out {tmp_path}/report"
+        assert recipe.steps(loaded, tmp_path) == recipe.steps(loaded, tmp_path, size="paper")
+
+
+def test_each_size_has_a_folder_of_its_own():
+    folders = [str(recipe.default_folder(recipe.load("bugnet"), size)) for size in (None, "paper", "cpu")]
+    assert folders == ["data/bugnet", "data/bugnet", "data/bugnet-cpu"]
+
+
+def test_the_names_that_sizes_have_replaced_say_what_to_type():
+    with pytest.raises(UsageError, match=r"type: kd run dolly-en --size cpu$"):
+        recipe.load("dolly-en-cpu")
+    with pytest.raises(UsageError, match=r"type: kd run arithmetic$"):
+        recipe.load("arithmetic-cpu")
+
+
+def test_a_size_that_a_recipe_does_not_have_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--size large: the sizes of bugnet are: paper, cpu"):
+        recipe.steps(recipe.load("bugnet"), tmp_path, size="large")
+    with pytest.raises(UsageError, match="--size cpu: the sizes of demo are: none"):
+        recipe.steps(recipe.load("demo"), tmp_path, size="cpu")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +189,9 @@ def test_the_twins_of_the_papers_recipes_differ_in_size_alone():
         ("steps: [{name: a}]", "step 1 needs `name` and `run`"),
         ("steps: [{name: a, run: rm -rf /}]", "expected a kd command"),
         ("steps: [{name: a, run: kd sql, when: now}]", "unknown key 'when'"),
+        ("steps: [{name: a, run: kd sql, only: cpu}]", "there is no size 'cpu'; the sizes are: none"),
+        ("steps: [{name: a, run: kd sql, for: {seed: seeds}}]", "the values of 'seed' are 'seeds'"),
+        ("sizes: {paper: {a: 1}, cpu: {b: 1}}\nsteps: [{name: a, run: kd sql}]", "do not have the same variables"),
         ("steps: [", "not YAML"),
     ],
 )

@@ -15,7 +15,10 @@ import pytest
 from helpers import ROOT
 from kdcache.errors import KDError
 from kdcache.judge import sandbox as sandbox_module
-from kdcache.judge.sandbox import Limits, Sandbox, side_by_side
+from kdcache.judge.sandbox import Sandbox, program, seccomp, walls
+from kdcache.judge.sandbox.limits import Limits
+from kdcache.judge.sandbox.pool import side_by_side
+from kdcache.progress import Progress
 
 SMALL = Limits(wall_seconds=3.0, cpu_seconds=1, memory_mb=128, processes=8, output_bytes=65_536, file_bytes=8 << 20)
 CPP = "#include <bits/stdc++.h>\nusing namespace std;\nint main() { %s }\n"
@@ -29,13 +32,13 @@ def said_by(outcome):
 def is_running(marker):
     """Whether a process of the machine has ``marker`` in its command line, after a moment's grace."""
     for _ in range(50):
-        found = []
+        has_marker = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                found.append(marker.encode() in path.read_bytes())
+                has_marker.append(marker.encode() in path.read_bytes())
             except OSError:
                 continue
-        if not any(found):
+        if not any(has_marker):
             return False
         time.sleep(0.05)
     return True
@@ -114,7 +117,7 @@ def test_cpp_of_any_standard_since_17_compiles_and_knows_its_judge(sandbox):
 def test_of_a_flood_on_stderr_the_end_is_kept_and_no_limit_is_exceeded(sandbox):
     outcome = sandbox.run("python", "import sys\nsys.stderr.write('x' * 3_000_000 + 'end')\nprint('done')")
     assert (outcome.status, outcome.stdout) == ("ok", "done\n")
-    assert len(outcome.stderr) == sandbox_module.STDERR_KEPT_BYTES and outcome.stderr.endswith("end")
+    assert len(outcome.stderr) == program.STDERR_KEPT_BYTES and outcome.stderr.endswith("end")
 
 
 def test_the_same_run_is_not_run_again(sandbox):
@@ -125,9 +128,9 @@ def test_the_same_run_is_not_run_again(sandbox):
 
 
 def test_many_programs_run_side_by_side_and_answer_in_order(sandbox):
-    counted = []
-    results = side_by_side(lambda n: sandbox.run("python", f"print({n})").stdout, range(12), 3, counted.append)
-    assert results == [f"{n}\n" for n in range(12)] and sum(counted) == 12
+    shown = []
+    results = side_by_side(lambda n: sandbox.run("python", f"print({n})").stdout, range(12), 3, shown.append)
+    assert results == [f"{n}\n" for n in range(12)] and shown[-1] == Progress(12, 12, "programs") and len(shown) == 12
 
 
 # --- no way out -------------------------------------------------------------------------------------------------------
@@ -326,7 +329,9 @@ def _command_lines():
 
 def test_ctrl_c_ends_programs_whatever_time_they_have(tmp_path):
     code = (
-        "from kdcache.judge.sandbox import Limits, Sandbox, side_by_side\n"
+        "from kdcache.judge.sandbox import Sandbox\n"
+        "from kdcache.judge.sandbox.limits import Limits\n"
+        "from kdcache.judge.sandbox.pool import side_by_side\n"
         "import signal\n"
         "from pathlib import Path\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background job lacks
@@ -430,19 +435,19 @@ def test_without_bubblewrap_nothing_is_run_and_how_to_get_it_is_said(monkeypatch
 
 
 def test_a_bubblewrap_that_cannot_make_a_sandbox_is_quoted(monkeypatch):
-    monkeypatch.setattr(sandbox_module, "_wrapper", lambda proc, limits: ["bwrap", "--no-such-option"])
+    monkeypatch.setattr(walls, "bubblewrap", lambda proc, limits: ["bwrap", "--no-such-option"])
     with pytest.raises(KDError, match=r"cannot make a sandbox here .*no-such-option.*--unsafe-exec"):
         Sandbox().run("python", "print(1)")
 
 
 def test_a_machine_without_a_filter_runs_nothing(monkeypatch):
-    monkeypatch.setattr(sandbox_module.platform, "machine", lambda: "pdp11")
-    sandbox_module._filter.cache_clear()
+    monkeypatch.setattr(seccomp.platform, "machine", lambda: "pdp11")
+    seccomp.filter_program.cache_clear()
     try:
         with pytest.raises(KDError, match="pdp11"):
             Sandbox().run("python", "print(1)")
     finally:
-        sandbox_module._filter.cache_clear()
+        seccomp.filter_program.cache_clear()
 
 
 def test_a_program_cannot_take_the_sign_that_it_was_started(sandbox):

@@ -6,9 +6,13 @@ import re
 import pytest
 
 from kdcache.errors import KDError
-from kdcache.judge import verifiers
+from kdcache.judge import answers, kinds
+from kdcache.judge.answers import extract
+from kdcache.judge.compare import same_words
+from kdcache.judge.kinds import check, parse
 from kdcache.judge.sandbox import Sandbox
-from kdcache.judge.verifiers import Verdict, extract, parse, verify, verify_many
+from kdcache.judge.verifiers import Verdict, verify, verify_many
+from kdcache.progress import Progress
 from trainer.evaluate.metrics import WordTokenizer
 
 SUM = {
@@ -60,7 +64,7 @@ def test_a_verifier_that_is_no_good_says_what_was_found_and_gives_no_reward(text
 
 
 def test_only_code_needs_a_sandbox():
-    assert [verifiers.needs_sandbox(v) for v in (SUM, DOUBLE, {"kind": "exact"}, {"kind": "none"}, None)] == [
+    assert [kinds.runs_code(v) for v in (SUM, DOUBLE, {"kind": "exact"}, {"kind": "none"}, None)] == [
         *(True, True, False, False, False)
     ]
     assert verify(SUM, fenced(ADD)).reward is None
@@ -87,7 +91,7 @@ def test_only_code_needs_a_sandbox():
     ],
 )
 def test_the_answer_stands_after_the_thoughts_and_in_its_tag(completion, answer):
-    assert extract(completion, {"kind": "exact"}) == answer
+    assert extract(completion, check({"kind": "exact"})) == answer
 
 
 @pytest.mark.parametrize(
@@ -107,12 +111,12 @@ def test_the_answer_stands_after_the_thoughts_and_in_its_tag(completion, answer)
     ],
 )
 def test_code_is_the_last_whole_block_of_its_language(completion, answer):
-    assert extract(completion, SUM) == answer
+    assert extract(completion, check(SUM)) == answer
 
 
 def test_cpp_blocks_go_by_their_own_names():
     completion = fenced("int main() {}", "c++") + "\n" + fenced("print(1)")
-    assert extract(completion, SUM | {"language": "cpp"}) == "int main() {}\n"
+    assert extract(completion, check(SUM | {"language": "cpp"})) == "int main() {}\n"
 
 
 # --- texts and numbers ------------------------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ def test_cpp_programs_are_judged_too(sandbox):
     ],
 )
 def test_outputs_are_compared_word_by_word(output, expected, same):
-    assert verifiers._same_words(output, expected) is same
+    assert same_words(output, expected) is same
 
 
 @pytest.mark.parametrize(
@@ -385,21 +389,21 @@ MARKS = ("\u0316\u0300", "\u0301\u0327", "e\u0301", "\u1100\u1161")
 @pytest.mark.parametrize(
     ("read", "pieces"),
     [
-        (lambda text: extract("<answer>" + text, SUM), TAGS + FENCES),
-        (lambda text: extract("```python\n" + text + "`", SUM), FENCES),
-        (lambda text: verifiers.has_reasoned_form("<think>a" + text + "</answer>"), TAGS),
-        (lambda text: verifiers.has_reasoned_form("<think>" + text), TAGS),
+        (lambda text: extract("<answer>" + text, check(SUM)), TAGS + FENCES),
+        (lambda text: extract("```python\n" + text + "`", check(SUM)), FENCES),
+        (lambda text: answers.has_reasoned_form("<think>a" + text + "</answer>"), TAGS),
+        (lambda text: answers.has_reasoned_form("<think>" + text), TAGS),
         (lambda text: verify(NUMERIC, text).reward, DIGITS),
         (lambda text: verify(NUMERIC, "1" + text + "x 1").reward, DIGITS),
         (lambda text: verify(EXACT, "a" + text + "b").reward, FENCES + MARKS),
-        (lambda text: verifiers._same_words(text + "x", "1.5"), DIGITS + MARKS),
+        (lambda text: same_words(text + "x", "1.5"), DIGITS + MARKS),
         (lambda text: WordTokenizer().tokenize(text + " a") is None, MARKS),
     ],
 )
 def test_a_megabyte_of_repetition_is_read_at_all(read, pieces):
     """In quadratic time each would take hours."""
-    found = [read(piece * (MEGABYTE // len(piece))) for piece in pieces]
-    assert len(found) == len(pieces)
+    results = [read(piece * (MEGABYTE // len(piece))) for piece in pieces]
+    assert len(results) == len(pieces)
 
 
 def test_a_function_passes_its_asserts(sandbox):
@@ -447,10 +451,10 @@ def test_many_answers_are_judged_in_order_and_one_bad_row_spoils_no_other(sandbo
         (DOUBLE, "double = lambda x: x * 2", None),
     ]
     items += [(SUM, fenced(ADD + " # \ud800"), None), ({"kind": "stdio"}, "x", None)]
-    counted = []
-    verdicts = verify_many(items, sandbox, workers=2, progress=counted.append)
+    shown = []
+    verdicts = verify_many(items, sandbox, workers=2, show=shown.append)
     assert [verdict.reward for verdict in verdicts] == [0.0, 0.0, 0.0, None, None, 1.0, 1.0, 1.0, None]
-    assert sum(counted) == len(items)
+    assert shown[-1] == Progress(len(items), len(items), "answers")
 
 
 def test_code_without_a_sandbox_that_works_is_not_judged(monkeypatch, tmp_path):

@@ -24,9 +24,9 @@ def read(path, *rows, parquet=False) -> list:
 
 
 def example(path, **row) -> Example:
-    [found] = read(path, row)
-    assert isinstance(found, Example), found
-    return found
+    [result] = read(path, row)
+    assert isinstance(result, Example), result
+    return result
 
 
 @pytest.mark.parametrize("as_text", [False, True], ids=["objects", "JSON as text"])
@@ -34,21 +34,21 @@ def test_a_last_turn_that_is_a_tool_call_is_the_answer_and_tools_come_along(tmp_
     messages, tools = [QUESTION, {"role": "assistant", "content": None, "tool_calls": [CALL]}], [TOOL]
     if as_text:
         messages, tools = json.dumps(messages), [json.dumps(tool) for tool in tools]
-    found = example(tmp_path, messages=messages, tools=tools)
-    assert found.messages == (QUESTION,) and found.completion is None and found.tools == (TOOL,)
-    assert found.answer == {"role": "assistant", "content": "", "tool_calls": [PARSED]}
+    result = example(tmp_path, messages=messages, tools=tools)
+    assert result.messages == (QUESTION,) and result.completion is None and result.tools == (TOOL,)
+    assert result.answer == {"role": "assistant", "content": "", "tool_calls": [PARSED]}
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_beside_the_answer_stays_with_it(tmp_path, key):
-    found = example(tmp_path, messages=[QUESTION, {"role": "assistant", "content": "No.", key: "It is a desert."}])
-    assert found.completion == "No." and found.answer["reasoning_content"] == "It is a desert."
+    result = example(tmp_path, messages=[QUESTION, {"role": "assistant", "content": "No.", key: "It is a desert."}])
+    assert result.completion == "No." and result.answer["reasoning_content"] == "It is a desert."
 
 
 @pytest.mark.parametrize("theirs", ["gpt", "model", "Assistant", "bot"])
 def test_roles_of_other_formats_get_their_usual_names(tmp_path, theirs):
-    found = example(tmp_path, messages=[{"role": "human", "content": "?"}, {"role": theirs, "content": "No."}])
-    assert found.messages == ({"role": "user", "content": "?"},) and found.completion == "No."
+    result = example(tmp_path, messages=[{"role": "human", "content": "?"}, {"role": theirs, "content": "No."}])
+    assert result.messages == ({"role": "user", "content": "?"},) and result.completion == "No."
 
 
 def test_parts_of_text_are_joined(tmp_path):
@@ -67,8 +67,8 @@ def test_parts_of_text_are_joined(tmp_path):
     ],
 )
 def test_what_cannot_be_carried_is_refused_by_name(tmp_path, message, reason):
-    [found] = read(tmp_path, {"messages": [message, QUESTION]})
-    assert isinstance(found, BadRow) and reason in found.reason
+    [result] = read(tmp_path, {"messages": [message, QUESTION]})
+    assert isinstance(result, BadRow) and reason in result.reason
 
 
 def test_nulls_that_arrow_puts_into_call_arguments_are_left_out_and_those_of_json_stay(tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 from transformers import AutoTokenizer
 
-from kdcache.prompts.tokenize import Prompts, vocab_table
+from kdcache.prompts.tokenize import Prompts
+from kdcache.prompts.vocabulary import vocab_table
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from kdcache.prompts import tokenize as prompts_module
-from kdcache.prompts.tokenize import Prompts, whole_turn
+from kdcache.prompts.thoughts import whole_turn
+from kdcache.prompts.tokenize import Prompts
 
 #: Written for these tests, in the shapes that model families use.
 CHATML = (
@@ -95,11 +96,11 @@ def assistant(content: str, **more: object) -> dict:
 @pytest.mark.parametrize("shape", TEMPLATES)
 def test_prompt_and_completion_are_the_whole_rendering_token_for_token(smollm, shape, answer):
     prompts = asks(smollm, TEMPLATES[shape])
-    asked = prompts.ask(CONVERSATION, assistant(answer))
+    row = prompts.ask(CONVERSATION, assistant(answer))
     whole = prompts._rendered([*CONVERSATION, assistant(answer)], (), False)
     ids = prompts.tokenizer(whole, add_special_tokens=False)["input_ids"]
-    ours = [*asked.prompt_ids, *asked.completion_ids]
-    if asked.differs == prompts_module.TOKENS_MERGE:  # the row says why not; the text is the template's all the same
+    ours = [*row.prompt_ids, *row.completion_ids]
+    if row.differs == prompts_module.TOKENS_MERGE:  # the row says why not; the text is the template's all the same
         assert whole.startswith(prompts.tokenizer.decode(ours))
     else:
         assert ids[: len(ours)] == ours and prompts.tokenizer.decode(ids[len(ours) :]).strip() in ("", "<|endoftext|>")
@@ -147,13 +148,13 @@ def test_probes_find_what_a_template_does_around_an_answer(smollm, shape, fact, 
 
 
 def test_a_template_without_a_generation_prompt_gives_the_turns_header_to_the_completion(smollm):
-    asked = asks(smollm, NO_GENERATION_PROMPT).ask(CONVERSATION, assistant("The Amazon."))
-    assert asked.completion == "<|im_start|>assistant\nThe Amazon." and asked.prompt.endswith("Another?<|im_end|>\n")
+    row = asks(smollm, NO_GENERATION_PROMPT).ask(CONVERSATION, assistant("The Amazon."))
+    assert row.completion == "<|im_start|>assistant\nThe Amazon." and row.prompt.endswith("Another?<|im_end|>\n")
 
 
 def test_thoughts_inside_the_turn_are_part_of_the_completion(smollm):
-    asked = asks(smollm, QWEN3).ask(CONVERSATION, assistant("The Amazon.", reasoning_content="South America."))
-    assert asked.completion == "<think>\nSouth America.\n</think>\n\nThe Amazon." and asked.differs is None
+    row = asks(smollm, QWEN3).ask(CONVERSATION, assistant("The Amazon.", reasoning_content="South America."))
+    assert row.completion == "<think>\nSouth America.\n</think>\n\nThe Amazon." and row.differs is None
 
 
 @pytest.mark.parametrize(
@@ -162,15 +163,15 @@ def test_thoughts_inside_the_turn_are_part_of_the_completion(smollm):
     ids=["in the content", "beside it"],
 )
 def test_a_trace_follows_the_thought_that_the_template_opens_and_no_second_one(smollm, answer):
-    asked = asks(smollm, DEEPSEEK_R1).ask(CONVERSATION, answer)
-    assert asked.prompt.endswith("<|Assistant|><think>\n") and asked.completion == "Hm.\n</think>\n\nThe Amazon."
-    assert asked.differs == prompts_module.THOUGHTS_DROPPED
+    row = asks(smollm, DEEPSEEK_R1).ask(CONVERSATION, answer)
+    assert row.prompt.endswith("<|Assistant|><think>\n") and row.completion == "Hm.\n</think>\n\nThe Amazon."
+    assert row.differs == prompts_module.THOUGHTS_DROPPED
 
 
 def test_an_answer_without_thoughts_is_asked_for_as_the_template_writes_it_and_the_row_says_so(smollm):
-    asked = asks(smollm, DEEPSEEK_R1).ask(CONVERSATION, assistant("The Amazon."))
-    assert asked.prompt.endswith("<|Assistant|>") and asked.completion == "The Amazon."
-    assert asked.differs == prompts_module.NO_GENERATION_PROMPT
+    row = asks(smollm, DEEPSEEK_R1).ask(CONVERSATION, assistant("The Amazon."))
+    assert row.prompt.endswith("<|Assistant|>") and row.completion == "The Amazon."
+    assert row.differs == prompts_module.NO_GENERATION_PROMPT
 
 
 def test_a_completion_that_begins_in_an_opened_thought_is_judged_with_it():
@@ -186,9 +187,9 @@ def test_tags_that_are_special_tokens_stay_in_a_completion(smollm):
 
 
 def test_tool_calls_and_tools_reach_the_template(smollm):
-    asked = asks(smollm, QWEN_TOOLS).ask(CONVERSATION[:1], assistant("", tool_calls=[CALL]), [WEATHER])
-    assert '"name": "weather"' in asked.prompt
-    assert json.loads(asked.completion.split("\n")[1])["arguments"] == {"city": "Lima", "day": None}
+    row = asks(smollm, QWEN_TOOLS).ask(CONVERSATION[:1], assistant("", tool_calls=[CALL]), [WEATHER])
+    assert '"name": "weather"' in row.prompt
+    assert json.loads(row.completion.split("\n")[1])["arguments"] == {"city": "Lima", "day": None}
 
 
 @pytest.mark.parametrize(
@@ -222,9 +223,9 @@ def test_without_a_template_tool_calls_are_refused(smollm):
 
 
 def test_answers_to_a_template_that_writes_prompts_alone_follow_it_as_they_are(smollm):
-    asked = asks(smollm, "Q: {{ messages[0].content }} A: ").ask(CONVERSATION[:1], assistant("The Amazon."))
-    assert (asked.prompt, asked.completion) == ("Q: Name a river. A: ", "The Amazon.")
-    assert asked.completion_ids[-1] == 2 and asked.differs in (prompts_module.NO_ANSWERS, prompts_module.TOKENS_MERGE)
+    row = asks(smollm, "Q: {{ messages[0].content }} A: ").ask(CONVERSATION[:1], assistant("The Amazon."))
+    assert (row.prompt, row.completion) == ("Q: Name a river. A: ", "The Amazon.")
+    assert row.completion_ids[-1] == 2 and row.differs in (prompts_module.NO_ANSWERS, prompts_module.TOKENS_MERGE)
 
 
 def test_an_empty_answer_has_no_ids_whatever_a_template_puts_around_it(smollm):

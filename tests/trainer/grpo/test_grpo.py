@@ -11,7 +11,7 @@ from kdcache.capture import run as capture
 from kdcache.errors import KDError
 from kdcache.judge import verifiers
 from kdcache.judge.sandbox import Sandbox
-from kdcache.prompts.tokenize import whole_turn
+from kdcache.prompts.thoughts import whole_turn
 from kdcache.storage import folders, lock
 from trainer.grpo import guards, rewards
 from trainer.grpo import plan as grpo
