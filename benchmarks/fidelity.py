@@ -46,10 +46,9 @@ from torch import Tensor
 
 from kdcache.cache import reader, shard, sparsify, writer
 from kdcache.cache.candidates import Candidates
-from kdcache.cache.format import CANDIDATE_LEAVES, FORMAT_VERSION, fingerprint
+from kdcache.cache.format import CANDIDATE_LEAVES, FORMAT_VERSION, CacheRow, fingerprint
 from kdcache.cache.layout import shard_name
 from kdcache.cache.reader import normalise
-from kdcache.cache.row import CacheRow
 from kdcache.examples import load as examples
 from kdcache.examples import types
 from kdcache.hashing import stable_hash

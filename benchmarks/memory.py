@@ -21,9 +21,8 @@ import numpy as np
 from shared import peak_bytes, write_plan
 
 from kdcache.cache import documents, writer
-from kdcache.cache.format import fingerprint
+from kdcache.cache.format import CacheRow, fingerprint
 from kdcache.cache.layout import shard_name
-from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.machine import cpu
 from kdcache.models import identity

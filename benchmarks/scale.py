@@ -33,9 +33,8 @@ from memory import VOCABULARY, make_student
 from shared import hardware, save_figure, say
 
 from kdcache.cache import manifest, sparsify, writer
-from kdcache.cache.format import SCHEMA, SPLITS, fingerprint, parquet_options
+from kdcache.cache.format import SCHEMA, SPLITS, CacheRow, fingerprint, parquet_options
 from kdcache.cache.layout import shard_name, split_of_shard
-from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.judge import rewards_file as judging
 from kdcache.machine import cpu, peak_resident_bytes, versions

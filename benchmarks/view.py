@@ -32,9 +32,8 @@ import pyarrow as pa
 from shared import hardware, write_plan
 
 from kdcache.cache import writer
-from kdcache.cache.format import fingerprint
+from kdcache.cache.format import CacheRow, fingerprint
 from kdcache.cache.layout import shard_name
-from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.machine import cpu, versions
 from kdcache.storage import atomic

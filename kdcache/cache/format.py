@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from kdcache.cache.candidates import Candidates
 from kdcache.hashing import stable_hash
 
 FORMAT_VERSION = 1
@@ -121,3 +124,47 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+# --- one row as a type -------------------------------------------------------------------------------------------------
+
+#: The columns that ``CacheRow.candidates`` holds.
+CANDIDATE_COLUMNS = ("candidate_ids", "candidate_logprobs", "tail_logprobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheRow:
+    """One sample, ready to be written: a prompt, one completion of it, and the teacher's candidates at each token."""
+
+    sample_id: str
+    split: str
+    prompt_ids: Sequence[int]  # [P]
+    completion_ids: Sequence[int]  # [T]
+    token_logprobs: np.ndarray  # [T] float32, nats
+    token_ranks: np.ndarray  # [T] int32, 1-based
+    entropies: np.ndarray  # [T] float32, nats
+    candidates: Candidates  # of T positions
+
+    prompt_id: str | None = None
+    group_id: str | None = None
+    source: str | None = None
+    task: str | None = None
+    language: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    reference: str | None = None
+    completion_mask: Sequence[bool] | None = None  # [T]; None: every completion position is supervised
+    origin: str | None = None  # given | sampled
+    sample_index: int | None = None
+    seed: int | None = None
+    finish_reason: str | None = None
+    verifier: str | None = None
+    reward: float | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.completion_ids)

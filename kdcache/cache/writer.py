@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from kdcache import storage
 from kdcache.cache.candidates import concatenate
-from kdcache.cache.format import SCHEMA, parquet_options, round_half, round_logprobs
-from kdcache.cache.row import CacheRow
+from kdcache.cache.format import SCHEMA, CacheRow, parquet_options, round_half, round_logprobs
 from kdcache.errors import KDError
 from kdcache.storage import Location, atomic, seal
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdcache.cache import sparsify
-from kdcache.cache.row import CacheRow
+from kdcache.cache.format import CacheRow
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.plan import Plan, Shard
 from kdcache.examples.templates import with_reasoning

@@ -19,8 +19,7 @@ from functools import partial
 from typing import Any
 
 from kdcache.cache import manifest, writer
-from kdcache.cache.format import FORMAT_VERSION
-from kdcache.cache.row import CacheRow
+from kdcache.cache.format import FORMAT_VERSION, CacheRow
 from kdcache.capture import folder
 from kdcache.capture.plan import Plan, Shard
 from kdcache.capture.requests import Question, answered, questions_of

@@ -19,8 +19,8 @@ from playwright.sync_api import expect
 
 from helpers import ROOT
 from kdcache.cache import query, writer
+from kdcache.cache.format import CacheRow
 from kdcache.cache.layout import shard_name
-from kdcache.cache.row import CacheRow
 from kdcache.cache.sparsify import parse
 from kdcache.storage import atomic, seal
 

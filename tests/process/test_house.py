@@ -85,8 +85,8 @@ def test_variables_are_nouns_and_per_is_per():
         for node in ast.walk(tree):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 yield node.id
-            elif isinstance(node, ast.arg):
-                yield node.arg
+            elif isinstance(node, ast.FunctionDef) and not node.name.startswith("on_"):  # Trainer names those arguments
+                yield from (argument.arg for argument in (*node.args.args, *node.args.kwonlyargs))
 
     poor = [
         f"{path.relative_to(ROOT)}: {name}"

@@ -21,7 +21,7 @@ from kdcache.models import identity
 from kdcache.storage import Location
 
 
-class RowGroup(NamedTuple):
+class RowGroupKey(NamedTuple):
     """Where a row group is: the smallest piece of a shard that is fetched and decoded."""
 
     cache: int  # index into Selection.caches
@@ -34,7 +34,7 @@ class Selection:
     """Where the selected samples are, and how long they are. Samples of one row group are neighbours."""
 
     caches: tuple[Cache, ...]
-    row_groups: tuple[RowGroup, ...]
+    row_groups: tuple[RowGroupKey, ...]
     row_group: np.ndarray  # [S] index into row_groups
     row: np.ndarray  # [S] in the row group
     tokens: np.ndarray  # [S] prompt + completion
@@ -87,7 +87,7 @@ def select(
         cut: cut the completions of longer samples to ``max_length`` instead, and drop only those whose prompt alone
             is that long.
     """
-    row_groups: list[RowGroup] = []
+    row_groups: list[RowGroupKey] = []
     columns: list[np.ndarray] = []  # [n, 4] each: index into row_groups, row in it, tokens, completion tokens
     too_long = 0
     for number, cache in enumerate(caches):
@@ -107,7 +107,7 @@ def select(
             columns.append(
                 np.column_stack([len(row_groups) + group, row - starts[group], prompt + completion, completion])
             )
-            row_groups.extend(RowGroup(number, file, group) for group in range(len(starts) - 1))
+            row_groups.extend(RowGroupKey(number, file, group) for group in range(len(starts) - 1))
     merged = np.concatenate(columns) if columns else np.zeros((0, 4))
     row_group, row, tokens, completion_tokens = merged.astype(np.int32).T.copy()
     return Selection(tuple(caches), tuple(row_groups), row_group, row, tokens, completion_tokens, too_long)

@@ -41,7 +41,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Record:
+class QuantizationRecord:
     """What quantization.json says."""
 
     settings: dict[str, Any]  # equal settings give an equal student
@@ -67,7 +67,7 @@ class Quantization:
     group_size: int  # of w4a16
     train: Selection | None
     test: Selection | None
-    record: Record
+    record: QuantizationRecord
     sizes: dict[str, int]
 
     def facts(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def prepare(config: QuantizeConfig) -> Quantization:
         "student_weights": identity.weights_hash(str(folder)),
         "calibrated_on": [cache.fingerprint for cache in train.caches] if train and config.format == "w4a16" else None,
     }
-    record = Record(settings, config.student, FORMATS[config.format])
+    record = QuantizationRecord(settings, config.student, FORMATS[config.format])
     _is_saved(config, settings)  # refuses a folder that holds anything else
     return Quantization(config, dtype, group_size, train, test, record, _sizes(shape, config.format, group_size))
 
@@ -128,7 +128,7 @@ def _is_saved(config: QuantizeConfig, settings: dict[str, Any]) -> bool:
     raise KDError(f"--out {out} is not empty; use another, or --overwrite")
 
 
-def quantize(quantization: Quantization, show: ShowProgress = silent) -> Record:
+def quantize(quantization: Quantization, show: ShowProgress = silent) -> QuantizationRecord:
     """Save the quantized student and, unless ``--no-measure`` was given, measure both; return its record."""
     config, record = quantization.config, quantization.record
     with folders.held(config.out, folders.QUANTIZED):

@@ -2,8 +2,7 @@
 
 from dataclasses import fields
 
-from kdcache.cache.format import SCHEMA
-from kdcache.cache.row import CANDIDATE_COLUMNS, CacheRow
+from kdcache.cache.format import CANDIDATE_COLUMNS, SCHEMA, CacheRow
 
 
 def test_the_fields_of_a_row_are_the_columns_of_the_schema():
