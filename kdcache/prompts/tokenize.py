@@ -64,7 +64,7 @@ class Prompts:
         self.lacks_bos = bos == "auto" and named is not None and tokenizer.chat_template is None and not self._adds_bos
         self._today = today or date.today()
         self.tells_the_date = any(w in str(tokenizer.chat_template) for w in ("strftime_now", "date_string"))
-        self.facts = template.probe(tokenizer, self._render_template, self.prompt_ids, model)
+        self.facts = template.probe(tokenizer, self.render_template, self.prompt_ids, model)
         self.end_of_turn = self.facts.end_of_turn
         self._ends = {*self.facts.stop_ids, *([pad] if (pad := tokenizer.pad_token_id) is not None else [])}
 
@@ -91,7 +91,7 @@ class Prompts:
             return TokenizedRow(prompt, self.prompt_ids(prompt), "", [])
         if not self.facts.writes_answers:
             return self._append(prompt, kept.plain_text([answer]), NO_ANSWERS if self.facts.chat_template else None)
-        conversation = self._render_template([*messages, answer], tools, generation_prompt=False)
+        conversation = self.render_template([*messages, answer], tools, generation_prompt=False)
         if conversation.startswith(prompt):
             text, differs = conversation[len(prompt) :], None
         elif self.facts.opens_thought and (traced := kept.answer_inside_thought(answer)) is not None:
@@ -99,7 +99,7 @@ class Prompts:
         else:
             # The prompt ends where these three part: the prompt, the conversation, and one with another answer.
             probe = [*messages, {"role": "assistant", "content": template.MARK}]
-            before_mark = self._render_template(probe, tools, generation_prompt=False).partition(template.MARK)[0]
+            before_mark = self.render_template(probe, tools, generation_prompt=False).partition(template.MARK)[0]
             prompt = prompt[: template.shared_length(prompt, conversation, before_mark)]
             text, differs = conversation[len(prompt) :], NO_GENERATION_PROMPT
         if not kept.has_answer(answer, text):
@@ -141,7 +141,7 @@ class Prompts:
             if tools:
                 raise ValueError("tools need a chat template to describe them, and the tokenizer has none")
             return kept.plain_text(messages)
-        return self._render_template(messages, tools, generation_prompt=True)
+        return self.render_template(messages, tools, generation_prompt=True)
 
     def prompt_ids(self, text: str, is_plain: bool = False) -> list[int]:
         """Return the ids of a prompt. Plain text, which no chat template has rendered, gets special tokens in front."""
@@ -155,9 +155,10 @@ class Prompts:
         """Return a completion as text, without the ids that ended it; other special tokens, such as <think>, stay."""
         return completion_text(self.tokenizer, ids, self._ends)
 
-    def _render_template(
+    def render_template(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], generation_prompt: bool
     ) -> str:
+        """Return what the chat template writes; ValueError if it refuses these messages."""
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         try:
             return self.tokenizer.apply_chat_template(

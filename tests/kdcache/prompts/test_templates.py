@@ -97,7 +97,7 @@ def assistant(content: str, **more: object) -> dict:
 def test_prompt_and_completion_are_the_whole_rendering_token_for_token(smollm, shape, answer):
     prompts = asks(smollm, TEMPLATES[shape])
     row = prompts.ask(CONVERSATION, assistant(answer))
-    whole = prompts._rendered([*CONVERSATION, assistant(answer)], (), False)
+    whole = prompts.render_template([*CONVERSATION, assistant(answer)], (), False)
     ids = prompts.tokenizer(whole, add_special_tokens=False)["input_ids"]
     ours = [*row.prompt_ids, *row.completion_ids]
     if row.differs == prompts_module.TOKENS_MERGE:  # the row says why not; the text is the template's all the same
