@@ -13,6 +13,7 @@ Sums per problem are kept because one resampling of the problems then serves eve
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -25,8 +26,9 @@ from kdcache.judge import verifiers
 from kdcache.judge.verifiers import nfc
 
 #: Rises with every change of what is measured, so that an evaluation from before is not compared with one from after.
-MEASURES_VERSION = 4
+MEASURES_VERSION = 5
 
+CHRF_ORDER = 6  # characters of the longest n-gram
 BINS = 15  # of the confidence, for ECE
 ENTROPY_EDGES_NATS = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0)  # between the buckets of the teacher's entropy
 
@@ -128,6 +130,24 @@ def rouge_l(answer: str, target: str) -> float:
 def rouge_l_of_the_paper(answer: str, target: str) -> float:
     """Return Rouge-L as in the paper: rouge-score's ASCII words with an English stemmer. An accent ends a word there."""
     return _scorer(True).score(target, answer)["rougeL"].fmeasure
+
+
+def chrf(answer: str, target: str, beta: float = 2.0) -> float:
+    """Return chrF, 0 to 1: F-beta over n-grams of 1 to CHRF_ORDER characters, white space left out (Popović 2015, W15-3049).
+
+    As sacrebleu's chrF2 without word n-grams: precision and recall are averaged over the orders that both texts reach.
+    """
+    texts = ["".join(text.split()) for text in (answer, target)]
+    precisions, recalls = [], []
+    for n in range(1, min(CHRF_ORDER, *map(len, texts)) + 1):
+        of_answer, of_target = (Counter(text[i : i + n] for i in range(len(text) - n + 1)) for text in texts)
+        matches = (of_answer & of_target).total()
+        precisions.append(matches / of_answer.total())
+        recalls.append(matches / of_target.total())
+    if not any(precisions):
+        return 0.0
+    precision, recall = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
 
 
 def exact(answer: str, target: str) -> float:
@@ -250,6 +270,12 @@ METRICS = (
         "rougeL_teacher",
         lambda attempt: None if attempt.teacher_answer is None else rouge_l(attempt.text, attempt.teacher_answer),
         "rougeL with the teacher's first own answer as the target",
+    ),
+    _mean_over_answers(
+        "chrF",
+        lambda attempt: attempt.best(chrf),
+        "F2 of the n-grams of 1 to 6 characters that the answer shares with the reference",
+        retained=True,
     ),
     _mean_over_answers(
         "exact", _exact_answer, "share of answers that equal the reference word for word", retained=True

@@ -42,3 +42,47 @@ def test_ece_is_the_gap_between_confidence_and_being_right():
     }
     assert metrics.values(sums)["ece"] == pytest.approx((abs(2.7 - 2) + 0.1) / 4)
     assert metrics.bin_of(np.array([0.0, 1.0])).tolist() == [0, metrics.BINS - 1]
+
+
+@pytest.mark.parametrize(
+    "answer, target, beta, published",
+    [  # sacrebleu's own test cases, which it gives in percent
+        ("a", "a", 3, 100.0),
+        ("", "reference", 3, 0.0),
+        ("a b c", "abc", 3, 100.0),
+        ("", "c", 3, 0.0),
+        ("aa", "ab", 3, 25.0),
+        (
+            " risk assessment must be made of those who are qualified and expertise in the sector - these are the scientists .",
+            "risk assessment has to be undertaken by those who are qualified and expert in that area - that is the scientists .",
+            3,
+            63.361730,
+        ),
+        (
+            " Die    Beziehung zwischen  Obama und Netanjahu ist nicht gerade  freundlich. ",
+            "Das Verhältnis zwischen Obama und Netanyahu ist nicht gerade freundschaftlich.",
+            3,
+            64.1302698,
+        ),
+        (
+            "Co nás nejvíc trápí, protože lékaři si vybírají, kdo bude žít a kdo zemře.",
+            "Nejvíce smutní jsme z toho, že musíme rozhodovat o tom, kdo bude žít a kdo zemře.",
+            2,
+            39.14078509,
+        ),
+    ],
+)
+def test_chrf_is_what_sacrebleu_published(answer, target, beta, published):
+    assert 100 * metrics.chrf(answer, target, beta) == pytest.approx(published, abs=1e-4)
+
+
+def test_chrf_weighs_recall_over_precision():
+    # Both texts reach one order only, 1: precision 1/2 and recall 1, and then the other way round.
+    assert metrics.chrf("ab", "a") == pytest.approx(5 * 0.5 * 1 / (4 * 0.5 + 1))
+    assert metrics.chrf("a", "ab") == pytest.approx(5 * 1 * 0.5 / (4 * 1 + 0.5))
+
+
+def test_chrf_is_measured_on_every_answer_and_takes_the_best_reference():
+    attempt = metrics.Attempt("ab", "ab", ((None, "x"), (None, "ab")), None)
+    assert metrics.ANSWER_METRICS["chrF"](attempt) == 1
+    assert metrics.ANSWER_METRICS["chrF"](metrics.Attempt("ab", "ab", ((None, None),), None)) is None
