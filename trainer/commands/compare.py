@@ -26,10 +26,10 @@ def compare(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """What each student retained of the teacher, with 95% intervals, from what kd evaluate measured.
+    """Say what each student retained of the teacher, with 95% intervals, from the folders of kd evaluate.
 
-    Retention is the student's value over the teacher's, on the same prompts and at the same temperature; models that
-    were measured on others are refused. Intervals resample the problems, and runs of one label.
+    Retention is the student's value divided by the teacher's, on the same prompts and at the same temperature. Models
+    that were measured on other prompts are refused. Intervals resample the problems, and the runs of one label.
 
     \b
     kd compare data/evaluation

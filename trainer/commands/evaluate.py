@@ -33,20 +33,20 @@ from kdcache.progress import Progress
 @click.option(
     "--generate",
     type=click.IntRange(0),
-    help="Generate answers for N prompts; 0 for none, and no Rouge-L [default: all].",
+    help="Generate answers for N prompts; with 0 there is no Rouge-L [default: all].",
 )
 @click.option(
     "--temperature",
     "temperatures",
     type=click.FloatRange(0),
     multiple=True,
-    help="Of generated answers, 0 is greedy; give it again for several [default: the teacher's in the cache, else 0].",
+    help="Temperature of generated answers, 0 is greedy; repeat the option for several [default: the teacher's in the cache, else 0].",
 )
 @click.option("--top-p", type=float, help="Nucleus of sampling [default: the teacher's].")
 @click.option(
     "--seeds",
     type=click.IntRange(1),
-    help="Answers a prompt, at temperatures above 0 [default: as many as the teacher's].",
+    help="Answers per prompt, at temperatures above 0 [default: as many as the teacher's].",
 )
 @click.option(
     "--max-new-tokens", type=click.IntRange(1), help="Longest generated answer [default: the teacher's, else 128]."
@@ -56,7 +56,7 @@ from kdcache.progress import Progress
     type=click.Choice(["auto", "vllm", "transformers"]),
     default="auto",
     show_default=True,
-    help="What generates; auto is vLLM where it is installed.",
+    help="Engine that generates; auto is vLLM where it is installed.",
 )
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
@@ -66,20 +66,20 @@ from kdcache.progress import Progress
     type=PATH,
     default=Path("data/evaluation"),
     show_default=True,
-    help="Folder of what is measured, for kd compare; what is there with the same settings is not measured again.",
+    help="Folder of the measurements, for kd compare; a model that it holds with the same settings is not measured again.",
 )
 @trust_option
 @json_option
 def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure students on a cache's held-out split, beside the teacher, whose row comes from the cache.
 
-    A model is a folder or a Hub id, or LABEL=MODEL; models of one label count as runs (training seeds) of a kind.
+    A model is a folder or a Hub id, or LABEL=MODEL. Models of one label count as its runs, one per training seed.
 
     \b
-    kl          nats a token to the teacher, bucket form     agreement   with the teacher's best token
-    ce          of the completions, nats a token             ece         calibration error of the best token
-    rougeL      F1 with the reference: words of any script, no stemming; rougeL_teacher: with the teacher's own answer
-    exact       the reference, word for word                 pass@K      right by the row's verifier (tests are run)
+    teacher-forced   kl to the teacher in nats per token, agreement with its best token, ce (cross-entropy), ece
+    answers          rougeL, chrF and exact against the reference, rougeL_teacher against the teacher's answer
+    programs         pass@K by the row's verifier, which runs the tests
+    docs/evaluation.md says how each is computed.
 
     \b
     kd evaluate data/student data/sft data/kd --from-cache data/cache
