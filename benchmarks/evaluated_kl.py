@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
             rest_p, rest_q = (log_mass_beyond(log, best.indices, none) for log in (log_p, log_q))
             cells = (best.values.exp() * (best.values - mine)).sum() + (rest_p.exp() * (rest_p - rest_q)).sum()
             found = at_positions(student, head, [sample], sampled_from(caches[0]))
-            sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), found["kl"].sum()]
+            sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), found.kl.sum()]
             beyond_captured += float(rest_p.exp().sum()) * (student is teacher)
         whole, of_cells, evaluated = (sums / tokens).round(4).tolist()
         rows.append({"student": name, "whole_vocabulary": whole, "captured_cells": of_cells, "kd_evaluate": evaluated})

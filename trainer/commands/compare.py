@@ -26,10 +26,10 @@ def compare(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare students with the teacher, with intervals.
+    """Say what each student retained of the teacher, with 95% intervals, from the folders of kd evaluate.
 
-    The values are those that kd evaluate measured. Retention is the student's value divided by the teacher's, on the same prompts and at the same temperature; models that
-    were measured on other prompts are refused. The 95% intervals come from resampling the problems, and the runs of one label.
+    Retention is the student's value divided by the teacher's, on the same prompts and at the same temperature. Models
+    that were measured on other prompts are refused. Intervals resample the problems, and the runs of one label.
 
     \b
     kd compare data/evaluation

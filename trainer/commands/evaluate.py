@@ -21,17 +21,14 @@ from trainer.evaluate.config import EvaluateConfig
 def evaluate(models: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Measure students on a cache's held-out split.
 
-    The table also has a row for the teacher, which comes from the cache. A model is a folder or a Hub id, or LABEL=MODEL; models with the same label count as runs (training seeds) of one kind.
+    The table also has a row for the teacher, which comes from the cache.
+    A model is a folder or a Hub id, or LABEL=MODEL. Models of one label count as its runs, one per training seed.
 
     \b
-    kl          KL divergence from the teacher in nats per token, bucket form
-    ce          cross-entropy of the completions in nats per token
-    agreement   share of positions whose most probable token is the teacher's
-    ece         calibration error of the most probable token
-    rougeL      F1 with the reference, on words of any script, without stemming;
-                rougeL_teacher is the same with the teacher's own answer as the reference
-    exact       share of answers that equal the reference
-    pass@K      share of prompts with a right answer among K, judged by the row's verifier
+    teacher-forced   kl to the teacher in nats per token, agreement with its best token, ce (cross-entropy), ece
+    answers          rougeL, chrF and exact against the reference, rougeL_teacher against the teacher's answer
+    programs         pass@K by the row's verifier, which runs the tests
+    docs/evaluation.md says how each is computed.
 
     \b
     kd evaluate data/student data/sft data/kd --from-cache data/cache

@@ -1,1 +1,1 @@
-"""What a student keeps of its teacher."""
+"""Measure what a student keeps of its teacher, and compare students."""

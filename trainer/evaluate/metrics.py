@@ -272,6 +272,12 @@ METRICS = (
         "rougeL with the teacher's first own answer as the target",
     ),
     _mean_over_answers(
+        "chrF",
+        lambda attempt: attempt.best(chrf),
+        "F2 of the n-grams of 1 to 6 characters that the answer shares with the reference",
+        retained=True,
+    ),
+    _mean_over_answers(
         "exact", _exact_answer, "share of answers that equal the reference word for word", retained=True
     ),
     Metric(

@@ -46,17 +46,17 @@ def of_student(
     student.to(machine.torch_device()).eval()
     head, rows = head_of(student), []
     for samples in _batches(units, batch_size, ("entropies",)):
-        scores = at_positions(student, head, samples, captured)  # of all samples together
+        readings = at_positions(student, head, samples, captured)  # of all samples together
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
         for sample, first, end in zip(samples, [0, *ends[:-1]], ends):
             part = slice(first, end)
             of_sample = PositionScores(
                 entropy=_supervised(sample, "entropies"),
-                kl=scores["kl"][part].astype(np.float64),
-                agreement=scores["agreement"][part].astype(np.float64),
-                ce=-scores["logprobs"][part].astype(np.float64),
-                confidence=scores["confidence"][part].astype(np.float64),
-                right=scores["right"][part].astype(np.float64),
+                kl=readings.kl[part].astype(np.float64),
+                agreement=readings.agreement[part].astype(np.float64),
+                ce=-readings.logprobs[part].astype(np.float64),
+                confidence=readings.confidence[part].astype(np.float64),
+                right=readings.right[part].astype(np.float64),
             )
             rows.append(_row(sample, group_of, of_sample))
         show(Progress(len(rows), len(units), "samples", label))

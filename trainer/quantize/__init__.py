@@ -1,1 +1,1 @@
-"""Students in 4 or 8 bits."""
+"""Quantize students to 4 or 8 bits, and measure what that costs."""

@@ -1,1 +1,1 @@
-"""The page of `kd report`."""
+"""Write the page of `kd report`."""

@@ -80,3 +80,9 @@ def test_chrf_weighs_recall_over_precision():
     # Both texts reach one order only, 1: precision 1/2 and recall 1, and then the other way round.
     assert metrics.chrf("ab", "a") == pytest.approx(5 * 0.5 * 1 / (4 * 0.5 + 1))
     assert metrics.chrf("a", "ab") == pytest.approx(5 * 1 * 0.5 / (4 * 1 + 0.5))
+
+
+def test_chrf_is_measured_on_every_answer_and_takes_the_best_reference():
+    attempt = metrics.Attempt("ab", "ab", ((None, "x"), (None, "ab")), None)
+    assert metrics.ANSWER_METRICS["chrF"](attempt) == 1
+    assert metrics.ANSWER_METRICS["chrF"](metrics.Attempt("ab", "ab", ((None, None),), None)) is None
