@@ -112,6 +112,13 @@ class Cache:
         with shard.reading(self._path(file)):
             return unpack(table, rows)
 
+    def samples(self, split: str, columns: Sequence[str] = ()) -> Iterator[Sample]:
+        """Yield the samples of a split in file order, a row group in memory at a time; ``columns`` are of TOKEN_COLUMNS."""
+        files, _ = self.lengths(split)
+        for file in files:
+            for row_group, rows in enumerate(self.row_groups(file)):
+                yield from self.read(file, row_group, range(rows), columns)
+
     def table(self, file: str, row_group: int, columns: Sequence[str]) -> pa.Table:
         """Return ``columns`` of a row group as they are stored; a column that the shard lacks is left out."""
         with self._opened(file, row_group) as opened:

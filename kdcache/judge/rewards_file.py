@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kdcache import storage
-from kdcache.cache import integrity, query, writer
+from kdcache.cache import integrity, query, shard, writer
 from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
@@ -91,12 +91,13 @@ def forget(cache: Location) -> None:
     """Remove the rewards of samples that are in no shard any more: their shard will be written again."""
     rows = _read(cache)
     if rows:
-        sample_ids = {
-            sample_id
-            for name in integrity.readable_shards(cache)
-            for sample_id in pq.read_table(storage.opened(cache / name), columns=["sample_id"])["sample_id"].to_pylist()
-        }
+        sample_ids = {sample_id for name in integrity.readable_shards(cache) for sample_id in _sample_ids(cache / name)}
         _write(cache, {row["sample_id"]: row for row in rows if row["sample_id"] in sample_ids})
+
+
+def _sample_ids(path: Location) -> list[str]:
+    with shard.opened(path) as opened:
+        return opened.read(["sample_id"])["sample_id"].to_pylist()
 
 
 def _read(cache: Location) -> list[dict[str, Any]]:

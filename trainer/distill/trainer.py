@@ -49,7 +49,7 @@ from trainer.student.load import answer_as_cached, load_student
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, on_step: OnStep) -> dict[str, Any]:
+def train(run: Run, on_step: OnStep = lambda *_: None) -> dict[str, Any]:
     """Train a student and save the best checkpoint, by the validation split, as a Hugging Face folder.
 
     ``run.facts()`` holds every number that is used here. KDError if another process writes to the folder.
