@@ -62,10 +62,9 @@ def work(tiny_model, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(work) -> Path:
-    done = run_kd(work, "report", work, "--out", work / "report", "--json")
-    found = json.loads(done.stdout)
-    assert (found["runs"], found["evaluations"], found["cache"]) == (2, 1, str(work / "cache"))
-    return Path(found["report"])
+    facts = json.loads(run_kd(work, "report", work, "--out", work / "report", "--json").stdout)
+    assert (facts["runs"], facts["evaluations"], facts["cache"]) == (2, 1, str(work / "cache"))
+    return Path(facts["report"])
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -95,6 +94,8 @@ def test_numbers_on_the_page_are_those_of_the_files(visit, report):
     value = next(row["value"] for row in data["comparison"] if (row["label"], row["metric"]) == ("kd", "kl"))
     row = page.locator("#kept table.wide tr", has=page.locator("th", has_text=re.compile("^kd$")))
     assert f"{value:#.3g}" in row.inner_text()
+    legend = page.locator("#kept .legend dt").all_text_contents()
+    assert legend == page.locator("#kept table.wide thead th").all_text_contents()[2:-1]
     lines = list(csv.DictReader((report.parent / "plots" / "compared-kl.csv").read_text().splitlines()))
     line = next(line for line in lines if line["model"] == "kd")
     assert float(line["low"]) <= value <= float(line["high"])

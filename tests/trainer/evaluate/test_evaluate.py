@@ -25,9 +25,9 @@ from trainer.student.generate import Ask
 from trainer.student.make import parse_layers
 
 
-def rows_of(done) -> dict[tuple[str, str], dict]:
-    """What kd evaluate or kd compare printed: (label, metric) -> row."""
-    return {(row["label"], row["metric"]): row for row in json.loads(done.stdout)}
+def rows_of(completed) -> dict[tuple[str, str], dict]:
+    """Return what kd evaluate or kd compare printed: (label, metric) -> row."""
+    return {(row["label"], row["metric"]): row for row in json.loads(completed.stdout)}
 
 
 # --- through the command ----------------------------------------------------------------------------------------------
@@ -44,14 +44,14 @@ def half(tiny_model, tmp_path_factory) -> str:
 
 
 def test_the_teachers_own_weights_have_no_kl_and_agree(kd, tiny_cache, tiny_model):
-    found = rows_of(
+    rows = rows_of(
         kd("evaluate", f"same={tiny_model}", "--from-cache", tiny_cache, "--engine", "transformers", "--json")
     )
-    assert found["teacher (cache)", "agreement"]["value"] == 1 and found["teacher (cache)", "kl"]["value"] == 0
-    assert found["same", "kl"]["value"] < 2e-3 and found["same", "agreement"]["value"] > 0.97  # rounding; ties
+    assert rows["teacher (cache)", "agreement"]["value"] == 1 and rows["teacher (cache)", "kl"]["value"] == 0
+    assert rows["same", "kl"]["value"] < 2e-3 and rows["same", "agreement"]["value"] > 0.97  # rounding; ties
     for name in ("ce", "ece"):
-        assert found["same", name]["value"] == pytest.approx(found["teacher (cache)", name]["value"], abs=2e-2)
-    assert found["same", "rougeL"]["answers"] == found["teacher (cache)", "rougeL"]["answers"] > 0
+        assert rows["same", name]["value"] == pytest.approx(rows["teacher (cache)", name]["value"], abs=2e-2)
+    assert rows["same", "rougeL"]["answers"] == rows["teacher (cache)", "rougeL"]["answers"] > 0
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +72,18 @@ def near(tiny_model, tmp_path_factory) -> str:
 def test_a_threshold_caches_kl_is_that_of_the_cells_captured_for_every_student(
     tiny_model, near, half, rows_file, tmp_path
 ):
-    found = {}
+    kl_of = {}
     for spec, k in (("topk:64", None), ("threshold:0.02", 64)):
         capture.run(capture_plan(tiny_model, rows_file, tmp_path / spec, sparsify=spec, capture_k=k, mode="score"))
         models = (("same", tiny_model), ("near", near), ("half", half))
         config = EvaluateConfig(models, (tmp_path / spec,), tmp_path / f"e-{spec}", split="train", generate=0)
         rows = compare.rows([evaluate(config)])
-        found[spec] = {row.label: row.value.value for row in rows if row.metric == "kl"}
-    whole, sampled = found["topk:64"], found["threshold:0.02"]
+        kl_of[spec] = {row.label: row.value.value for row in rows if row.metric == "kl"}
+    cells, sampled = kl_of["topk:64"], kl_of["threshold:0.02"]
     assert sampled["same"] == pytest.approx(0, abs=0.01)
     # The capture holds less of a random model's mass than of a real one's, so that the bound is less tight here.
     for student in ("near", "half"):
-        assert 0.97 * whole[student] < sampled[student] < 1.2 * whole[student]
+        assert 0.97 * cells[student] < sampled[student] < 1.2 * cells[student]
 
 
 def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, tiny_model, half, tmp_path):
@@ -95,14 +95,14 @@ def test_models_are_measured_once_and_compared_with_intervals(kd, tiny_cache, ti
     assert again.stdout == first.stdout and "samples  half" not in again.stderr
     assert rows_of(kd(*command, *options, "--json"))["half", "kl"]["runs"] == 2
 
-    found = rows_of(kd("compare", tmp_path / "e", "--against", "whole", "--json"))
-    mine = found["half", "kl"]
-    assert mine["interval"][0] <= mine["value"] <= mine["interval"][1]
-    assert mine["difference"] == pytest.approx(mine["value"] - found["whole", "kl"]["value"])
-    assert "retention" not in mine and found["whole", "rougeL"]["answers"] == 2
-    assert json.loads((tmp_path / "e" / "comparison.json").read_text()) == list(found.values())
+    rows = rows_of(kd("compare", tmp_path / "e", "--against", "whole", "--json"))
+    row = rows["half", "kl"]
+    assert row["interval"][0] <= row["value"] <= row["interval"][1]
+    assert row["difference"] == pytest.approx(row["value"] - rows["whole", "kl"]["value"])
+    assert "retention" not in row and rows["whole", "rougeL"]["answers"] == 2
+    assert json.loads((tmp_path / "e" / "comparison.json").read_text()) == list(rows.values())
     lines = list(csv.DictReader((tmp_path / "e" / "comparison.csv").read_text().splitlines()))
-    assert len(lines) == len(found) and {"value", "low", "high", "difference_low"} <= set(lines[0])
+    assert len(lines) == len(rows) and {"value", "low", "high", "difference_low"} <= set(lines[0])
     table = kd("compare", tmp_path / "e", "--metric", "kl").stdout.splitlines()
     assert table[0].split()[:3] == ["metric", "temperature", "model"] and len(table) == 2 + 3
     assert "| metric | temperature |" in kd("compare", tmp_path / "e", "--markdown").stdout
@@ -174,11 +174,11 @@ def test_retention_is_the_ratio_to_the_teacher_at_the_same_temperature(tmp_path)
         entry("greedy", [0.3, 0.3], 0.0, [[1], [0]]),
     ]
     (tmp_path / "evaluation.json").write_text(json.dumps({"settings": {}, "entries": entries}))
-    found = {(row.label, row.metric): row for row in compare.rows([tmp_path])}
-    assert found["student", "rougeL"].retention.value == pytest.approx(0.3 / 0.6)
-    assert found["student", "pass@1"].value.value == 0.25 and found["student", "pass@2"].value.value == 0.5
-    assert found["student", "pass@1"].retention.value == pytest.approx(0.25 / 0.75)
-    assert found["greedy", "rougeL"].retention is None  # the teacher has no answers at this temperature
+    rows = {(row.label, row.metric): row for row in compare.rows([tmp_path])}
+    assert rows["student", "rougeL"].retention.value == pytest.approx(0.3 / 0.6)
+    assert rows["student", "pass@1"].value.value == 0.25 and rows["student", "pass@2"].value.value == 0.5
+    assert rows["student", "pass@1"].retention.value == pytest.approx(0.25 / 0.75)
+    assert rows["greedy", "rougeL"].retention is None  # the teacher has no answers at this temperature
 
 
 # --- students ---------------------------------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_wrong_layers_are_a_usage_error(kd, smollm, tmp_path, spec):
 
 
 def test_chat_answers_a_line(kd, tiny_model):
-    done = kd("chat", tiny_model, "--max-new-tokens", 5, input="Hello\n")
-    assert done.stdout.endswith("\n")
+    completed = kd("chat", tiny_model, "--max-new-tokens", 5, input="Hello\n")
+    assert completed.stdout.endswith("\n")
 
 
 # --- several references of one prompt -------------------------------------------------------------------------------
@@ -305,12 +305,12 @@ def test_pass_at_k_of_known_programs_is_known_and_a_bad_program_costs_a_bounded_
     eats, leaves = "x = []\nwhile True: x.append(bytearray(1 << 20))", "import sys; sys.exit(0)"
     programs = {"easy": [good, good, wrong, good], "hard": [wrong, loops, forks, floods]}
     more = [("hard", eats), ("hard", leaves)]
-    asked = [(name, program) for name, some in programs.items() for program in some] + more
-    asks = [Ask(name, [], 1.0, number) for number, (name, _) in enumerate(asked)]
+    programs_of = [(name, program) for name, some in programs.items() for program in some] + more
+    asks = [Ask(name, [], 1.0, number) for number, (name, _) in enumerate(programs_of)]
     started = time.monotonic()
-    table = judging.judged(prompts, asks, [f"```python\n{p}\n```" for _, p in asked], Sandbox())
+    table = judging.judged(prompts, asks, [f"```python\n{p}\n```" for _, p in programs_of], Sandbox())
     assert time.monotonic() - started < 60
     assert [row["reward"] for row in table.to_pylist()] == [1, 1, 0, 1] + 6 * [0]
     sums = parts.sums_of(positions.FORCED.empty_table(), table, {"easy": 0, "hard": 1})
-    found = metrics.values({name: value.sum(axis=0) for name, value in sums.items()})
-    assert found["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and found["pass@4"] == pytest.approx((1 + 0) / 2)
+    values = metrics.values({name: value.sum(axis=0) for name, value in sums.items()})
+    assert values["pass@1"] == pytest.approx((3 / 4 + 0) / 2) and values["pass@4"] == pytest.approx((1 + 0) / 2)
