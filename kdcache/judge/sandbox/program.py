@@ -39,6 +39,7 @@ from kdcache.judge.sandbox.limits import Limits, Outcome
 
 WATCH_SECONDS = 0.02
 END_SECONDS = 5.0  # that the pipes of a program may stay open after it has ended
+EXIT_SECONDS = 0.25  # that bubblewrap gets to pass on how a program ended, when its partner has noticed the end first
 #: Address space beyond the memory limit: libraries, thread stacks and arenas that are reserved and never touched.
 SPARE_ADDRESS_MB = 256
 STDERR_BYTES, STDERR_KEPT_BYTES = 64 << 20, 65_536
@@ -179,6 +180,14 @@ def _memory_file(stack: contextlib.ExitStack, content: bytes) -> int:
     return descriptor
 
 
+def exit_code_of(process: subprocess.Popen[bytes]) -> int | None:
+    """Return how a process ended by itself; None if it is still running."""
+    try:
+        return process.wait(EXIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def attend(programs: Sequence[RunningProgram]) -> None:
     """Read what programs write until the first has ended, or one exceeds a limit; then end all of them.
 
@@ -205,7 +214,7 @@ def attend(programs: Sequence[RunningProgram]) -> None:
             for key, _ in selector.select(WATCH_SECONDS):
                 if key.fd == end:  # processes that the program left running must let go of its pipes
                     for program in programs:
-                        program.code = program.process.poll()
+                        program.code = exit_code_of(program.process)
                         processes.kill(program.process)
                     deadline = time.monotonic() + END_SECONDS
                 if key.fd == end or key.data.read(key.fd):
