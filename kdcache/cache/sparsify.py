@@ -9,7 +9,7 @@ twice, and candidates + tail carry the whole mass (``topk``: up to rounding; ``t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -28,6 +28,11 @@ class Policy(Protocol):
     capture_k: int  # how many candidates per position the engine has to return
     samples: ClassVar[bool]  # whether unlikely candidates are drawn at random: only losses linear in p are unbiased
 
+    @classmethod
+    def parse(cls, text: str, capture_k: int | None) -> Policy:
+        """Parse what follows the colon; ValueError with what was expected. ``capture_k`` is None for the default."""
+        ...
+
     def __call__(self, ids: np.ndarray, logprobs: np.ndarray, seed: int = 0, sample_id: str = "") -> Candidates:
         """Sparsify one completion: ``ids`` and ``logprobs`` are [T, K], best first.
 
@@ -41,8 +46,18 @@ class Policy(Protocol):
         ...
 
     @property
+    def least_capture_k(self) -> int:
+        """The smallest ``capture_k`` that this policy can work with."""
+        ...
+
+    @property
     def mass_error(self) -> float:
         """How far candidates + tail may be from 1 before rounding."""
+        ...
+
+    @property
+    def largest_drawn_logprob(self) -> float | None:
+        """The log-probability that drawn candidates are stored with at most, in nats; None if none is drawn."""
         ...
 
 
@@ -55,6 +70,7 @@ class TopK:
 
     samples: ClassVar[bool] = False
     mass_error: ClassVar[float] = 0.0
+    largest_drawn_logprob: ClassVar[None] = None
 
     @classmethod
     def parse(cls, text: str, capture_k: int | None) -> TopK:
@@ -123,12 +139,15 @@ class Threshold:
     def mass_error(self) -> float:
         return self.tau
 
+    @property
+    def largest_drawn_logprob(self) -> float:
+        return float(round_logprobs(np.log(np.array([self.tau], dtype=np.float32)))[0])
+
     def __call__(self, ids: np.ndarray, logprobs: np.ndarray, seed: int = 0, sample_id: str = "") -> Candidates:
         uniform = uniforms(len(ids), seed, sample_id)
-        snapped = float(round_logprobs(np.log(np.array([self.tau], dtype=np.float32)))[0])
         # The codebook falls from 0 to -24, so its negative is sorted: the first value that is not above the best token.
         best = CODEBOOK[np.searchsorted(-CODEBOOK, -logprobs[:, 0], side="left").clip(max=len(CODEBOOK) - 1)]
-        step = np.minimum(np.float32(snapped), best)[:, None]  # [T, 1] log
+        step = np.minimum(np.float32(self.largest_drawn_logprob), best)[:, None]  # [T, 1] log
         large = logprobs >= step  # [T, K]
         large[:, 0] = True
         shares = np.where(large, 0.0, np.exp(logprobs.astype(np.float64) - step))  # [T, K] p / step of the small ones
@@ -145,7 +164,7 @@ class Threshold:
         return f"threshold:{self.tau:g}"
 
 
-#: To add a policy, write its class above and name it here. The loss checks ``samples``; no other code tells them apart.
+#: To add a policy, write its class above and name it here. Other code asks a policy only what ``Policy`` declares.
 POLICIES: dict[str, Any] = {"topk": TopK, "threshold": Threshold}
 
 

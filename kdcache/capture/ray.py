@@ -239,6 +239,8 @@ class Driver:
         return any(not self._is_written(shard) for shard in self._todo)
 
     def _is_written(self, shard: Shard) -> bool:
+        if self._plan.config.overwrite and not self._is_claimed:
+            return False  # shards of this name are those of the cache that will be overwritten
         return (self._plan.config.out / shard.name).exists()
 
     def _read_tallies(self) -> None:

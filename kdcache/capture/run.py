@@ -96,7 +96,7 @@ def _write_missing(plan: Plan, show: ShowProgress, stop: Callable[[], bool], say
     teacher = load(plan.config.engine, plan.engine_options(), say)
     folder.prepare(plan)
     tally.started = time.monotonic()
-    show = folder.dropping_old_cache(plan, show)
+    show = folder.dropping_old_cache(plan, show)  # the overwritten cache is deleted at the first answer
     fill(plan, todo, teacher, tally, lambda: show(tally.progress()), stop, sandbox)
     return tally
 
@@ -199,7 +199,7 @@ def fill(
     """Ask the teacher for all samples of ``shards``, and write each shard when its last answer is in.
 
     A shard is drawn from ``shards`` when the engine has room for it. After each answer ``tally`` is counted up and
-    ``after_answer`` is called. Errors of all threads are raised here; shards that are not complete are dropped.
+    ``after_answer`` is called. Errors of all threads are raised here; shards that are not written by then are dropped.
     """
     prompts = plan.open_prompts()
     open_shards: dict[str, OpenShard] = {}
@@ -229,6 +229,7 @@ def fill(
         last_written = written
         tally.shards_written += 1
 
+    # Left from right to left: an error first ends the judges' programs, for whose verdicts the background may be waiting.
     with JudgePool() as judges, Background() as background, judges.stopped_by_errors():
         for request, answer in teacher.run(requests()):
             shard_name, sample_id = request.key
@@ -318,7 +319,7 @@ def write(plan: Plan, opened: OpenShard, teacher: Teacher, seconds: float) -> No
 
 
 class Background:
-    """One thread that works while the engine goes on. Calling it hands work in, and waits while ``waiting`` are queued.
+    """One thread that works while the engine goes on. Calling it queues work, and blocks if ``waiting`` pieces are queued.
 
     The first error ends its work, and is raised from the next call or at the end.
     """

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from kdcache.cache.format import SPLITS, round_logprobs
+from kdcache.cache.format import SPLITS
 from kdcache.cache.reader import TOKEN_COLUMNS, Cache, Sample
-from kdcache.cache.sparsify import Threshold
 from kdcache.view.catalog import MEASURED_SORTS, Catalog, Measures, check_filters, remember
 from kdcache.view.texts import common_frame, escape, number, numbers, pieces, split_frame
 
@@ -177,11 +176,10 @@ class View:
 
     def _drawn(self, sample: Sample, stored: np.ndarray) -> np.ndarray:
         """Return which candidates were drawn: those stored at TAU or below, except the first of a position."""
-        policy, candidates = self.cache.policy, sample.candidates
-        if not isinstance(policy, Threshold):
+        largest, candidates = self.cache.policy.largest_drawn_logprob, sample.candidates
+        if largest is None:
             return np.zeros(len(stored), bool)
-        snapped = round_logprobs(np.log(np.array([policy.tau], dtype=np.float32)))[0]
-        drawn = stored <= snapped + 1e-6
+        drawn = stored <= largest + 1e-6
         drawn[candidates.starts[candidates.counts > 0]] = False
         return drawn
 

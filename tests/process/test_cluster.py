@@ -187,6 +187,15 @@ def test_two_ray_workers_one_of_them_killed_make_the_cache_of_one_process(tiny_m
     assert_same_cache(out, tmp_path / "whole")
 
 
+def test_a_cache_is_overwritten_by_one_of_the_same_plan(tiny_cache, tiny_model, rows_file, tmp_path):
+    pytest.importorskip("ray")
+    copy = shutil.copytree(tiny_cache, tmp_path / "copy")
+    written = {path.name: path.stat().st_mtime_ns for path in copy.glob("data/*.parquet")}
+    cluster.run(capture_plan(tiny_model, rows_file, copy, overwrite=True), cluster.RayOptions(workers=1))
+    assert_same_cache(copy, tiny_cache)
+    assert all((copy / "data" / name).stat().st_mtime_ns > changed for name, changed in written.items())
+
+
 def test_an_error_in_a_worker_is_one_sentence_and_changes_nothing(tiny_cache, tiny_model, rows_file, tmp_path):
     pytest.importorskip("ray")
     copy = shutil.copytree(tiny_cache, tmp_path / "copy")

@@ -289,7 +289,7 @@ METRICS = (
         plot_axis="share of answers that are right",
     ),
 )
-PASS = METRICS[-1]
+PASS = next(metric for metric in METRICS if metric.name == "pass@k")
 
 ANSWER_METRICS = {metric.name: metric.of_answer for metric in METRICS if metric.of_answer is not None}
 #: The columns of forced.parquet that are summed up further; those by entropy are for the report alone.
