@@ -9,7 +9,7 @@ twice, and candidates + tail carry the whole mass (``topk``: up to rounding; ``t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
