@@ -28,7 +28,7 @@ check: $(VENV)/ready-to-test
 
 install: $(VENV)/ready
 
-# torch first, by itself: the index it comes from is the user's choice (see README, "Installation"). Of the rest pip checks
+# torch first, by itself: the index it comes from is the user's choice (see docs/installation.md). Of the rest pip checks
 # every file against the hashes of the lock.
 $(VENV)/ready: requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kdcache needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }

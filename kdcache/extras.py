@@ -34,7 +34,7 @@ def missing(package: str) -> KDError:
     ]
     *most, last = commands
     sentence = f"{', '.join(most)} or {last}" if most else last
-    advice = "; README.md, Installation, says what to add for PyTorch's CPU build" if "teacher-cpu" in extras else ""
+    advice = "; docs/installation.md says what to add for PyTorch's CPU build" if "teacher-cpu" in extras else ""
     return KDError(f"{package} is not installed: {sentence}{advice}")
 
 

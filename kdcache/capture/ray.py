@@ -257,7 +257,7 @@ class Driver:
         self._tally.shards_written = self._before.shards_written + sum(tally.shards_written for tally in tallies)
         self._tally.answers = sum(tally.answers for tally in tallies)
         self._tally.tokens = sum(tally.tokens for tally in tallies)
-        corrections = sum(tally.samples for tally in tallies)  # a worker counts by how much the plan was wrong
+        corrections = sum(tally.samples for tally in tallies)  # each worker counts how far the plan was off
         self._tally.samples = self._before.samples + self._repeated_answers + corrections
 
     def _workers(self) -> str:

@@ -123,7 +123,7 @@ class _EvaluationRows:
 
     def similar_to(self, parts: tuple[Shingles, ...]) -> tuple[_EvaluationRow, float] | None:
         """Return the first row whose every part is similar to these, with the lowest of the parts' similarities."""
-        number = max(range(len(parts)), key=lambda n: len(parts[n]))  # the longest part has the rarest shingles
+        number = max(range(len(parts)), key=lambda n: len(parts[n]))  # a long part tells rows apart best
         if number not in self.index:
             return None
         indexed, row_numbers = self.index[number]
@@ -140,7 +140,10 @@ class _EvaluationRows:
 
 
 def drop_near_duplicates(by_split: Slices) -> tuple[Slices, int]:
-    """Return the slices with a BadRow in place of each row that repeats one of a later split, and their number."""
+    """Return the splits with a BadRow in place of each row that nearly repeats a row of a later split, and how many they are.
+
+    Later is in the order train, validation, test: of two that are alike, the row of the evaluation split stays.
+    """
     evaluation, dropped, result = _EvaluationRows(), 0, dict(by_split)
     for split in reversed(SPLITS):  # test, validation, train
         new: list[_EvaluationRow] = []

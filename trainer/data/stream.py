@@ -1,7 +1,8 @@
 """The order of training: which samples make which step, and which rank trains on which of them.
 
 The order is a function of the selection, the seed and the epoch alone. The number of ranks does not change it, nor which
-samples make a step; so a run may continue on another number of ranks. The state of the stream is one integer, the step.
+samples make a step; so a run may continue on another number of ranks. A stream that starts at a step needs to know that
+one integer and nothing else.
 
     epoch     all samples once. Row groups are shuffled, and samples are shuffled inside *windows* of a few row groups.
               So nothing is read long before it is needed, and memory does not grow with the cache.
@@ -67,7 +68,10 @@ class _Reading:
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """The micro-batches of one rank, from ``step`` on. A new iteration continues where the last one ended.
+    """The micro-batches of one rank, from ``step`` on. One iteration has as many steps as an epoch, and the next continues.
+
+    A thread makes batches ahead of the one that trains on them, so that ``self.step`` is ahead too: a checkpoint takes its
+    step from the trainer.
 
     Args:
         head_rows: the size of the student's vocabulary.
@@ -90,7 +94,9 @@ class Stream(torch.utils.data.IterableDataset):
         step: int = 0,
         ranks_per_node: int = 1,
     ):
-        self.ranks_per_node = ranks_per_node if ranks % ranks_per_node == 0 else 1
+        self.ranks_per_node = (
+            ranks_per_node if ranks % ranks_per_node == 0 else 1
+        )  # nodes of unequal size share nothing
         self.selection, self.head_rows, self.seed, self.step = selection, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
         self.steps_per_epoch = -(-len(selection) // samples_per_step)
@@ -109,13 +115,13 @@ class Stream(torch.utils.data.IterableDataset):
             epoch, first_step = divmod(self.step, self.steps_per_epoch)
             before = remaining
             for parts in self._load_steps(epoch, first_step):
-                self.step += 1  # before the batches, because a consumer may not come back after the last one
+                self.step += 1  # before the batches: whoever iterates may stop at the last one and never return here
                 for samples in parts:
                     yield pack(samples, self.head_rows)
                 remaining -= 1
                 if not remaining:
                     return
-            if remaining == before:  # the loop would never end
+            if remaining == before:  # no step came, and without this the loop would never end
                 raise KDError("the shards have other samples than were selected: were they replaced meanwhile?", 3)
 
     def _load_steps(self, epoch: int, first_step: int) -> Iterator[list[list[Sample]]]:
@@ -148,8 +154,8 @@ class Stream(torch.utils.data.IterableDataset):
     #                at window 4: no step is complete:    s t u v w wait, and nothing is read.
     #     reading 4, at the end:  what waits is step 4.
     #
-    # A reading loads this rank's samples of the complete steps. Of the samples that wait, it is not known yet whose they
-    # are: steps are divided among ranks as a whole. But loading a sample means decoding all of its row group. So if a
+    # A reading loads this rank's samples of the complete steps. Which rank a waiting sample will go to is not known yet,
+    # because a step is divided only when it is complete. But loading a sample means decoding all of its row group. So if a
     # waiting sample is in a row group that is decoded now, it is loaded with it and kept in memory. It is dropped later
     # if its step gives it to another rank. All other waiting samples are loaded when their step is complete.
 
@@ -208,14 +214,14 @@ class Stream(torch.utils.data.IterableDataset):
         """Return which ranks may train on which samples of a window [n], as [n, ranks] bool.
 
         On one node, or where all caches are local, every rank may train on every sample. Else the row groups of the
-        window are assigned to the nodes in turn, so that each node fetches a share of the cache. Where the shares cannot
-        be even (three nodes and four row groups), every step would wait for the node with the largest share; then every
-        rank may train on every sample.
+        window are assigned to the nodes in turn, so that each node fetches a share of the cache. With fewer row groups than
+        nodes, several nodes share one. Where the shares cannot be even (three nodes and four row groups), every step would
+        wait for the node with the largest share. In that case, too, every rank may train on every sample.
         """
         ranks, nodes = self.ranks, self.ranks // self.ranks_per_node
         row_groups, number = np.unique(self.selection.row_group[window], return_inverse=True)
-        uneven = len(row_groups) % nodes and nodes % len(row_groups)
-        if nodes == 1 or not self.selection.remote or uneven:
+        even = len(row_groups) % nodes == 0 or nodes % len(row_groups) == 0
+        if nodes == 1 or not self.selection.remote or not even:
             return np.ones((len(window), ranks), dtype=bool)
         shares = min(len(row_groups), nodes)
         node = np.arange(ranks) // self.ranks_per_node

@@ -39,7 +39,7 @@ class Part:
     sums: dict[str, np.ndarray]  # (R, G, ...)
 
     def values(self) -> dict[str, float]:
-        """Return metric -> value over all runs and groups, without those that have none."""
+        """Return the value of each metric over all runs and groups; a metric without a finite value is left out."""
         totals = metrics.values({name: array.mean(axis=0).sum(axis=0) for name, array in self.sums.items()})
         return {name: float(value) for name, value in totals.items() if np.isfinite(value)}
 

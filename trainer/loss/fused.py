@@ -5,7 +5,8 @@
     losses.loss.backward()
 
 The logits of a batch are its largest tensor by far, so positions go through the head in chunks, and a chunk's gradients
-are formed at once, in the forward pass. The backward pass only scales them (as in Liger's fused linear cross-entropy,
+are formed at once, in the forward pass: autograd differentiates the divergence on its few cells, and the rest is
+written out. The backward pass only scales them (as in Liger's fused linear cross-entropy,
 Hsu et al. 2024, arXiv:2410.10989). reference.py computes the same on whole logits, and tests hold the two equal.
 
 Shapes: N supervised positions, n of them in a chunk, V the vocabulary, D the hidden size, K candidates. A position has
@@ -38,7 +39,6 @@ class Losses(NamedTuple):
     ce: Tensor  # -log q(target), nats
     divergence: Tensor | None  # nats; None where alpha is 0 and gradients are formed, since nothing would use it
     best: Tensor | None  # int64, the student's best token; None where gradients are formed
-    confidence: Tensor | None  # log q(best); None where gradients are formed
 
 
 @torch.compiler.disable
@@ -127,7 +127,6 @@ class _Results:
     ce: Tensor  # (N,)
     divergence: Tensor | None  # (N,)
     best: Tensor | None  # (N,)
-    confidence: Tensor | None  # (N,)
     d_hidden: Tensor | None  # (N, D) gradient of the loss
     d_weight: Tensor | None  # (V, D)
     d_bias: Tensor | None  # (V,)
@@ -143,7 +142,7 @@ class _Fused(torch.autograd.Function):
             loss = loss + task.alpha * results.divergence.sum()
         ctx.save_for_backward(results.d_hidden, results.d_weight, results.d_bias)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        per_position = results.ce, results.divergence, results.best, results.confidence
+        per_position = results.ce, results.divergence, results.best
         ctx.mark_non_differentiable(*(x for x in per_position if x is not None))
         return loss, *per_position
 
@@ -166,7 +165,7 @@ class _Fused(torch.autograd.Function):
 #                                                   |
 #                                                   |  _to_gradient: ce and divergence of the n rows, from x;
 #                                                   v                then x becomes its own gradient
-#                                              x = d loss / d logits
+#                                              x = scale * d loss / d logits
 #                                                   |
 #                                                   |  times the slope of the cap
 #                                                   v
@@ -175,7 +174,8 @@ class _Fused(torch.autograd.Function):
 #                        product 2: x weight        |        product 3: x^T hidden
 #                    d_hidden[chunk] (n, D) <-------+-------> added to d_weight (V, D)
 #
-# In half precision, the products read and write a second buffer of that dtype (``narrow``), and x is float32.
+# In half precision, the products read and write a second buffer of that dtype (``narrow``), and x is float32. A bias is
+# added by product 1, and its gradient is the sum of x over its rows.
 
 
 def _in_chunks(
@@ -200,15 +200,11 @@ def _in_chunks(
             x.copy_(narrow)
         slope = _scale_and_cap(x, task.scale, task.softcap)
 
-        # The best logit is read now, because _to_gradient leaves no logits: confidence = log q(target) + best - target.
-        if results.best is not None and results.confidence is not None:
-            best_logits, results.best[chunk] = x.max(dim=-1)
-            results.confidence[chunk] = best_logits - x.gather(1, targets[:, None])[:, 0]
+        if results.best is not None:  # read now, because _to_gradient leaves no logits
+            results.best[chunk] = x.argmax(dim=-1)
         results.ce[chunk], divergence = _to_gradient(x, targets, task.candidate_ids[chunk], task.log_p[chunk], task)
         if results.divergence is not None and divergence is not None:
             results.divergence[chunk] = divergence
-        if results.confidence is not None:
-            results.confidence[chunk] -= results.ce[chunk]
 
         if task.forms_gradients:
             if slope is not None:
@@ -234,7 +230,6 @@ def _empty_results(
         ce,
         divergence=None if task.on_cells is None else torch.empty_like(ce),
         best=None if task.forms_gradients else torch.empty_like(ce, dtype=torch.int64),
-        confidence=None if task.forms_gradients else torch.empty_like(ce),
         d_hidden=torch.empty_like(hidden) if needs_gradient[0] else None,
         d_weight=torch.zeros_like(weight, dtype=task.wide) if needs_gradient[1] else None,
         d_bias=torch.zeros_like(bias, dtype=task.wide) if bias is not None and needs_gradient[2] else None,
@@ -267,11 +262,12 @@ def _to_gradient(x: Tensor, targets: Tensor, ids: Tensor, log_p: Tensor, task: _
     candidate_logits = x.gather(1, ids)  # (n, K)
     target_logits = x.gather(1, targets[:, None])  # (n, 1)
 
-    # Take the candidates out of x. The ids of a position without candidates mean nothing and keep their logits.
+    # Take the candidates out of x. A position without candidates has padding alone, whose ids stand for no token: x keeps
+    # their logits. (Elsewhere padding repeats the id of a candidate, see ``reference.cells``.)
     x.scatter_(1, ids, candidate_logits.masked_fill(real.any(dim=-1, keepdim=True), -math.inf))
     top = x.amax(dim=-1, keepdim=True).clamp_min(NOTHING)
     x.sub_(top).exp_()
-    total = x.sum(dim=-1, keepdim=True)  # (n, 1) at least 1; 0 where every token is a candidate
+    total = x.sum(dim=-1, keepdim=True)  # (n, 1) at least 1, but 0 where every token is a candidate
 
     candidate_logits = candidate_logits.masked_fill(~real, NOTHING)
     log_rest = top + total.log()  # (n, 1)
@@ -297,7 +293,8 @@ def _to_gradient(x: Tensor, targets: Tensor, ids: Tensor, log_p: Tensor, task: _
 def value_and_gradient(on_cells: OnCells, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     """Return a divergence (n,) and its derivative by ``log_q`` (n, K + 1), also where autograd is switched off."""
     leaf = log_q.detach().requires_grad_()
-    # Without hooks that do nothing, those of gradient checkpointing would see this small graph and run forward() again.
+    # Gradient checkpointing watches what autograd saves, by hooks. Hooks that do nothing hide this small graph from them;
+    # otherwise the student's forward would run once more.
     with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
         divergence = on_cells(log_p, leaf)
         (gradient,) = torch.autograd.grad(divergence.sum(), leaf)

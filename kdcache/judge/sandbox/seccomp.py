@@ -49,7 +49,7 @@ REFUSED_CALLS = {
 MMAP = (9, 222)
 SOCKET = (41, 198)
 
-#: MAP_SHARED | MAP_ANONYMOUS: MADV_DONTNEED hides these pages from every count of a process, and they stay in memory.
+#: MAP_SHARED | MAP_ANONYMOUS: After MADV_DONTNEED such pages are in no count of a process, but they stay in memory.
 SHARED_ANONYMOUS = 0x21
 AF_UNIX = 1
 #: Numbers from here on are x32's, a second numbering of the calls on x86_64. (No call on aarch64 is that high.)
