@@ -1,7 +1,6 @@
 -- prompts: how the teacher's own answers to each prompt did, one row per prompt; kd grpo chooses from it.
 --
--- columns     split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference,
---               verifier: of the prompt
+-- columns     split, source, task, language, prompt_id, group_id, prompt, prompt_ids, reference, verifier: of the prompt
 --             judges: every pair of verifier and reference among its rows
 --             samples: number of the teacher's own answers
 --             judged: number of those with a reward

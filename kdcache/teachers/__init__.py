@@ -27,7 +27,7 @@ class Sampling:
         1.0, "Temperature of sampling; 0 is greedy. Stored log-probabilities are always at temperature 1."
     )
     top_p: float = option(1.0, "Sample from the most probable tokens that together have this probability.")
-    max_tokens: int = option(256, "Most tokens of a sampled answer.")
+    max_tokens: int = option(256, "Maximum number of tokens in a sampled answer.")
 
 
 @dataclass(frozen=True)
