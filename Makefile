@@ -1,13 +1,13 @@
-# make demo   everything, from nothing: teacher cached, students trained, compared (a quarter of an hour on 2 cores)
-# make test   the tests CI runs         make test-all   the slow and thorough ones too
+# make demo   cache a teacher, train students, compare them (a quarter of an hour on 2 cores)
+# make test   the tests that CI runs    make test-all   the slow and thorough ones too
 # make check  ruff, mypy                make lock       renew the lock files
-#                                       make check-install  resolve each install line of the README
+#                                       make check-install  resolve each install line of docs/installation.md
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-# Two processes, each with whole files of tests and one thread: most of the time goes into starting `kd`.
+# Two processes with one thread each, and whole files of tests: most of the time is spent in starting `kd`.
 SIDE_BY_SIDE := -n 2 --dist loadfile
 
 .PHONY: demo test test-all check lock check-install install clean
@@ -28,8 +28,8 @@ check: $(VENV)/ready-to-test
 
 install: $(VENV)/ready
 
-# torch first, by itself: the index it comes from is the user's choice (see docs/installation.md). Of the rest pip checks
-# every file against the hashes of the lock.
+# torch is installed first and by itself, because its index is the user's choice (docs/installation.md). pip checks every
+# other file against the hashes of the lock.
 $(VENV)/ready: requirements/cpu.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kdcache needs Python 3.11 or newer; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

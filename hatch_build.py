@@ -1,8 +1,8 @@
-"""What PyPI's page shows: README.md with links that lead somewhere from there, once the repository has an address.
+"""Give PyPI's page a README whose links lead to the repository, once that has an address.
 
     KDCACHE_REPOSITORY=https://HOST/OWNER/kdcache python -m build
 
-Without it, as in an installation from the clone, there are no URLs and README.md stays as it is.
+Without the variable, as in an installation from the clone, there are no URLs and README.md stays as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ class Links(MetadataHookInterface):
 
 
 def absolute(readme: str, repository: str) -> str:
-    """Links to files of the repository, with its address before them."""
+    """Put the address of the repository before the links to its files."""
     images = re.sub(r"(!\[[^\]]*\])\((?!https?:|#)([^)]+)\)", rf"\1({repository}/raw/HEAD/\2)", readme)
     return re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#)([^)]+)\)", rf"\1({repository}/blob/HEAD/\2)", images)

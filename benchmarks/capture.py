@@ -1,10 +1,11 @@
-"""What does kdcache add to the engine? `kd cache-teacher` against bare vLLM on the same prompts, in one process, in turns.
+"""How much time does kdcache add to the engine? `kd cache-teacher` against bare vLLM on the same prompts.
 
-python benchmarks/capture.py                 # a quarter of an hour on two quiet cores
+    python benchmarks/capture.py                 # a quarter of an hour on two quiet cores
 
-Arms, each over the same rows: `kd` (render, tokenise, engine, arrays, sparsify, write whole shards), `flat` (vLLM's own
-cheapest log-probabilities, not detokenised, results dropped), `dicts` (its list of dicts), `bare` (no log-probabilities).
-`kd` and `flat` run in pairs whose order alternates; the ratio is the median over pairs, with a bootstrap interval.
+All arms go over the same rows in one process: `kd` (render, tokenise, engine, arrays, sparsify, write whole shards), `flat`
+(vLLM's own cheapest log-probabilities, not detokenised, results dropped), `dicts` (its lists of dicts) and `bare` (no
+log-probabilities). `kd` and `flat` run in pairs whose order alternates. The ratio is the median over pairs, with a bootstrap
+interval.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ K = 64
 
 
 class Timed:
-    """Seconds that a thread computed in some functions, less what it takes to look at the clock; and the way back.
+    """Replaces some functions by timed ones until ``undo``, which returns the seconds that were computed in them.
 
-    Not the time that passed: it would count what other threads did meanwhile.
+    Seconds are the calling thread's processor time, because the time on the clock would count what other threads did
+    meanwhile. The time that reading the clock takes is subtracted.
     """
 
     def __init__(self, *places: tuple[Any, str]):
@@ -72,7 +74,7 @@ class Timed:
 
 
 def drain(engine: Any, plan: Plan, **changes: Any) -> int:
-    """The bare engine over the plan's requests, results dropped; returns the completion tokens."""
+    """Run the bare engine over the plan's requests and drop the results; return the number of completion tokens."""
     import vllm
     from vllm.sampling_params import RequestOutputKind
 
@@ -123,7 +125,7 @@ def seconds(run: Callable[[], int]) -> tuple[float, int]:
 
 
 def micros(run: Callable[[], int], *places: tuple[Any, str]) -> float:
-    """Microseconds a token that a run spends in some functions."""
+    """Return the microseconds per token that a run spends in some functions."""
     timed = Timed(*places)
     tokens = run()
     return timed.undo() / tokens * 1e6
@@ -137,16 +139,16 @@ def measure(teacher: Any, plan: Plan, pairs: int) -> dict[str, Any]:
         "dicts": partial(drain, engine, plan, logprobs=K, flat_logprobs=False),
         "bare": partial(drain, engine, plan, logprobs=None),
     }
-    for run in arms.values():  # compilation, and caches warm
+    for run in arms.values():  # compiles, and warms the caches
         run()
     ratios, rates = [], {name: list[float]() for name in arms}
     for pair in range(pairs):
-        found = {}
+        seconds_of = {}
         order = ["kd", "flat"] if pair % 2 else ["flat", "kd"]
         for name in [*order, *(("dicts", "bare") if pair % 3 == 0 else ())]:
-            found[name], tokens = seconds(arms[name])
-            rates[name].append(tokens / found[name])
-        ratios.append(found["kd"] / found["flat"])
+            seconds_of[name], tokens = seconds(arms[name])
+            rates[name].append(tokens / seconds_of[name])
+        ratios.append(seconds_of["kd"] / seconds_of["flat"])
         print(f"  pair {pair + 1}/{pairs}: kd {rates['kd'][-1]:.1f}, flat {rates['flat'][-1]:.1f} tokens/s", flush=True)
 
     from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -198,7 +200,7 @@ def main() -> None:
         for mode in ("score", "sample")
     }
     teacher: Any = load("vllm", plans["sample"].engine_options())
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "date": str(date.today()),
         "hardware": options.hardware,
         "teacher": plans["score"].fields["teacher"],
@@ -210,13 +212,15 @@ def main() -> None:
     try:
         for mode, plan in plans.items():
             print(f"{mode}:", flush=True)
-            found[mode] = measure(teacher, plan, options.pairs)
-            print(json.dumps({k: v for k, v in found[mode].items() if k != "ratios"}, indent=2), flush=True)
+            results[mode] = measure(teacher, plan, options.pairs)
+            print(json.dumps({k: v for k, v in results[mode].items() if k != "ratios"}, indent=2), flush=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    results = Path(__file__).parent / "results"
-    results.mkdir(exist_ok=True)
-    (results / f"capture-{options.hardware}-{date.today()}.json").write_text(json.dumps(found, indent=2) + "\n")
+    results_folder = Path(__file__).parent / "results"
+    results_folder.mkdir(exist_ok=True)
+    (results_folder / f"capture-{options.hardware}-{date.today()}.json").write_text(
+        json.dumps(results, indent=2) + "\n"
+    )
 
 
 if __name__ == "__main__":

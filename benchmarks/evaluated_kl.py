@@ -1,10 +1,10 @@
-"""How far is the KL that `kd evaluate` gives on a cache from that over the whole vocabulary? For near and far students.
+"""How far is the KL of `kd evaluate` from the KL over the whole vocabulary, for near and for far students?
 
-    python benchmarks/evaluated_kl.py                                             # builtin examples, a few minutes
-    python benchmarks/evaluated_kl.py --examples dolly --data-path dolly.jsonl    # or any that kd cache-teacher takes
+    python benchmarks/evaluated_kl.py                                             # the builtin examples: a few minutes
+    python benchmarks/evaluated_kl.py --examples dolly --data-path dolly.jsonl    # or any other that kd cache-teacher takes
 
 The teacher is SmolLM2-135M-Instruct in float32, and so are the students: the teacher itself, the teacher with noise on
-its weights, and the teacher without some of its layers. Every number is a mean over all completion tokens, in nats.
+its weights, and the teacher without some of its layers. Every figure is a mean over all completion tokens, in nats.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ LEFT_OUT = (1, 3, 10)
 
 
 def students(teacher: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the model of each student, the nearest first."""
     yield "the teacher itself", teacher
     for scale in NOISE:
         torch.manual_seed(0)
@@ -57,7 +58,7 @@ def students(teacher: Any) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def logprobs(model: Any, sample: Any) -> torch.Tensor:
-    """(T, V) at the completion's positions."""
+    """Return the model's log-probabilities at the positions of the completion, (T, V)."""
     ids = torch.from_numpy(np.concatenate([sample.prompt_ids, sample.completion_ids]))[None].long()
     first = len(sample.prompt_ids) - 1
     return model(ids, use_cache=False).logits[0, first : first + len(sample.completion_ids)].log_softmax(-1)
@@ -89,15 +90,15 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
         for sample in samples:
             log_p, log_q = logprobs(teacher, sample), logprobs(student, sample)
             best = log_p.topk(captured)
-            mine = log_q.gather(1, best.indices)
+            student_best = log_q.gather(1, best.indices)
             none = torch.zeros(len(log_p), dtype=torch.int64)
             rest_p, rest_q = (log_mass_beyond(log, best.indices, none) for log in (log_p, log_q))
-            cells = (best.values.exp() * (best.values - mine)).sum() + (rest_p.exp() * (rest_p - rest_q)).sum()
-            found = at_positions(student, head, [sample], sampled_from(caches[0]))
-            sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), found.kl.sum()]
+            cells = (best.values.exp() * (best.values - student_best)).sum() + (rest_p.exp() * (rest_p - rest_q)).sum()
+            readings = at_positions(student, head, [sample], sampled_from(caches[0]))
+            sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), readings.kl.sum()]
             beyond_captured += float(rest_p.exp().sum()) * (student is teacher)
-        whole, of_cells, evaluated = (sums / tokens).round(4).tolist()
-        rows.append({"student": name, "whole_vocabulary": whole, "captured_cells": of_cells, "kd_evaluate": evaluated})
+        kl, of_cells, evaluated = (sums / tokens).round(4).tolist()
+        rows.append({"student": name, "whole_vocabulary": kl, "captured_cells": of_cells, "kd_evaluate": evaluated})
     return {
         "date": str(date.today()),
         "machine": cpu(),
@@ -120,10 +121,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(options, Path(folder) / "cache")
-    name = f"evaluated-kl-{options.examples}-{hardware()}-{found['date']}.json"
-    atomic.write_json(options.results / name, found)
-    print(json.dumps(found, indent=2))
+        results = measure(options, Path(folder) / "cache")
+    name = f"evaluated-kl-{options.examples}-{hardware()}-{results['date']}.json"
+    atomic.write_json(options.results / name, results)
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Flip single bits of a cache, and see what each command makes of it: a sentence, the same numbers, or other ones.
+"""Does any command miss a flipped bit of a cache? Each ends with an error sentence, the same numbers, or wrong ones.
 
     python benchmarks/flips.py data/topk data/threshold --flips 300
 
-Each bit is flipped in a copy, with the file's time of change set back, looked at, and put right again. Every file gets
-at least ``LEAST`` flips, the others fall by size. In this process are run: ``kd cache verify``; SQL over every column of
-samples, vocab and rewards; what ``kd train`` selects and all its batches; what ``kd evaluate`` and ``kd grpo`` read. Prints
-a table as Markdown; exit code 1 if a number was another one without a word, a wrong file was blamed or something else
-than a sentence was raised.
+Each bit is flipped in a copy of the cache, the file's modification time is restored, the commands run, and the bit is flipped
+back. Every file gets at least ``LEAST`` flips, and the others are spread by size. This process runs ``kd cache verify``, SQL
+over every column of samples, vocab and rewards, what ``kd train`` selects and all its batches, and what ``kd evaluate`` and
+``kd grpo`` read. The result is a Markdown table. The exit code is 1 if a number changed without an error, if the wrong file
+was blamed, or if anything but a KDError was raised.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from trainer.grpo import plan as grpo
 
 LEAST = 20
 
-#: What is for people to read: no number is taken from it.
+#: Files that only people read: no number comes from them.
 WORDS = ("README.md",)
 
 
@@ -48,7 +48,7 @@ class Flip:
     bit: int
 
     def apply(self, cache: Path) -> None:
-        """Flip it in place, or flip it back; times of change that can be set stay as they are."""
+        """Flip the bit in place, or flip it back; the file's times stay as they are."""
         path = cache / self.file
         status = path.stat()
         with open(path, "r+b") as file:
@@ -62,12 +62,12 @@ class Flip:
 @dataclass
 class Outcome:
     flip: Flip
-    blamed: list[str]  # by verify
+    blamed: list[str]  # files that verify names
     answers: dict[str, str]  # command -> same, sentence, OTHER NUMBERS, TRACEBACK
 
     @property
     def bad(self) -> str | None:
-        """What must not be, in words."""
+        """What went wrong, in words; None if nothing did."""
         wrong = [f"{name}: {answer}" for name, answer in self.answers.items() if answer.isupper()]
         if self.flip.file not in WORDS and self.blamed != [self.flip.file]:
             wrong.append(f"verify blames {self.blamed or 'nothing'}")
@@ -75,7 +75,7 @@ class Outcome:
 
 
 def plan_flips(cache: Path, count: int, seed: int = 0, least: int = LEAST) -> list[Flip]:
-    """``least`` flips in every file, and the rest by size."""
+    """Return ``least`` flips in every file, and the remaining ones at random by size."""
     chance = random.Random(seed)
     sizes = {str(p.relative_to(cache)): p.stat().st_size for p in sorted(cache.rglob("*")) if p.is_file()}
     names = [name for name, size in sizes.items() if size for _ in range(least)]
@@ -87,7 +87,7 @@ def plan_flips(cache: Path, count: int, seed: int = 0, least: int = LEAST) -> li
 
 
 def sql(cache: Path) -> str:
-    """A hash over every value of three views."""
+    """Return hashes of every value of three views."""
     connection = query.connect(cache)
     try:
         views = ("samples", "vocab", "rewards")
@@ -99,7 +99,7 @@ def sql(cache: Path) -> str:
 
 
 def train(cache: Path) -> str:
-    """A hash over all batches of all splits, bit for bit."""
+    """Return a hash of all batches of all splits, bit for bit."""
     digest = hashlib.sha256()
     opened = Cache(cache)
     for split in SPLITS:
@@ -110,12 +110,12 @@ def train(cache: Path) -> str:
 
 
 def evaluation(cache: Path) -> str:
-    """What is read of a test split beside the batches, and what kd grpo chooses."""
+    """Return a hash of what is read of the test split besides its batches, and of the prompts that kd grpo chooses."""
     config = EvaluateConfig(models=(), from_cache=(cache,), out=cache / "unused")
     opened = Cache(cache)
     read = [
         evaluate.prompts_of(config),
-        sorted(evaluate.groups_of(config, [opened]).items()),  # rows come as threads bring them
+        sorted(evaluate.groups_of(config, [opened]).items()),  # threads return rows in any order
         sorted(tuple(row.values()) for row in query.select(cache, "sample_id, entropies", None, "test").to_pylist()),
         evaluate.decoding_of(config, opened),
         grpo._choose(cache, opened.plan, None),
@@ -130,7 +130,7 @@ COMMANDS: dict[str, Callable[[Path], str]] = {"sql": sql, "train": train, "evalu
 
 
 def look(cache: Path, flip: Flip, sound: dict[str, str]) -> Outcome:
-    """Flip, run everything, flip back."""
+    """Flip a bit, run all commands, and flip it back."""
     flip.apply(cache)
     before = (cache / "manifest.json").read_bytes()
     answers, blamed = {}, []
@@ -150,7 +150,7 @@ def look(cache: Path, flip: Flip, sound: dict[str, str]) -> Outcome:
         except Exception as error:
             answers["verify"] = f"TRACEBACK ({type(error).__name__.upper()})"
     finally:
-        if flip.file not in (*WORDS, "rejected.jsonl") or blamed:  # else verify has written the file anew
+        if flip.file not in (*WORDS, "rejected.jsonl") or blamed:  # else verify has rewritten the file
             flip.apply(cache)
         elif flip.file in WORDS:
             manifest.rebuild(cache)
@@ -159,24 +159,24 @@ def look(cache: Path, flip: Flip, sound: dict[str, str]) -> Outcome:
 
 
 def campaign(cache: Path, flips: Sequence[Flip], say: Callable[[str], None] = lambda _: None) -> list[Outcome]:
-    """All flips on a copy of ``cache``."""
+    """Try all flips on a copy of ``cache``."""
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(shutil.copytree(cache, Path(scratch) / "copy"))
         assert integrity.verify(copy).sound
         sound = {name: command(copy) for name, command in COMMANDS.items()}
-        found = []
+        outcomes = []
         for number, flip in enumerate(flips):
-            found.append(look(copy, flip, sound))
-            if found[-1].bad:
-                say(f"{flip}: {found[-1].bad}")
+            outcomes.append(look(copy, flip, sound))
+            if outcomes[-1].bad:
+                say(f"{flip}: {outcomes[-1].bad}")
             if number % 20 == 19:
                 say(f"{number + 1}/{len(flips)}")
         assert {name: command(copy) for name, command in COMMANDS.items()} == sound
-        return found
+        return outcomes
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Markdown: one line for each kind of file."""
+    """Return a Markdown table with one line per kind of file."""
     lines = [
         "| file | flips | verify found it | blamed that file alone | sql: sentence, same | train: sentence, same | evaluate: sentence, same | other numbers | tracebacks |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -184,13 +184,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
     kinds: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
         kinds.setdefault("data/*.parquet" if "/" in outcome.flip.file else outcome.flip.file, []).append(outcome)
-    for kind, of in sorted(kinds.items()):
-        count = {name: Counter(o.answers[name].split(" (")[0] for o in of) for name in (*COMMANDS, "verify")}
-        told = " | ".join(f"{count[name]['sentence']}, {count[name]['same']}" for name in COMMANDS)
+    for kind, members in sorted(kinds.items()):
+        count = {name: Counter(o.answers[name].split(" (")[0] for o in members) for name in (*COMMANDS, "verify")}
+        answers = " | ".join(f"{count[name]['sentence']}, {count[name]['same']}" for name in COMMANDS)
         others, tracebacks = (sum(c[what] for c in count.values()) for what in ("OTHER NUMBERS", "TRACEBACK"))
-        right = sum(o.blamed == [o.flip.file] for o in of)
+        right = sum(o.blamed == [o.flip.file] for o in members)
         lines.append(
-            f"| {kind} | {len(of)} | {sum(bool(o.blamed) for o in of)} | {right} | {told} | {others} | {tracebacks} |"
+            f"| {kind} | {len(members)} | {sum(bool(o.blamed) for o in members)} | {right} | {answers} | {others} | {tracebacks} |"
         )
     return "\n".join(lines)
 

@@ -61,7 +61,7 @@ def pin() -> int | None:
     return core
 
 
-# --- the same batches, from datasets -----------------------------------------------------------------------------
+# --- the same batches, from datasets ----------------------------------------------------------------------------------
 
 
 def open_dataset(files: list[Path]) -> Any:

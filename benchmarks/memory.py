@@ -4,13 +4,12 @@
     python benchmarks/memory.py --gigabytes 0.1 0.2 --steps 100
 
 The caches hold a random teacher's candidates (k = 64) over a vocabulary of 512: copies of one shard under many names.
-The student has one layer, so that the reading is measured and not the network.
+The student has one layer, so that reading is measured and not the network.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +17,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from shared import peak_bytes, write_plan
+from shared import copy_shard, made_up_fields, peak_bytes, write_plan
 
 from kdcache.cache import documents, writer
 from kdcache.cache.format import CacheRow, fingerprint
@@ -32,7 +31,7 @@ VOCABULARY, K, TOKENS, ROWS = 512, 64, 100, 512
 
 
 def make_student(folder: Path) -> str:
-    """Save a one-layer model over a vocabulary of its own, and return its tokenizer's identity."""
+    """Save a one-layer model with its own small vocabulary, and return its tokenizer's identity."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -49,8 +48,7 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
     """Write a random cache of about ``size_bytes``, and return its true size."""
     random = np.random.default_rng(0)
     sparsifier = parse(f"topk:{K}")
-    fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
-    fields["sparsify"] = str(sparsifier)
+    fields = made_up_fields(sparsifier)
     cache_fingerprint = fingerprint(fields)
     rows = []
     for i in range(ROWS):
@@ -59,17 +57,18 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
         ids = np.argsort(-full, axis=1)[:, :K]
         logprobs = np.take_along_axis(full, ids, axis=1).astype(np.float32)
         completion = random.integers(2, VOCABULARY, TOKENS)
-        own = full[np.arange(TOKENS), completion].astype(np.float32)
+        token_logprobs = full[np.arange(TOKENS), completion].astype(np.float32)
         row = CacheRow(
             sample_id=f"made-up:{i}:g",
             split="train",
+            source="made-up",
             origin="given",
             group_id=str(i),
             prompt_ids=random.integers(2, VOCABULARY, 20).tolist(),
             completion_ids=completion.tolist(),
-            token_logprobs=own,
+            token_logprobs=token_logprobs,
             token_ranks=np.ones(TOKENS, np.int32),
-            entropies=-own,
+            entropies=-token_logprobs,
             candidates=sparsifier(ids, logprobs),
         )
         rows.append(row)
@@ -79,7 +78,7 @@ def make_cache(folder: Path, size_bytes: int, tokenizer: str) -> int:
     writer.write_shard(first, rows, "q8", meta)
     shards = max(1, round(size_bytes / first.stat().st_size))
     for number in range(1, shards):
-        shutil.copy(first, folder / shard_name("train", number))
+        copy_shard(first, folder / shard_name("train", number), "q8")
     plan = {
         "format_version": 1,
         "fingerprint": cache_fingerprint,

@@ -98,14 +98,14 @@ def screenshots(demo: Path, out: Path) -> None:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(address)
-        open_a_token(page)
+        open_token(page)
         page.screenshot(path=out / "view.png")
         page.goto((demo / "report/report.html").absolute().as_uri())
         page.screenshot(path=out / "report.png")
         browser.close()
 
 
-def open_a_token(page: Any) -> None:
+def open_token(page: Any) -> None:
     """Open the most uncertain sample of the list, and the candidates of one of its tokens."""
     page.wait_for_selector(".token")
     page.locator(".token").nth(5).click()

@@ -1,13 +1,13 @@
-"""What grows with a cache? Time and peak memory of each thing done with one, from 10 to 10,000 shards, 50 million tokens.
+"""What grows with a cache? Time and peak memory of each operation, from 10 to 10,000 shards and 50 million tokens.
 
     python benchmarks/scale.py --plot docs/scale.svg                     # about an hour on two cores, 2 GB of disk
-    python benchmarks/scale.py --shards 10 100 --rows 50 --show-only     # a try
+    python benchmarks/scale.py --shards 10 100 --rows 50 --show-only     # a quick look
     python benchmarks/scale.py --show benchmarks/results/scale-....json --plot docs/scale.svg
 
-The caches are made up and real: a made-up teacher's two candidates a token over a vocabulary of 512, shards written with the
-format's own schema and encodings, one table with other ids in each. Two axes: more shards of the same size (50 samples of
-100 tokens), and 100 shards of more samples. Each measurement is a process of its own; seconds are without its start,
-peak memory is the operating system's account of all of it, imports included.
+The teacher is made up, and the caches are real: two candidates per token over a vocabulary of 512, in shards that are written
+with the format's own schema and encodings. All shards hold the same table with other ids. There are two axes: more shards of
+the same size (50 samples of 100 tokens), and 100 shards of more samples. Each measurement is a process of its own. Its seconds
+exclude the start of the process; its peak memory is what the operating system reports for the whole process, imports included.
 The exponent of growth is the slope of log(seconds) over log(size) between the two largest sizes: 1 is linear.
 """
 
@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from memory import VOCABULARY, make_student
-from shared import hardware, save_figure, say
+from shared import hardware, made_up_fields, save_figure, say
 
 from kdcache.cache import manifest, sparsify, writer
 from kdcache.cache.format import SCHEMA, SPLITS, CacheRow, fingerprint, parquet_options
@@ -43,12 +43,12 @@ from kdcache.storage import atomic
 HERE = Path(__file__).parent
 K, TOKENS, PROMPT_TOKENS = 2, 100, 20
 SHARDS, ROWS = (10, 100, 1_000, 10_000), 50
-MORE_ROWS = (50, 500, 5_000)  # samples a shard, in AT_SHARDS shards
+MORE_ROWS = (50, 500, 5_000)  # samples per shard, in AT_SHARDS shards
 AT_SHARDS = 100
 TIMEOUT_SECONDS = 240
-SQL_MEMORY = "4GB"  # a limit, so that a view that needs more fails and the machine does not
-BYTES_A_TOKEN = 20  # predicted, for the disk; measured and reported
-#: What the results call it, where that is another name.
+SQL_MEMORY = "4GB"  # with this limit, a view that needs more fails before the machine runs out of memory
+BYTES_PER_TOKEN = 20  # an estimate of the disk space that is needed; the true size is measured
+#: How the names of an operation's results begin; `view NAME` has the result `sql: NAME`.
 REPORTED = {
     "open": "open",
     "sum": "sum, f",
@@ -58,11 +58,11 @@ REPORTED = {
     "plan": "plan",
 }
 MACROS = {"captured_mass": "captured_mass(1)", "sample": "sample('made-up:7:g')"}
-FIRST_TEN = ("uncertain_tokens", "disagreements")  # every token, in order: one asks for the first
+FIRST_TEN = ("uncertain_tokens", "disagreements")  # views of every token in order, of which users read the first rows
 LOADER = {"samples_per_step": 16, "parts": 2}
 
 
-# --- making caches ----------------------------------------------------------------------------------------------------
+# --- writing caches ---------------------------------------------------------------------------------------------------
 
 
 def split_of(shard: int) -> str:
@@ -71,19 +71,19 @@ def split_of(shard: int) -> str:
 
 def names_of(shards: int) -> list[str]:
     counts = dict.fromkeys(SPLITS, 0)
-    found = []
+    names = []
     for shard in range(shards):
         split = split_of(shard)
-        found.append(shard_name(split, counts[split]))
+        names.append(shard_name(split, counts[split]))
         counts[split] += 1
-    return found
+    return names
 
 
 def base_table(rows: int) -> pa.Table:
-    """``rows`` made-up samples: distributions over a small vocabulary, as a teacher would have them."""
+    """Return a table of made-up samples, whose distributions are over a small vocabulary."""
     random = np.random.default_rng(0)
     sparsifier = parse(f"topk:{K}")
-    made = []
+    samples = []
     for _ in range(rows):
         logits = random.normal(0, 3, (TOKENS, VOCABULARY)).astype(np.float32)
         full = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
@@ -91,9 +91,9 @@ def base_table(rows: int) -> pa.Table:
         ids = np.take_along_axis(ids, np.argsort(-np.take_along_axis(full, ids, 1), axis=1), 1)
         logprobs = np.take_along_axis(full, ids, axis=1)
         completion = random.integers(2, VOCABULARY, TOKENS)
-        own = full[np.arange(TOKENS), completion]
-        ranks = (full >= own[:, None]).sum(axis=1).astype(np.int32)
-        made.append(
+        token_logprobs = full[np.arange(TOKENS), completion]
+        ranks = (full >= token_logprobs[:, None]).sum(axis=1).astype(np.int32)
+        samples.append(
             CacheRow(
                 sample_id="",  # ``with_ids`` writes the ids
                 split="",
@@ -105,17 +105,17 @@ def base_table(rows: int) -> pa.Table:
                 completion="w3 " * TOKENS,
                 prompt_ids=random.integers(2, VOCABULARY, PROMPT_TOKENS).tolist(),
                 completion_ids=completion.tolist(),
-                token_logprobs=own,
+                token_logprobs=token_logprobs,
                 token_ranks=ranks,
                 entropies=-(np.exp(full) * full).sum(axis=1),
                 candidates=sparsifier(ids, logprobs),
             )
         )
-    return writer.rows_to_table(made, "q8")
+    return writer.rows_to_table(samples, "q8")
 
 
 def with_ids(table: pa.Table, first: int, split: str) -> pa.Table:
-    """The table as other samples: ids from ``first`` on."""
+    """Return the table as other samples, with ids from ``first`` on."""
     numbers = range(first, first + len(table))
     columns = {
         "sample_id": [f"made-up:{i}:g" for i in numbers],
@@ -129,9 +129,8 @@ def with_ids(table: pa.Table, first: int, split: str) -> pa.Table:
 
 
 def make_cache(folder: Path, shards: int, rows: int, tokenizer: Any) -> dict[str, Any]:
-    """A cache of ``shards`` shards of ``rows`` samples; returns its sizes."""
-    fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
-    fields["sparsify"] = str(parse(f"topk:{K}"))
+    """Write a cache of ``shards`` shards of ``rows`` samples; return its sizes."""
+    fields = made_up_fields(parse(f"topk:{K}"))
     cache_fingerprint = fingerprint(fields)
     metadata = {
         "format_version": 1,
@@ -164,7 +163,7 @@ def make_cache(folder: Path, shards: int, rows: int, tokenizer: Any) -> dict[str
 
 
 def make_examples(path: Path, samples: int) -> None:
-    """The same number of examples as a cache has samples, for a plan."""
+    """Write as many examples as a cache has samples, to plan a capture of them."""
     random = np.random.default_rng(1)
     with open(path, "w", encoding="utf-8") as file:
         for start in range(0, samples, 1000):
@@ -176,11 +175,11 @@ def make_examples(path: Path, samples: int) -> None:
                 file.write(json.dumps({"id": number, "prompt": prompt, "completion": completion}) + "\n")
 
 
-# --- what is measured: each in a process of its own, and each returns the seconds to report ----------------------------
+# --- what is measured: each operation runs in a process of its own, which reports the seconds -------------------------
 
 
 def measure(what: str, folder: Path) -> dict[str, Any]:
-    """Seconds and peak memory of one thing done with FOLDER/cache."""
+    """Return the seconds and the peak memory of one operation on FOLDER/cache."""
     from kdcache.cache import integrity, query, reader
 
     if what == "plan":
@@ -239,20 +238,20 @@ def measure(what: str, folder: Path) -> dict[str, Any]:
 
         def ask() -> None:
             connection = query.connect(cache, memory_limit=SQL_MEMORY)
-            asked = (
+            statement = (
                 f"FROM {view} LIMIT 10"
                 if view in FIRST_TEN
                 else f"SELECT count(COLUMNS(*)) FROM {MACROS.get(view, view)}"
             )
-            connection.execute(asked).fetchall()
+            connection.execute(statement).fetchall()
 
         timed(f"sql: {view}", ask)
     return {"seconds": seconds, "peak_bytes": peak_resident_bytes(), "imports_bytes": before_bytes}
 
 
 def writing() -> dict[str, float]:
-    """Tokens a second that one core sparsifies and writes: what a worker's background thread can take from its engine."""
-    found = {}
+    """Return the tokens per second that one core sparsifies and writes, as a worker's background thread does."""
+    rates = {}
     random = np.random.default_rng(0)
     for policy, capture_k in (("threshold:0.02", 256), ("topk:64", None)):
         sparsifier = parse(policy, capture_k)
@@ -277,89 +276,92 @@ def writing() -> dict[str, float]:
         ]
         with tempfile.TemporaryDirectory() as folder:
             writer.write_shard(Path(folder) / "shard.parquet", rows, "q8", {})
-        found[policy] = 128 * 256 / (time.thread_time() - begun)
-    return found
+        rates[policy] = 128 * 256 / (time.thread_time() - begun)
+    return rates
 
 
-def in_a_process(what: str, folder: Path) -> dict[str, Any]:
+def in_new_process(what: str, folder: Path) -> dict[str, Any]:
+    """Run ``measure`` in a process of its own; return its result, or why it failed."""
     command = [sys.executable, __file__, "--measure", what, str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         return {"seconds": {}, "failed": f"not done after {TIMEOUT_SECONDS} s"}
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
+    if process.returncode:
+        last = process.stderr.strip().splitlines()[-1:] or [f"status {process.returncode}"]
         return {"seconds": {}, "failed": last[0][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(process.stdout.splitlines()[-1])
 
 
-def not_known(what: str, found: dict[str, Any]) -> bool:
+def is_measured(what: str, results: dict[str, Any]) -> bool:
+    """Return whether the results of an operation are among ``results``."""
     if what in REPORTED:
-        return not any(name.startswith(REPORTED[what]) for name in found)
-    return f"sql: {what.removeprefix('view ')}" not in found
+        return any(name.startswith(REPORTED[what]) for name in results)
+    return f"sql: {what.removeprefix('view ')}" in results
 
 
 def measure_cache(
-    folder: Path, shards: int, rows: int, tokenizer: Any, views: list[str], with_plan: bool, known: dict[str, Any]
+    folder: Path, shards: int, rows: int, tokenizer: Any, views: list[str], with_plan: bool, previous: dict[str, Any]
 ) -> dict[str, Any]:
-    """Sizes and measurements of one made-up cache; what is ``known`` of it from a run before is not measured again."""
+    """Return sizes and measurements of one made-up cache; what a ``previous`` run measured is not measured again."""
     whats = ["open", "sum", "sum again", "verify", "loader", *(f"view {view}" for view in views)]
     whats += ["plan"] if with_plan else []
-    found: dict[str, Any] = known.get("measured", {})
-    whats = [what for what in whats if not_known(what, found)]
+    results: dict[str, Any] = previous.get("measured", {})
+    whats = [what for what in whats if not is_measured(what, results)]
     if not whats:
-        return known
-    need, free = shards * rows * TOKENS * BYTES_A_TOKEN + 800 * shards * rows, shutil.disk_usage(folder).free
+        return previous
+    need, free = shards * rows * TOKENS * BYTES_PER_TOKEN + 800 * shards * rows, shutil.disk_usage(folder).free
     if need > free / 2:
         raise SystemExit(
             f"{shards} shards of {rows} samples need about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
         )
     begun = time.perf_counter()
     sizes = make_cache(folder / "cache", shards, rows, tokenizer)
-    say(f"{sizes} made in {time.perf_counter() - begun:.0f} s")
+    say(f"{sizes} written in {time.perf_counter() - begun:.0f} s")
     if "plan" in whats:
         make_examples(folder / "rows.jsonl", sizes["samples"])
     if "sum" not in whats:
         manifest.rebuild(folder / "cache")
     for what in whats:
-        result = in_a_process(what, folder)
+        result = in_new_process(what, folder)
         failed = {REPORTED.get(what, "sql: " + what[5:]): None}
         for name, seconds in (result["seconds"] or failed).items():
-            found[name] = {"seconds": seconds, "peak_bytes": result.get("peak_bytes")}
-            found[name]["imports_bytes"] = result.get("imports_bytes")
+            results[name] = {"seconds": seconds, "peak_bytes": result.get("peak_bytes")}
+            results[name]["imports_bytes"] = result.get("imports_bytes")
             if "failed" in result:
-                found[name]["failed"] = result["failed"]
-            say(f"  {name}: {found[name]}")
+                results[name]["failed"] = result["failed"]
+            say(f"  {name}: {results[name]}")
     (folder / "rows.jsonl").unlink(missing_ok=True)
     sizes["manifest_bytes"] = (folder / "cache/manifest.json").stat().st_size
     sizes["plan_bytes"] = (folder / "cache/plan.json").stat().st_size
     shutil.rmtree(folder / "cache")
-    return sizes | {"measured": found}
+    return sizes | {"measured": results}
 
 
-# --- what it says -----------------------------------------------------------------------------------------------------
+# --- tables and plot --------------------------------------------------------------------------------------------------
 
 
 def exponent(sizes: list[float], values: list[float | None]) -> float | None:
-    """The slope in log-log between the two largest sizes that were measured."""
-    known = [(math.log(s), math.log(v)) for s, v in zip(sizes, values) if v]
-    if len(known) < 2:
+    """Return the slope of log(values) over log(sizes) between the two largest sizes that were measured; None below two."""
+    points = [(math.log(s), math.log(v)) for s, v in zip(sizes, values) if v]
+    if len(points) < 2:
         return None
-    (x0, y0), (x1, y1) = known[-2:]
+    (x0, y0), (x1, y1) = points[-2:]
     return (y1 - y0) / (x1 - x0)
 
 
 def series(runs: list[dict[str, Any]], name: str, key: str) -> list[float | None]:
+    """Return one measurement of each run; None where it is missing."""
     return [run["measured"].get(name, {}).get(key) for run in runs]
 
 
-def show(found: dict[str, Any]) -> None:
-    """The table of docs/scale.md: seconds and peak memory at each size, and the exponents."""
-    for policy, rate in found.get("writing_tokens_per_second", {}).items():
+def show(results: dict[str, Any]) -> None:
+    """Print the tables of docs/scale.md: seconds and peak memory at each size, and the exponents."""
+    for policy, rate in results.get("writing_tokens_per_second", {}).items():
         print(f"sparsified and written by one core, {policy}: {rate:,.0f} tokens/s")
     for title, runs, unit in (
-        ("shards", found["by_shards"], "shards"),
-        ("samples", found["by_samples"], "samples"),
+        ("shards", results["by_shards"], "shards"),
+        ("samples", results["by_samples"], "samples"),
     ):
         if len(runs) < 2:
             continue
@@ -376,8 +378,8 @@ def show(found: dict[str, Any]) -> None:
             print(f"| {name} | {' | '.join(cells)} | {'-' if slope is None else f'{slope:.2f}'} | {memory} |")
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Seconds and peak memory over shards, and seconds over samples."""
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Draw seconds and peak memory over shards, and seconds over samples."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -398,9 +400,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         "loader: jump to the middle": ("#a9d6b2", "^"),
     }
     panels = (
-        ("seconds", "seconds", found["by_shards"], "shards", "shards of 50 samples of 100 tokens"),
-        ("peak_bytes", "peak resident memory, MB", found["by_shards"], "shards", "the same"),
-        ("seconds", "seconds", found["by_samples"], "samples", "samples in 100 shards"),
+        ("seconds", "seconds", results["by_shards"], "shards", "shards of 50 samples of 100 tokens"),
+        ("peak_bytes", "peak resident memory, MB", results["by_shards"], "shards", "the same"),
+        ("seconds", "seconds", results["by_samples"], "samples", "samples in 100 shards"),
     )
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), facecolor="white")
     for axis, (key, label, runs, unit, title) in zip(axes, panels):
@@ -436,10 +438,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shards", type=int, nargs="+", default=SHARDS)
     parser.add_argument(
-        "--rows", type=int, nargs="+", default=MORE_ROWS, help=f"samples a shard, of {AT_SHARDS} shards"
+        "--rows", type=int, nargs="+", default=MORE_ROWS, help=f"samples per shard, in {AT_SHARDS} shards"
     )
     parser.add_argument("--views", nargs="+", help="only these [default: all of sql/]")
-    parser.add_argument("--folder", type=Path, help="for the made-up caches [default: a temporary one]")
+    parser.add_argument("--folder", type=Path, help="folder for the made-up caches [default: a temporary one]")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     parser.add_argument("--plot", type=Path, help="where to draw: an .svg or .png")
     parser.add_argument("--show", type=Path, help="print and plot these results instead of measuring")
@@ -450,27 +452,27 @@ def main() -> None:
         print(json.dumps(measure(options.measure[0], Path(options.measure[1]))))
         return
     if options.show:
-        found = json.loads(options.show.read_text())
+        results = json.loads(options.show.read_text())
     else:
         from kdcache.cache import query
 
         views = options.views or list(query.VIEWS)
-        found = {"date": str(date.today()), "machine": cpu(), "load_at_start": os.getloadavg()[0]}
-        found["versions"] = versions("kdcache", "pyarrow", "duckdb", "numpy", "torch")
-        found |= {"tokens_a_sample": TOKENS, "candidates_a_token": K, "by_shards": [], "by_samples": []}
-        name = f"scale-{hardware()}-{found['date']}.json"
+        results = {"date": str(date.today()), "machine": cpu(), "load_at_start": os.getloadavg()[0]}
+        results["versions"] = versions("kdcache", "pyarrow", "duckdb", "numpy", "torch")
+        results |= {"tokens_a_sample": TOKENS, "candidates_a_token": K, "by_shards": [], "by_samples": []}
+        name = f"scale-{hardware()}-{results['date']}.json"
         before: dict[tuple[int, int], dict[str, Any]] = {}
-        if (options.results / name).is_file():  # of today: an interrupted run goes on
+        if (options.results / name).is_file():  # written today: resume the interrupted run
             old = json.loads((options.results / name).read_text())
             before = {(r["shards"], r["rows_a_shard"]): r for axis in ("by_shards", "by_samples") for r in old[axis]}
         sizes = [("by_shards", shards, ROWS) for shards in options.shards]
         sizes += [("by_samples", AT_SHARDS, rows) for rows in options.rows]
         with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
             tokenizer = make_student(Path(scratch) / "student")
-            done: dict[tuple[int, int], dict[str, Any]] = {}
+            measured: dict[tuple[int, int], dict[str, Any]] = {}
             for axis, shards, rows in sorted(sizes, key=lambda size: (size[1] * size[2], size[1])):
-                if (shards, rows) not in done:
-                    done[shards, rows] = measure_cache(
+                if (shards, rows) not in measured:
+                    measured[shards, rows] = measure_cache(
                         Path(scratch),
                         shards,
                         rows,
@@ -479,14 +481,14 @@ def main() -> None:
                         axis == "by_shards",
                         before.get((shards, rows), {}),
                     )
-                found[axis].append(done[shards, rows])
-                found["writing_tokens_per_second"] = found.get("writing_tokens_per_second") or writing()
+                results[axis].append(measured[shards, rows])
+                results["writing_tokens_per_second"] = results.get("writing_tokens_per_second") or writing()
                 if not options.show_only:
                     options.results.mkdir(exist_ok=True)
-                    atomic.write_json(options.results / name, found)
-    show(found)
+                    atomic.write_json(options.results / name, results)
+    show(results)
     if options.plot:
-        plot(found, options.plot)
+        plot(results, options.plot)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""What a cache costs and how fast it is read: bytes a token by column, and tokens/s on one thread.
+"""What does a cache cost, and how fast is it read? Bytes per token by column, and tokens/s on one thread.
 
     kd cache-teacher --limit 200 --sparsify threshold:0.02 --out data/c
     python benchmarks/size.py data/c                     # about a minute
-    python benchmarks/size.py data/c --exact data/f      # f: the same, made with --precision f32
+    python benchmarks/size.py data/c --exact data/f      # data/f is the same cache made with --precision f32
 
-Read are the columns a trainer asks for, by kdcache.cache.reader (row groups to Samples, page checksums on), against the same
-samples as plain Parquet (nested lists, zstd, pyarrow's own choice of encodings, no checksums) and through
-`datasets.load_dataset`. Plain Parquet would hold exact log-probabilities: --exact takes its samples from a cache of the
-same rows that has them; without it the rounded ones are written, which compress better than real ones would.
+kdcache.cache.reader reads the columns that a trainer needs (row groups to Samples, page checksums on). It is compared with
+the same samples in plain Parquet (nested lists, zstd, pyarrow's own choice of encodings, no checksums) and through
+`datasets.load_dataset`. Plain Parquet would hold exact log-probabilities. With --exact, they come from a cache of the same
+rows that holds them. Without it the rounded ones are written, which compress better than exact ones would.
 
-The files are read many times over, as copies under other names, so that a round takes long enough; they are in the
-operating system's cache. Variants alternate within a round, and medians over rounds are given.
+The files are read many times, as copies under other names, so that a round takes long enough. They are in the operating
+system's cache. Variants alternate within a round, and the figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from shared import hardware, write_plan
+from shared import copy_shard, hardware, write_plan
 
 from kdcache.cache import documents, reader, writer
 from kdcache.cache.format import SCHEMA
@@ -46,14 +46,14 @@ HERE = Path(__file__).parent
 
 
 def bytes_by_column(files: list[Path]) -> dict[str, int]:
-    """Compressed bytes of each column, from the footers; what is left of the files is called ``footers``."""
-    found: dict[str, int] = dict.fromkeys(SCHEMA.names, 0)
+    """Return the compressed bytes of each column, from the footers; all other bytes count as ``footers``."""
+    sizes: dict[str, int] = dict.fromkeys(SCHEMA.names, 0)
     for path in files:
         for chunk in column_chunks(pq.read_metadata(path)):
             name = chunk.path_in_schema.partition(".")[0]
-            found[name] = found.get(name, 0) + chunk.total_compressed_size
-    found["footers"] = sum(path.stat().st_size for path in files) - sum(found.values())
-    return found
+            sizes[name] = sizes.get(name, 0) + chunk.total_compressed_size
+    sizes["footers"] = sum(path.stat().st_size for path in files) - sum(sizes.values())
+    return sizes
 
 
 def completion_tokens(files: list[Path]) -> int:
@@ -69,7 +69,7 @@ def print_columns(sizes: dict[str, int], tokens: int) -> None:
     print(f"{'all':<20}  {total / tokens:11.2f}")
 
 
-# --- reading: each returns the completion tokens it went through ------------------------------------------------------
+# --- reading: each function returns the number of completion tokens that it read --------------------------------------
 
 
 def read_cache(cache: reader.Cache) -> int:
@@ -83,7 +83,7 @@ def read_cache(cache: reader.Cache) -> int:
 
 
 def flat(table: pa.Table) -> int:
-    """Every column as flat numpy arrays; the tokens of ``completion_ids``."""
+    """Turn every column into flat numpy arrays; return the number of tokens in ``completion_ids``."""
     tokens = 0
     for name in table.column_names:
         for chunk in table[name].chunks:
@@ -113,11 +113,11 @@ def read_dataset_numpy(dataset: Any) -> int:
     return sum(len(row["completion_ids"]) for row in dataset.with_format("numpy"))
 
 
-# --- making what is read ----------------------------------------------------------------------------------------------
+# --- what is read -----------------------------------------------------------------------------------------------------
 
 
 def repeat(cache: Path, folder: Path, tokens_wanted: int, tokens: int) -> tuple[reader.Cache, list[Path]]:
-    """The cache's train shards under many names: as a cache, and their paths."""
+    """Copy the cache's train shards under many names; return them as a cache, and their paths."""
     plan = documents.read_plan(cache)
     sources = [cache / shard["name"] for shard in plan["shards"] if shard["name"].startswith("data/train")]
     (folder / "data").mkdir(parents=True)
@@ -125,24 +125,24 @@ def repeat(cache: Path, folder: Path, tokens_wanted: int, tokens: int) -> tuple[
     for _ in range(max(1, round(tokens_wanted / tokens))):
         for source in sources:
             names.append(shard_name("train", len(names)))
-            shutil.copy(source, folder / names[-1])
+            copy_shard(source, folder / names[-1], plan["fields"]["precision"])
     write_plan(folder, plan | {"shards": [{"name": name} for name in names]})
     return reader.Cache(folder), [folder / name for name in names]
 
 
 def write_plain(sources: list[Path], folder: Path, copies: int) -> list[Path]:
-    """The tensor columns as anybody would write them, row groups of the same length; ``copies`` of each file."""
+    """Write the tensor columns as anybody would, in row groups of the same length; ``copies`` of each file."""
     folder.mkdir()
-    found = []
+    paths = []
     for number, source in enumerate(sources):
         table = pq.read_table(source, columns=list(reader.TENSOR_COLUMNS)).replace_schema_metadata(None)
         for copy in range(copies):
-            found.append(folder / f"{number}-{copy}.parquet")
+            paths.append(folder / f"{number}-{copy}.parquet")
             if copy:
-                shutil.copy(folder / f"{number}-0.parquet", found[-1])
+                shutil.copy(folder / f"{number}-0.parquet", paths[-1])
             else:
-                pq.write_table(table, found[-1], compression="zstd", row_group_size=writer.ROW_GROUP_ROWS)
-    return found
+                pq.write_table(table, paths[-1], compression="zstd", row_group_size=writer.ROW_GROUP_ROWS)
+    return paths
 
 
 def load_dataset(files: list[Path], cache_folder: Path) -> Any:
@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--exact", type=Path, help="a cache of the same rows made with --precision f32")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--tokens", type=int, default=500_000, help="completion tokens to read a round")
+    parser.add_argument("--tokens", type=int, default=500_000, help="completion tokens to read per round")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
     pa.set_cpu_count(1)
@@ -176,7 +176,7 @@ def main() -> None:
     sparsify, precision = plan["fields"]["sparsify"], plan["fields"]["precision"]
     print(f"{sparsify}, {precision}, {tokens:,} completion tokens; {cpu()}, {date.today()}")
     print_columns(sizes, tokens)
-    print(f"candidates (ids and log-probabilities): {candidates / tokens:.1f} bytes a token\n")
+    print(f"candidates (ids and log-probabilities): {candidates / tokens:.1f} bytes per token\n")
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -188,15 +188,15 @@ def main() -> None:
         begun = time.perf_counter()
         dataset = load_dataset(copies, folder / "datasets")
         preparing = time.perf_counter() - begun
-        few = dataset.select(range(min(len(dataset), 200)))  # too slow for more
+        first_rows = dataset.select(range(min(len(dataset), 200)))  # more would take too long
         variants: dict[str, Callable[[], int]] = {
             "kdcache.cache.reader, to Samples": lambda: read_cache(cache),
             "plain Parquet, to flat numpy": lambda: read_plain(plain),
             "load_dataset, arrow to flat numpy": lambda: read_dataset_arrow(dataset),
-            "load_dataset, numpy rows": lambda: read_dataset_numpy(few),
+            "load_dataset, numpy rows": lambda: read_dataset_numpy(first_rows),
         }
         rates: dict[str, list[float]] = {name: [] for name in variants}
-        for number in range(options.rounds + 1):  # the first warms up
+        for number in range(options.rounds + 1):  # the first round warms up
             for name, read in variants.items():
                 begun = time.perf_counter()
                 count = read()
@@ -204,7 +204,7 @@ def main() -> None:
                     rates[name].append(count / (time.perf_counter() - begun))
             print(f"round {number} of {options.rounds}", file=sys.stderr, flush=True)
         prepared = sum(path.stat().st_size for path in (folder / "datasets").rglob("*.arrow"))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
+    medians = {name: statistics.median(rounds) for name, rounds in rates.items()}
     first = next(iter(medians.values()))
     stored = {name: candidates / tokens for name in variants}
     plain_name = "plain Parquet, to flat numpy"
@@ -215,9 +215,9 @@ def main() -> None:
     values = "exact" if options.exact or precision == "f32" else "rounded (no --exact)"
     print(f"plain Parquet holds {values} log-probabilities")
     print(
-        f"load_dataset first writes its own copy: {plain_tokens / preparing:,.0f} tokens/s once, {prepared / plain_tokens:.0f} bytes a token"
+        f"load_dataset first writes its own copy: {plain_tokens / preparing:,.0f} tokens/s once, {prepared / plain_tokens:.0f} bytes per token"
     )
-    found = {
+    results = {
         "date": str(date.today()),
         "machine": cpu(),
         "versions": versions("kdcache", "pyarrow", "numpy", "datasets"),
@@ -235,8 +235,8 @@ def main() -> None:
         "rounds": rates,
     }
     options.results.mkdir(exist_ok=True)
-    name = f"size-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{precision}-{hardware()}-{found['date']}.json"
-    atomic.write_json(options.results / name, found)
+    name = f"size-{re.sub(r'[^a-z0-9.]+', '-', sparsify)}-{precision}-{hardware()}-{results['date']}.json"
+    atomic.write_json(options.results / name, results)
 
 
 if __name__ == "__main__":

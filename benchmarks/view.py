@@ -1,12 +1,12 @@
-"""How long does `kd view` keep one waiting, and what memory does it take, over a cache of 100,000 samples?
+"""How long does `kd view` make its user wait, and how much memory does it take, on a cache of 100,000 samples?
 
     python benchmarks/view.py                      # two minutes and 300 MB of disk
     python benchmarks/view.py --samples 10000 --out data/view-cache
 
-The cache is made up (16 candidates, about 40 tokens a completion, vocabulary of 49,152, half of it with a reward) and written
-by the real writer; every sample has its own text and numbers. What is timed is the real command in a process of its own,
-asked over HTTP as the page asks, each question on a fresh connection. Its memory is VmHWM, by the operating system. What
-else the machine was busy with shows in the load average (the benchmark's own is about 1).
+The cache is made up (16 candidates, about 40 tokens per completion, a vocabulary of 49,152, a reward for half of the
+samples), and the real writer writes it. Every sample has its own text and numbers. The real command is timed in a process of
+its own. It gets the HTTP requests that the page sends, each on a fresh connection. Its memory is VmHWM, which the operating
+system keeps. The load average shows what else the machine was busy with (this benchmark alone makes about 1).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from shared import hardware, write_plan
+from shared import hardware, made_up_fields, write_plan
 
 from kdcache.cache import writer
 from kdcache.cache.format import CacheRow, fingerprint
@@ -44,7 +44,7 @@ SYLLABLES = [a + b for a in "bcdfglmnprstv" for b in ("a", "e", "i", "o", "u", "
 
 
 def made_up_words(random: np.random.Generator) -> list[str]:
-    """As many tokens as the vocabulary has: a space and one to three syllables, or the syllables alone."""
+    """Return a token for each id of the vocabulary: one to three syllables, most of them after a space."""
     picks = random.integers(0, len(SYLLABLES), (VOCABULARY, 3))
     lengths = random.integers(1, 4, VOCABULARY)
     joins = random.random(VOCABULARY) < 0.3
@@ -55,8 +55,8 @@ def made_up_words(random: np.random.Generator) -> list[str]:
 
 
 def made_up_candidates(random: np.random.Generator, count: int) -> list[Any]:
-    """``count`` completions' candidates, of 10 to 70 tokens."""
-    sparsifier, found = parse(f"topk:{K}"), []
+    """Return the candidates of ``count`` completions of 10 to 70 tokens."""
+    sparsifier, completions = parse(f"topk:{K}"), []
     for _ in range(count):
         length = int(random.integers(10, 71))
         logits = random.normal(0, 1, (length, K)) * random.uniform(0.5, 4, (length, 1))
@@ -64,16 +64,15 @@ def made_up_candidates(random: np.random.Generator, count: int) -> list[Any]:
         ids = np.argsort(random.random((length, 200)), axis=1)[:, :K] + random.integers(
             0, VOCABULARY - 200, (length, 1)
         )
-        found.append(sparsifier(ids, logprobs.astype(np.float32)))
-    return found
+        completions.append(sparsifier(ids, logprobs.astype(np.float32)))
+    return completions
 
 
 def make_cache(folder: Path, samples: int) -> None:
-    """A made-up cache with as many samples, in shards of 1,024; the last two are validation and test."""
+    """Write a made-up cache of so many samples, in shards of 1,024; the last two shards are validation and test."""
     random = np.random.default_rng(0)
     words, pool = made_up_words(random), made_up_candidates(random, 128)
-    fields = {"teacher": "made-up", "engine": "none", "dtype": "none", "mode": "score", "precision": "q8"}
-    fields |= {"sparsify": f"topk:{K}", "weights": "", "sampling": None, "samples": None}  # type: ignore[dict-item]
+    fields = made_up_fields(parse(f"topk:{K}")) | {"weights": "", "sampling": None, "samples": None}
     meta = {"format_version": 1, "fingerprint": fingerprint(fields), "rejected": []}
     (folder / "data").mkdir(parents=True)
     counts = [min(ROWS, samples - first) for first in range(0, samples, ROWS)]
@@ -86,7 +85,7 @@ def make_cache(folder: Path, samples: int) -> None:
             length = len(candidates.counts)
             prompt, completion = random.integers(0, VOCABULARY, 30), random.integers(0, VOCABULARY, length)
             entropies = random.gamma(2.0, random.uniform(0.2, 1), length).astype(np.float32)
-            own = -random.gamma(2.0, random.uniform(0.2, 1), length).astype(np.float32)
+            token_logprobs = -random.gamma(2.0, random.uniform(0.2, 1), length).astype(np.float32)
             ranks = random.integers(1, 9, length).astype(np.int32)
             row = CacheRow(
                 sample_id=f"made-up:{i}:g",
@@ -102,7 +101,7 @@ def make_cache(folder: Path, samples: int) -> None:
                 reward=float(i % 4 > 0) if i % 2 else None,
                 prompt_ids=prompt.tolist(),
                 completion_ids=completion.tolist(),
-                token_logprobs=own,
+                token_logprobs=token_logprobs,
                 token_ranks=ranks,
                 entropies=entropies,
                 candidates=candidates,
@@ -118,16 +117,16 @@ def make_cache(folder: Path, samples: int) -> None:
     writer.write_table(folder / "vocab.parquet", pa.table(vocabulary))
 
 
-def told(address: str, what: str, **parameters: Any) -> tuple[dict[str, Any], float]:
-    """An answer of the server's, and how many seconds it took."""
+def get(address: str, what: str, **parameters: Any) -> tuple[dict[str, Any], float]:
+    """Return an answer of the server, and the seconds that it took."""
     begun = time.perf_counter()
     with urllib.request.urlopen(f"{address}api/{what}?{urllib.parse.urlencode(parameters)}") as answer:
-        found = json.load(answer)
-    return found, time.perf_counter() - begun
+        content = json.load(answer)
+    return content, time.perf_counter() - begun
 
 
 def first_page(cache: Path) -> tuple[subprocess.Popen, str, dict[str, float]]:
-    """Start `kd view`; the process, its address, and seconds from the start to the address, the page, the first list."""
+    """Start `kd view`; return the process, its address, and the seconds until the address, the page and the first list."""
     command = [sys.executable, "-m", "kdcache", "view", str(cache), "--no-browser", "--port", "0"]
     begun = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -136,17 +135,17 @@ def first_page(cache: Path) -> tuple[subprocess.Popen, str, dict[str, float]]:
     seconds = {"command_to_address": time.perf_counter() - begun}
     urllib.request.urlopen(address).read()
     seconds["command_to_page"] = time.perf_counter() - begun
-    _, seconds["about"] = told(address, "about")
-    _, seconds["first_list"] = told(address, "samples")
+    _, seconds["about"] = get(address, "about")
+    _, seconds["first_list"] = get(address, "samples")
     seconds["command_to_first_list"] = time.perf_counter() - begun
     return process, address, seconds
 
 
 def measured(address: str, samples: int) -> dict[str, float]:
-    """Seconds of what a reader does: each question a first and a second time."""
+    """Return the seconds of what a reader does; each request is sent twice."""
     seconds = {}
     middle = f"made-up:{samples // 2}:g"
-    questions: dict[str, tuple[str, dict[str, Any]]] = {
+    requests: dict[str, tuple[str, dict[str, Any]]] = {
         "search": ("samples", {"search": "bala"}),
         "search_of_nothing": ("samples", {"search": "no such text"}),
         "last_page": ("samples", {"offset": samples - 50}),
@@ -155,35 +154,36 @@ def measured(address: str, samples: int) -> dict[str, float]:
         "sample_in_the_middle": ("sample", {"id": middle}),
         "its_candidates": ("candidates", {"id": middle, "first": 0}),
     }
-    for name, (what, parameters) in questions.items():
+    for name, (what, parameters) in requests.items():
         for time_of in ("first", "second"):
             begun = time.perf_counter()
-            while "measuring" in told(address, what, **parameters)[0]:
+            while "measuring" in get(address, what, **parameters)[0]:
                 time.sleep(0.02)
             seconds[f"{name}_{time_of}"] = time.perf_counter() - begun
     return seconds
 
 
 def peak_resident_bytes(process: subprocess.Popen) -> int:
+    """Return the peak resident memory of a process that runs."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
 def run(cache: Path, samples: int, starts: int) -> dict[str, Any]:
-    """The command is started several times, of which the median is told; what is asked of the last is told as it is."""
+    """Start the command several times and measure the last one; return medians over the starts, and the measurements."""
     begun: list[dict[str, float]] = []
     for start in range(starts):
         process, address, seconds = first_page(cache)
         begun.append(seconds)
         at_first = peak_resident_bytes(process)
         if start == starts - 1:
-            asked = measured(address, samples)
+            measurements = measured(address, samples)
             peak = peak_resident_bytes(process)
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 0
     medians = {name: statistics.median(seconds[name] for seconds in begun) for name in begun[0]}
     return {
-        "seconds": {name: round(value, 4) for name, value in (medians | asked).items()},
+        "seconds": {name: round(value, 4) for name, value in (medians | measurements).items()},
         "peak_resident_bytes_after_the_first_list": at_first,
         "peak_resident_bytes": peak,
     }
@@ -192,8 +192,10 @@ def run(cache: Path, samples: int, starts: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=100_000)
-    parser.add_argument("--starts", type=int, default=5, help="of the command; their median is told")
-    parser.add_argument("--out", type=Path, help="where the cache is made, or is already [default: a temporary folder]")
+    parser.add_argument("--starts", type=int, default=5, help="of the command; the figures are their medians")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the cache, which is written unless it exists [default: a temporary folder]"
+    )
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -201,14 +203,14 @@ def main() -> None:
         if not (cache / "plan.json").is_file():
             make_cache(cache, options.samples)
         size = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file())
-        found = run(cache, options.samples, options.starts)
-    for name, value in found["seconds"].items():
+        results = run(cache, options.samples, options.starts)
+    for name, value in results["seconds"].items():
         print(f"{name:28} {value:8.3f} s")
-    print(f"peak resident memory {found['peak_resident_bytes'] / 1e6:,.0f} MB, cache {size / 1e6:,.0f} MB on disk")
+    print(f"peak resident memory {results['peak_resident_bytes'] / 1e6:,.0f} MB, cache {size / 1e6:,.0f} MB on disk")
     facts = {"date": str(date.today()), "machine": cpu(), "versions": versions("duckdb", "pyarrow", "numpy")}
     facts |= {"load_average": round(os.getloadavg()[0], 1), "samples": options.samples, "cache_bytes": size}
     options.results.mkdir(exist_ok=True)
-    atomic.write_json(options.results / f"view-{hardware()}-{date.today()}.json", facts | found)
+    atomic.write_json(options.results / f"view-{hardware()}-{date.today()}.json", facts | results)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Renew cpu.lock and test.lock, every version with the hashes of its files. What they are made from is in the .in files.
+"""Renew cpu.lock and test.lock from the .in files: every version, with the hashes of its files.
 
     make lock
 
-Versions that are locked stay unless an .in file asks for others. To renew all, delete the locks first.
+Locked versions stay unless an .in file requires others. To renew all versions, delete the locks first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
-#: torch, and what it brings, come from the index of the user's choice: a CPU build needs none of CUDA's libraries.
+#: torch and its dependencies come from the index of the user's choice, because a CPU build needs no CUDA libraries.
 FROM_TORCHS_INDEX = re.compile(r"(torch|nvidia-.*|cuda-.*|triton|kdcache)$")
 
 
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def compile_lock(name: str, more: list[str]) -> dict[str, list[str]]:
-    """What ``uv`` makes of an .in file: the lines of each package, which may be there once per Python version."""
+    """Compile an .in file with ``uv``; return the lines of each package, which may have one entry per Python version."""
     settings = ["--quiet", "--no-config", "--universal", "--python-version", "3.11", "--generate-hashes"]
     plain = ["--no-annotate", "--no-header", "--override", "override.txt", "--excludes", "excludes.txt"]
     output = HERE / f"{name}.lock.new"

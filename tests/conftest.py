@@ -1,4 +1,4 @@
-"""A real tokenizer, a tiny real model, and small real caches of it; nothing here is mocked."""
+"""A real tokenizer, a tiny real model, and a small real cache of it. Nothing is mocked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from kdcache.judge.sandbox import Sandbox
 from kdcache.models import embedded
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other waste a machine that is shared
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait waste a shared machine
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes side by side
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a run in the background ignores it, and so would each `kd`
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell ignores it for background jobs, and every `kd` would inherit that
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +32,7 @@ def smollm() -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(smollm: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random two-layer Llama under SmolLM2's tokenizer: real code paths in milliseconds."""
+    """A random two-layer Llama with SmolLM2's tokenizer: real code paths in milliseconds."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +74,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_cache(tiny_model: str, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete cache: 39 given and 39 sampled completions, and one rejected row. Not to be changed."""
+    """A complete cache: 39 given and 39 sampled completions, and one rejected row. Tests must not change it."""
     out = tmp_path_factory.mktemp("caches") / "tiny"
     capture.run(capture_plan(tiny_model, rows_file, out))
     return out
@@ -80,10 +82,10 @@ def tiny_cache(tiny_model: str, rows_file: Path, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    """Without bubblewrap each test that asks for it fails, and says why."""
-    made = Sandbox()
-    made.check()
-    return made
+    """The sandbox. Without bubblewrap, each test that uses it fails and says why."""
+    checked = Sandbox()
+    checked.check()
+    return checked
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What tests share: a small capture, the real `kd` in a process of its own, and what a run has logged."""
+"""What tests share: the plan of a small capture, the real `kd` in a process of its own, and the history of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdcache.teachers import Sampling
 ROOT = Path(__file__).resolve().parent.parent
 
 
-#: `kd` that is killed after the optimizer step KILL_AFTER, where that is in the environment.
+#: A `kd` that is killed after the optimizer step KILL_AFTER, if the environment has that.
 INTERRUPTED = """
 import os
 import cli
@@ -37,12 +37,13 @@ cli.main()
 
 
 def history(folder: Path, *names: str) -> list[tuple[Any, ...]]:
-    """What a training run logged: the named values of every line that has them all."""
-    state = json.loads((Path(folder) / "trainer_state.json").read_text())
-    return [tuple(entry[n] for n in names) for entry in state["log_history"] if all(n in entry for n in names)]
+    """Return what a training run logged: the named values of every entry that has all of them."""
+    log = json.loads((Path(folder) / "trainer_state.json").read_text())["log_history"]
+    return [tuple(entry[n] for n in names) for entry in log if all(n in entry for n in names)]
 
 
 def capture_plan(teacher: str, examples: Path, out: Path, **changes: Any) -> Plan:
+    """Return the plan of a small capture by transformers, with ``changes`` to its configuration."""
     settings: dict[str, Any] = {
         "teacher": teacher,
         "examples": str(examples),
@@ -62,11 +63,13 @@ Kd = Callable[..., subprocess.CompletedProcess]
 
 
 def run_kd(folder: Path, *arguments: object, code: int | None = 0, **options: Any) -> subprocess.CompletedProcess:
-    """Runs the real `kd` in a process of its own, in ``folder``."""
+    """Run the real `kd` in ``folder``, in a process of its own, and assert its exit code, unless ``code`` is None."""
     command = [sys.executable, "-m", "kdcache", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "110"} | options.pop("env", {})
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900, **options)
+    process = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=900, **options
+    )
     if code is not None:
-        assert done.returncode == code, f"kd {' '.join(map(str, arguments))}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+        assert process.returncode == code, f"kd {' '.join(map(str, arguments))}\n{process.stdout}\n{process.stderr}"
+    assert "Traceback" not in process.stderr, process.stderr
+    return process

@@ -1,4 +1,4 @@
-"""A real headless Chromium, and pages in it that are watched: no error, and no request that leaves the machine."""
+"""A real headless Chromium whose pages are watched: they may raise no error, and send no request to another machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 @dataclass
 class Visit:
-    """A page, and what it did. A test that expects an error takes it out of ``errors``."""
+    """A page, and what it did. A test that expects an error removes it from ``errors``."""
 
     page: Page
     errors: list[str] = field(default_factory=list)  # on the console, or thrown
@@ -27,7 +27,7 @@ class Visit:
 Visiting = Callable[..., Visit]
 
 
-# Of a package, not of the session: while it is there, an event loop is running, which other tests could not have.
+# For this package and not for the session: its event loop runs as long as it lives, and other tests could not start theirs.
 @pytest.fixture(scope="package")
 def chromium() -> Iterator[Browser]:
     path = next(filter(None, map(shutil.which, NAMES)), None)
@@ -59,11 +59,11 @@ def visit(chromium: Browser) -> Iterator[Visiting]:
     yield go
     for visited in visits:
         visited.page.context.close()
-        foreign = [r for r in visited.requests if not is_here(r)]
-        assert not foreign, f"the page asked elsewhere: {foreign}"
+        foreign = [r for r in visited.requests if not is_local(r)]
+        assert not foreign, f"the page sent requests to other machines: {foreign}"
         assert not visited.errors, visited.errors
 
 
-def is_here(address: str) -> bool:
+def is_local(address: str) -> bool:
     url = urlsplit(address)
     return url.scheme in ("file", "data", "blob") or url.hostname == "127.0.0.1"

@@ -21,6 +21,7 @@ MOST_LINES, MOST_MODULES = 400, 12
 #: Names that do not say what they hold.
 EMPTY_NOUNS = {"found", "asked", "there", "known", "these", "also", "mine", "state", "thing"}
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FILES = [path for package in ("kdcache", "trainer") for path in sorted((ROOT / package).rglob("*.py"))]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -121,6 +122,25 @@ def test_only_commands_print_and_exit():
     assert elsewhere == []
 
 
+def headings_of(page: Path) -> set[str]:
+    """Return the names by which links reach the headings of a Markdown page, made as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        path, _, heading = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (heading and heading not in headings_of(target)):
+            broken.append(link)
+    assert broken == []
+
+
 def test_the_python_of_the_readme_runs(tiny_cache, tiny_model, tmp_path, monkeypatch):
     (tmp_path / "data/demo").mkdir(parents=True)
     Path(tmp_path / "data/demo/cache").symlink_to(tiny_cache)
@@ -129,4 +149,4 @@ def test_the_python_of_the_readme_runs(tiny_cache, tiny_model, tmp_path, monkeyp
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
-    assert len(blocks) == 2 and (tmp_path / "data/again/model.safetensors").is_file()
+    assert blocks and (tmp_path / "data/again/model.safetensors").is_file()

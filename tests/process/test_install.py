@@ -1,4 +1,4 @@
-"""What README.md tells people to install can be installed."""
+"""What docs/installation.md tells people to install can be installed."""
 
 import re
 import runpy
@@ -15,7 +15,7 @@ resolve = runpy.run_path(str(ROOT / "requirements" / "resolve.py"))
 
 @pytest.fixture(scope="module")
 def lines():
-    return resolve["install_lines"]((ROOT / "README.md").read_text(encoding="utf-8"))
+    return resolve["install_lines"](resolve["PAGE"].read_text(encoding="utf-8"))
 
 
 def test_the_install_lines_name_extras_that_there_are_and_the_clone(lines):

@@ -20,7 +20,7 @@ import pytest
 
 KEY, SECRET = "AKIDFORTESTSONLY", "a-secret-that-nobody-may-see"
 
-#: From method and path of a request to the fault that it meets; None lets it pass.
+#: Maps the method and path of a request to the fault that it meets; None lets it pass.
 Fault = Callable[[str, str], str | None]
 
 
@@ -31,14 +31,14 @@ def free_port() -> int:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """A proxy of the server at ``port``. ``fault(method, path)`` returns what happens to a request:
+    """A proxy of the server at ``port``. ``fault(method, path)`` decides what happens to a request:
 
     * ``cut`` closes the connection in the middle of the request's body,
-    * ``truncate`` closes it in the middle of the answer,
-    * ``hold`` sends no answer until ``release`` is set,
-    * a number is answered as that status.
+    * ``truncate`` closes it in the middle of the response,
+    * ``hold`` sends no response until ``release`` is set,
+    * a number is returned as the status.
 
-    ``sent`` counts the bytes of answers to GET, by the client's application id and the path.
+    ``sent`` counts the bytes of responses to GET, by the client's application id and the path.
     """
 
     daemon_threads = True
@@ -147,7 +147,7 @@ def proxy(s3_port: int) -> Iterator[Proxy]:
 
 @pytest.fixture(scope="session")
 def buckets(s3_port: int) -> Any:
-    """A client of the server itself, past the proxy."""
+    """A client that reaches the server directly, not through the proxy."""
     import boto3
 
     client = boto3.client(
@@ -165,7 +165,7 @@ def buckets(s3_port: int) -> Any:
 
 @pytest.fixture
 def s3(proxy: Proxy, buckets: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The proxy, in the environment of a user of the server. Each test has a disk cache of its own."""
+    """The proxy, which the environment names as the server. Each test has a disk cache of its own."""
     proxy.reset()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)

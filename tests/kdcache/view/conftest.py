@@ -1,4 +1,4 @@
-"""A view of the tiny cache, which lists, samples and the server are tested on."""
+"""A view of the tiny cache, for the tests of lists, samples and the server."""
 
 from __future__ import annotations
 
