@@ -22,7 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RECOVERED = ROOT / "benchmarks/results/recovered-dolly-2-core-epyc-2026-11-24.json"
 MOST_BYTES = 200_000  # of a picture
-WIDTH, HEIGHT = 1100, 640  # pixels of a screenshot
+WIDTH, HEIGHT = 1180, 640  # pixels of a screenshot
 #: The targets of the plot: name, color, marker.
 TARGETS = {
     "threshold:0.02": ("threshold 0.02 (default)", "#1f5fa8", "o"),
@@ -98,18 +98,18 @@ def screenshots(demo: Path, out: Path) -> None:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
         page.goto(address)
-        open_token(page)
+        point_at_uncertain_token(page)
         page.screenshot(path=out / "view.png")
         page.goto((demo / "report/report.html").absolute().as_uri())
         page.screenshot(path=out / "report.png")
         browser.close()
 
 
-def open_token(page: Any) -> None:
-    """Open the most uncertain sample of the list, and the candidates of one of its tokens."""
-    page.wait_for_selector(".token")
-    page.locator(".token").nth(5).click()
-    page.wait_for_selector(".candidate")
+def point_at_uncertain_token(page: Any) -> None:
+    """Point at a token of the first sample where the teacher was in doubt, with the student's probabilities beside it."""
+    page.get_by_role("button", name="Teacher's entropy").click()
+    page.locator(".token[data-shade='4']").first.hover()
+    page.locator(".bar.student").first.wait_for()
 
 
 def main() -> None:
