@@ -184,34 +184,46 @@ def attend(
         s_aux: (H,) attention sinks (gpt-oss)
         cu_seq_lens_q: (S + 1,) the samples' offsets, on the CPU; None if each row is one sample
     """
-    is_whole = query.shape[2] == key.shape[2]  # else the keys of earlier tokens come from a cache
     window = None
     if attention_mask is not None and attention_mask.numel() == 0:
         window, attention_mask = attention_mask.shape[1], None
-    if attention_mask is not None or not is_whole:
-        if softcap is None and s_aux is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        mask = _visible(query.shape[2], key.shape[2], None, query.device) if attention_mask is None else attention_mask
-        pieces = [_by_scores(query, key, value, mask, scaling, softcap, s_aux, dropout)]
-    else:
+    queries, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and queries == keys:
+        offsets = [0, queries] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
         pieces = []
-        offsets = [0, query.shape[2]] if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
         for start, end in itertools.pairwise(offsets):
             q, k, v = (states[:, :, start:end] for states in (query, key, value))
-            if softcap is not None or s_aux is not None:
-                visible = _visible(end - start, end - start, window, q.device)
-                piece = _by_scores(q, k, v, visible, scaling, softcap, s_aux, dropout)
-            elif window is not None and window < end - start:
-                visible = _visible(end - start, end - start, window, q.device)
-                k, v = (repeat_kv(states, q.shape[1] // k.shape[1]) for states in (k, v))  # CUDA's kernels need this
-                piece = scaled_dot_product_attention(q, k, v, visible, dropout, scale=scaling)
-            else:
-                grouped = q.shape[1] != k.shape[1]
-                piece = scaled_dot_product_attention(
-                    q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-                )
-            pieces.append(piece)
-    return torch.cat(pieces, dim=2).transpose(1, 2).contiguous(), None
+            pieces.append(_causal(q, k, v, window, scaling, softcap, s_aux, dropout))
+        output = torch.cat(pieces, dim=2)
+    elif softcap is None and s_aux is None:  # a padded batch, or a token that is generated
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    else:
+        mask = _visible(queries, keys, None, query.device) if attention_mask is None else attention_mask
+        output = _by_scores(query, key, value, mask, scaling, softcap, s_aux, dropout)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Return causal attention (B, H, L, E) of one sample per row, by the fastest kernel that there is for it."""
+    length = q.shape[2]
+    if softcap is not None or sinks is not None:
+        return _by_scores(q, k, v, _visible(length, length, window, q.device), scaling, softcap, sinks, dropout)
+    if window is None or window >= length:
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
+        )
+    k, v = (repeat_kv(states, q.shape[1] // states.shape[1]) for states in (k, v))  # CUDA's kernels with masks need it
+    return scaled_dot_product_attention(q, k, v, _visible(length, length, window, q.device), dropout, scale=scaling)
 
 
 def _visible(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
