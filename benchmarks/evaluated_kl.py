@@ -32,6 +32,7 @@ from trainer.data.select import open_caches, select
 from trainer.evaluate.forced import at_positions, sampled_from
 from trainer.loss.head import head_of
 from trainer.loss.reference import log_mass_beyond
+from trainer.student.attention import layers_of
 from trainer.student.load import load_student
 
 NOISE = (0.03, 0.1)  # of each weight matrix's standard deviation
@@ -86,7 +87,7 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
     rows, beyond_captured = [], 0.0
     for name, student in students(teacher):
         say(name)
-        head, sums = head_of(student), np.zeros(3)
+        layers, head, sums = layers_of(student), head_of(student), np.zeros(3)
         for sample in samples:
             log_p, log_q = logprobs(teacher, sample), logprobs(student, sample)
             best = log_p.topk(captured)
@@ -94,7 +95,7 @@ def measure(options: argparse.Namespace, out: Path) -> dict[str, Any]:
             none = torch.zeros(len(log_p), dtype=torch.int64)
             rest_p, rest_q = (log_mass_beyond(log, best.indices, none) for log in (log_p, log_q))
             cells = (best.values.exp() * (best.values - student_best)).sum() + (rest_p.exp() * (rest_p - rest_q)).sum()
-            readings = at_positions(student, head, [sample], sampled_from(caches[0]))
+            readings = at_positions(layers, head, [sample], sampled_from(caches[0]))
             sums += [float((log_p.exp() * (log_p - log_q)).sum()), float(cells), readings.kl.sum()]
             beyond_captured += float(rest_p.exp().sum()) * (student is teacher)
         kl, of_cells, evaluated = (sums / tokens).round(4).tolist()

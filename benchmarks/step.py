@@ -20,6 +20,7 @@ process: peak resident memory with the interpreter and libraries, which are the 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import statistics
 import sys
@@ -47,6 +48,7 @@ from trainer.data.pack import IGNORE, Batch
 from trainer.data.select import select
 from trainer.data.stream import Stream
 from trainer.distill.trainer import attach_loss
+from trainer.student.attention import layers_of
 from trainer.student.load import load_student
 
 HERE = Path(__file__).parent
@@ -93,23 +95,26 @@ def make_arms(options: argparse.Namespace, student: Any, tokenizer: Any, names: 
 
 
 def packed_online(student: Any, teacher: Any) -> dict[str, Arm]:
-    def inputs(batch: Batch) -> dict[str, Any]:
-        return {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    heads = student.get_output_embeddings(), teacher.get_output_embeddings()
+    layers_of_student, layers_of_teacher = layers_of(student), layers_of(teacher)
 
     def online_dense(batch: Batch) -> Tensor:
         with torch.no_grad():
-            teacher_logits = teacher(**inputs(batch)).logits
-        student_logits = student(**inputs(batch)).logits
+            teacher_logits = heads[1](layers_of_teacher(batch["input_ids"], batch["offsets"]))[None]  # (1, L, V)
+        student_logits = heads[0](layers_of_student(batch["input_ids"], batch["offsets"]))[None]
         return GKDTrainer.generalized_jsd_loss(student_logits, teacher_logits, labels=batch["shift_labels"], beta=0.0)
 
     def online_chunked(batch: Batch) -> Tensor:
-        has_loss = batch["shift_labels"] != IGNORE
+        has_loss = batch["shift_labels"][0] != IGNORE
         with torch.no_grad():
-            teacher_hidden = teacher.base_model(**inputs(batch))[0][has_loss][None]  # (1, N, D)
-        student_hidden = student.base_model(**inputs(batch))[0][has_loss][None]
-        heads = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+            teacher_hidden = layers_of_teacher(batch["input_ids"], batch["offsets"])[has_loss][None]  # (1, N, D)
+        student_hidden = layers_of_student(batch["input_ids"], batch["offsets"])[has_loss][None]
         return _chunked_divergence_loss(
-            student_hidden, teacher_hidden, *heads, torch.ones(student_hidden.shape[:2]), beta=0.0
+            student_hidden,
+            teacher_hidden,
+            *(head.weight for head in heads),
+            torch.ones(student_hidden.shape[:2]),
+            beta=0.0,
         )[0]
 
     return {run.__name__: (student.forward, run) for run in (online_dense, online_chunked)}
@@ -127,9 +132,8 @@ def trl_gkd(student: Any, teacher: Any, tokenizer: Any) -> Arm:
 def rows_of(batch: Batch) -> list[dict[str, Any]]:
     """Return the samples of a packed batch, as the collator of GKDTrainer takes them."""
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     rows = []
-    for first, last in zip(starts, [*starts[1:], len(ids)]):
+    for first, last in itertools.pairwise(batch["offsets"].tolist()):
         mask = [int(label != IGNORE) for label in labels[first:last]]
         rows.append({"prompt": "", "input_ids": ids[first:last], "completion_mask": mask})
     return rows

@@ -31,7 +31,9 @@ class _SQLCommand(click.Command):
 @click.argument("query", required=False)
 @click.option("--file", type=PathType(exists=True, dir_okay=False), help="Read the query from a file.")
 @click.option("--list", "list_views", is_flag=True, help="List the views, and what each answers.")
-@click.option("--csv", "as_csv", is_flag=True, help="Print CSV. Values are not changed when the output is a file or a pipe.")
+@click.option(
+    "--csv", "as_csv", is_flag=True, help="Print CSV. Values are not changed when the output is a file or a pipe."
+)
 @json_option
 def sql(
     cache: Path | None, query: str | None, file: Path | None, list_views: bool, as_csv: bool, as_json: bool

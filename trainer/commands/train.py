@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kdcache import quiet
-from kdcache.commands.console import print_facts
+from kdcache.commands.console import note, print_facts
 from kdcache.commands.options import config_from, config_option, json_option, options_of, trust_option
 from kdcache.commands.passthrough import Library, PassThrough
 from kdcache.machine import is_first_rank
@@ -64,6 +64,6 @@ def train(context: click.Context, dry_run: bool, as_json: bool, **options: Any) 
         line.show(step, steps, "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     with interruptible():
-        facts = distill.train(run, report)
+        facts = distill.train(run, report, note)
     if is_first_rank():
         print_facts(facts, as_json)

@@ -1,7 +1,6 @@
 """Samples packed into one batch: a single row without padding, in which samples stand one after the other.
 
-Position ids that start again at 0 keep the samples apart: without an attention mask and without a cache, the models of
-transformers then let no sample see its neighbour.
+The batch says where each sample begins. The student's layers keep the samples apart by that (``trainer.student.attention``).
 
 Shapes: L tokens of the row, N supervised positions, K candidates (the largest number at any of these positions), S
 samples.
@@ -28,7 +27,7 @@ class Batch(TypedDict):
     """A packed row. Row n of the last three belongs to the n-th position whose shift_label is not IGNORE."""
 
     input_ids: Tensor  # (1, L) int64
-    position_ids: Tensor  # (1, L) int64, counted from 0 in each sample
+    offsets: Tensor  # (S + 1,) int32, where each sample begins in the row; the last one is L
     labels: Tensor  # (1, L) int64: the token where it is supervised, else IGNORE
     shift_labels: Tensor  # (1, L) int64: the label of the next token of the same sample, else IGNORE
     candidate_ids: Tensor  # (N, K) int64, padded with a candidate of the same position
@@ -50,8 +49,6 @@ def pack(samples: Sequence[Sample], head_rows: int) -> Batch:
         raise KDError(f"token id {tokens.max()} is beyond the student's vocabulary of {head_rows}; is this its cache?")
     lengths = np.array([[len(s.prompt_ids), len(s.completion_ids)] for s in samples])  # [S, 2]
     ends = np.cumsum(lengths.sum(axis=1))  # [S] where each sample ends in the row
-    starts = ends - lengths.sum(axis=1)
-    position_ids = np.arange(len(tokens)) - np.repeat(starts, ends - starts)
     has_label = np.repeat(np.tile([False, True], len(samples)), lengths.ravel())  # [L] true on completions
     supervised = np.concatenate([s.supervised for s in samples])
     candidates = concatenate([s.candidates for s in samples])
@@ -69,7 +66,7 @@ def pack(samples: Sequence[Sample], head_rows: int) -> Batch:
         ids, logprobs, tails = _fit_to_head(ids, logprobs, tails, head_rows)
     return {
         "input_ids": torch.from_numpy(tokens)[None],
-        "position_ids": torch.from_numpy(position_ids)[None],
+        "offsets": torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
         "labels": torch.from_numpy(labels)[None],
         "shift_labels": torch.from_numpy(shift_labels)[None],
         "candidate_ids": torch.from_numpy(ids),
@@ -88,7 +85,7 @@ def _empty() -> Batch:
     no_label = torch.full((1, 1), IGNORE)
     return {
         "input_ids": torch.zeros((1, 1), dtype=torch.int64),
-        "position_ids": torch.zeros((1, 1), dtype=torch.int64),
+        "offsets": torch.tensor([0, 1], dtype=torch.int32),
         "labels": no_label,
         "shift_labels": no_label.clone(),
         "candidate_ids": torch.zeros((0, 1), dtype=torch.int64),

@@ -12,13 +12,14 @@ loss into the student; ``measure`` is the validation. A step, from the cache to 
 Invariant: the loss is the mean over the supervised tokens of the global batch, into however many ranks, accumulation
 steps and packed rows that batch is cut.
 
-Shapes: L tokens of a packed row, N of them supervised, K candidates of a position, D hidden size, V vocabulary.
-A batch is input_ids, position_ids, labels, shift_labels (1, L), candidate_ids, candidate_logprobs (N, K),
+Shapes: L tokens of S samples in a packed row, N of them supervised, K candidates of a position, D hidden size, V vocabulary.
+A batch is input_ids, labels, shift_labels (1, L), offsets (S + 1,), candidate_ids, candidate_logprobs (N, K),
 tail_logprobs (N,).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, set_seed
 
+from kdcache.errors import KDError
 from kdcache.machine import is_first_rank
 from kdcache.storage import atomic
 from trainer.data.pack import IGNORE, Batch, to_device
@@ -44,21 +46,23 @@ from trainer.run.logs import OnStep, stop_unless_finite
 from trainer.run.record import RUN_FILE
 from trainer.run.trainer import RunTrainer
 from trainer.student import lora as adapters
+from trainer.student.attention import ONE_BY_ONE, Layers, layers_of
 from trainer.student.load import answer_as_cached, load_student
 
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def train(run: Run, on_step: OnStep = lambda *_: None) -> dict[str, Any]:
+def train(run: Run, on_step: OnStep = lambda *_: None, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Train a student and save the best checkpoint, by the validation split, as a Hugging Face folder.
 
-    ``run.facts()`` holds every number that is used here. KDError if another process writes to the folder.
+    ``run.facts()`` holds every number that is used here. ``say`` gets a sentence for the user before the first step: how
+    samples are packed. KDError if another process writes to the folder.
     """
     with alone(run):
-        return _train(run, on_step)
+        return _train(run, on_step, say)
 
 
-def _train(run: Run, on_step: OnStep) -> dict[str, Any]:
+def _train(run: Run, on_step: OnStep, say: Callable[[str], None]) -> dict[str, Any]:
     # 1. The processes. TrainingArguments start their process group, so that ranks can agree on where to start.
     config, plan = run.config, run.train.caches[0].plan
     arguments = training_arguments(run)
@@ -69,7 +73,10 @@ def _train(run: Run, on_step: OnStep) -> dict[str, Any]:
     set_seed(arguments.seed)  # LoRA draws its matrices before there is a Trainer
     student, tokenizer = load_student(config.student, config.dtype, "nf4" if config.load_in_4bit else None)
     answer_as_cached(student, tokenizer, plan)
-    attach_loss(student, run.alpha, config.divergence)
+    layers = attach_loss(student, run.alpha, config.divergence)
+    run = _packed_in(run, layers)
+    if is_first_rank():
+        say(layers.note)
     head_rows = student.get_output_embeddings().weight.shape[0]  # V, with padding rows
     model = adapters.add(student, config)
     if run.compile is not None:
@@ -123,6 +130,17 @@ def _train(run: Run, on_step: OnStep) -> dict[str, Any]:
         "best_checkpoint": trainer.state.best_model_checkpoint,
         "best_metric": trainer.state.best_metric,
     }
+
+
+def _packed_in(run: Run, layers: Layers) -> Run:
+    """Return the run, with the way of its packed rows in its record. KDError if its processes cannot go that way."""
+    if layers.way == ONE_BY_ONE and parallel.fsdp_requested(run.arguments):
+        # Each forward of a sharded layer is a meeting of all ranks, and ranks have different numbers of samples.
+        raise KDError(
+            f"{type(layers.student).__name__} keeps neither packed nor padded samples apart. Its samples are run one by "
+            "one, which FSDP cannot do; leave --fsdp out"
+        )
+    return dataclasses.replace(run, record={**run.record, "packing": layers.way})
 
 
 # --- what we change in Trainer ----------------------------------------------------------------------------------------
@@ -220,8 +238,8 @@ class _Report(TrainerCallback):
 # --- the loss, inside the student's forward ---------------------------------------------------------------------------
 
 
-def attach_loss(student: Any, alpha: float, divergence: str = "forward_kl") -> None:
-    """Make ``student(**batch)`` return the loss of a packed row, and the sums that are logged.
+def attach_loss(student: Any, alpha: float, divergence: str = "forward_kl") -> Layers:
+    """Make ``student(**batch)`` return the loss of a packed row, and the sums that are logged; return its layers.
 
         loss = sum over N of (1 - alpha) CE(completion) + alpha D(teacher, student), divided by num_items_in_batch
 
@@ -229,12 +247,12 @@ def attach_loss(student: Any, alpha: float, divergence: str = "forward_kl") -> N
     validation D is the forward KL, whatever is trained. The forward is replaced on the model itself and not by a wrapper:
     save_pretrained stays as it is, and FSDP holds the head's weight whole where the loss uses it.
     """
-    head = head_of(student)
+    head, layers = head_of(student), layers_of(student)
 
     def forward(
         self: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **batch: Tensor
     ) -> dict[str, Tensor]:
-        losses = losses_of(self, head, batch, alpha, divergence if self.training else "forward_kl")
+        losses = losses_of(layers, head, batch, alpha, divergence if self.training else "forward_kl")
         count = len(losses.ce)  # N
         sums = {"ce": losses.ce.sum(), "tokens": losses.ce.new_tensor(float(count))}
         if losses.divergence is not None:
@@ -244,20 +262,12 @@ def attach_loss(student: Any, alpha: float, divergence: str = "forward_kl") -> N
         return {"loss": losses.loss / (max(count, 1) if num_items_in_batch is None else num_items_in_batch), **sums}
 
     student.forward = MethodType(forward, student)
+    return layers
 
 
-def losses_of(student: Any, head: Head, batch: dict[str, Tensor], alpha: float, divergence: str) -> Losses:
-    """Return the losses of a packed row's N supervised positions, from the student's layers and its head.
-
-    The forward has no attention mask and no cache: only then do position ids that start again at 0 keep the packed
-    samples apart.
-    """
-    outputs = student.base_model(
-        input_ids=batch["input_ids"],  # (1, L)
-        position_ids=batch["position_ids"],  # (1, L)
-        use_cache=False,
-    )
-    hidden = outputs[0][0]  # (L, D)
+def losses_of(layers: Layers, head: Head, batch: dict[str, Tensor], alpha: float, divergence: str) -> Losses:
+    """Return the losses of a packed row's N supervised positions, from the student's layers and its head."""
+    hidden = layers(batch["input_ids"], batch["offsets"])  # (L, D)
     labels = batch["shift_labels"][0]  # (L,): the token that each position predicts
     supervised = labels != IGNORE  # (L,), N of them true
     return distillation_loss(

@@ -38,7 +38,9 @@ class EvaluateConfig:
     max_length: int = option(2048, MAX_LENGTH_HELP)
     batch_size: int = option(8, "Samples per forward pass.", low=1)
     generate: int | None = option(
-        None, "Generate answers for N prompts; 0 generates none, so that Rouge-L is not reported [default: all prompts].", low=0
+        None,
+        "Generate answers for N prompts; 0 generates none, so that Rouge-L is not reported [default: all prompts].",
+        low=0,
     )
     temperatures: tuple[float, ...] = option(
         (),

@@ -19,7 +19,6 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from kdcache.errors import KDError
 from trainer.data.pack import IGNORE, pack, to_device
 from trainer.loss.head import Head, head_of
 from trainer.loss.reference import cells, log_mass_beyond
+from trainer.student.attention import Layers, layers_of
 from trainer.student.load import load_student
 
 ROWS = 64  # positions that go through the head at once
@@ -67,7 +67,7 @@ class Student:
     def __init__(self, model: str, cache: Cache):
         self.name, self.cache = model, cache
         self._lock = threading.Lock()
-        self._loaded: tuple[Any, Head] | None = None
+        self._loaded: tuple[Layers, Head] | None = None
 
     def __call__(self, sample: Sample) -> Forced:
         """Return what the student gives to a sample, which must have been read with its entropies."""
@@ -77,10 +77,10 @@ class Student:
             return forced(*self._loaded, sample, sampled_from(self.cache))
 
 
-def _load(model: str) -> tuple[Any, Head]:
+def _load(model: str) -> tuple[Layers, Head]:
     student, _ = load_student(model, "float32" if machine.torch_device() == "cpu" else "auto")
     student.to(machine.torch_device()).eval()
-    return student, head_of(student)
+    return layers_of(student), head_of(student)
 
 
 def sampled_from(cache: Cache) -> int | None:
@@ -88,13 +88,13 @@ def sampled_from(cache: Cache) -> int | None:
     return cache.policy.capture_k if cache.policy.samples else None
 
 
-def forced(student: Any, head: Head, sample: Sample, captured: int | None) -> Forced:
+def forced(layers: Layers, head: Head, sample: Sample, captured: int | None) -> Forced:
     """Return the student at every position of the completion, supervised or not. ``captured``: see ``sampled_from``."""
-    longest = getattr(student.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(layers.student.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and sample.tokens > longest:
         raise KDError(f"the sample has {sample.tokens:,} tokens, and the student's positions end at {longest:,}")
     everywhere = replace(sample, supervised=np.ones(len(sample.completion_ids), bool))
-    readings = at_positions(student, head, [everywhere], captured)
+    readings = at_positions(layers, head, [everywhere], captured)
     # Positions have different numbers of candidates; the columns beyond a position's own hold nothing.
     is_stored = np.arange(readings.cells.shape[1] - 1) < sample.candidates.counts[:, None]  # (T, K)
     return Forced(
@@ -108,15 +108,15 @@ def forced(student: Any, head: Head, sample: Sample, captured: int | None) -> Fo
 
 
 @torch.no_grad()
-def at_positions(student: Any, head: Head, samples: Sequence[Sample], captured: int | None) -> PositionReadings:
+def at_positions(layers: Layers, head: Head, samples: Sequence[Sample], captured: int | None) -> PositionReadings:
     """Return the student at the supervised positions of all ``samples`` together, which are packed into one batch.
 
     ``captured`` is as ``sampled_from`` gives it. Where it is not None, the samples must have their entropies.
     """
     batch = to_device(pack(samples, len(head.weight)), head.weight.device)
-    hidden = student.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)[0]
     is_supervised = batch["shift_labels"][0] != IGNORE
-    hidden, targets = hidden[0][is_supervised], batch["shift_labels"][0][is_supervised]  # (N, D), (N,)
+    hidden = layers(batch["input_ids"], batch["offsets"])  # (L, D)
+    hidden, targets = hidden[is_supervised], batch["shift_labels"][0][is_supervised]  # (N, D), (N,)
     chunks: list[dict[str, np.ndarray]] = []
     # Logits are the largest tensor by far, so that only ROWS positions have them at once.
     for first in range(0, len(targets), ROWS):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from trainer.evaluate import metrics
 from trainer.evaluate.forced import at_positions
 from trainer.evaluate.metrics import PositionScores
 from trainer.loss.head import head_of
+from trainer.student.attention import PER_SAMPLE, layers_of
 from trainer.student.load import load_student
 
 TEACHER_BATCH = 256  # samples of which the teacher's own row is made at once
@@ -40,13 +41,19 @@ def of_student(
     batch_size: int,
     dtype: str,
     show: ShowProgress,
+    say: Callable[[str], None],
 ) -> pa.Table:
-    """Return a student's rows. ``captured`` is as ``forced.sampled_from`` gives it; KL is to the cells that were captured."""
+    """Return a student's rows. ``captured`` is as ``forced.sampled_from`` gives it; KL is to the cells that were captured.
+
+    ``say`` gets a sentence for the user if the student is measured in a slower way than attention per sample.
+    """
     student, _ = load_student(model, dtype)
     student.to(machine.torch_device()).eval()
-    head, rows = head_of(student), []
+    layers, head, rows = layers_of(student), head_of(student), []
+    if layers.way != PER_SAMPLE:
+        say(f"{label}: {layers.note}")
     for samples in _batches(units, batch_size, ("entropies",)):
-        readings = at_positions(student, head, samples, captured)  # of all samples together
+        readings = at_positions(layers, head, samples, captured)  # of all samples together
         ends = np.cumsum([sample.supervised.sum() for sample in samples])
         for sample, first, end in zip(samples, [0, *ends[:-1]], ends):
             part = slice(first, end)
@@ -60,7 +67,7 @@ def of_student(
             )
             rows.append(_row(sample, group_of, of_sample))
         show(Progress(len(rows), len(units), "samples", label))
-    del student
+    del student, layers, head
     gc.collect()  # its memory is needed for the engine that generates
     return pa.Table.from_pylist(rows, FORCED)
 

@@ -36,7 +36,7 @@ def label_of(argument: str) -> tuple[str, str]:
 def evaluate(config: EvaluateConfig, show: ShowProgress = silent, say: Callable[[str], None] = lambda _: None) -> Path:
     """Measure what is not measured yet, and return the folder, whose evaluation.json names the entries.
 
-    ``say`` gets sentences for the user about the engine that generates.
+    ``say`` gets sentences for the user: how samples are kept apart, and about the engine that generates.
     """
     check(config)
     with folders.held(config.out, folders.EVALUATION):
@@ -79,6 +79,7 @@ def _measure(setup: Setup, label: str, model: str, show: ShowProgress, say: Call
         setup.config.batch_size,
         setup.config.dtype,
         show,
+        say,
     )
     texts = generate.answers(
         model,

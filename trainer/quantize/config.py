@@ -28,5 +28,7 @@ class QuantizeConfig:
         "A cache: its test split measures the quality, its train split calibrates w4a16. Repeat it for several.",
     )
     measure: bool = option(True, "Measure size, memory and speed before and after and, with --from-cache, the quality.")
-    rounds: int = option(5, "How many times each of the two students is measured, alternating; the tables show medians.", low=1)
+    rounds: int = option(
+        5, "How many times each of the two students is measured, alternating; the tables show medians.", low=1
+    )
     overwrite: bool = option(False, "Delete a quantized student that is already there.")

@@ -32,7 +32,7 @@ def test_labels_are_the_completion_and_shift_labels_the_next_token(selection):
             == len(batch["tail_logprobs"])
             == len(batch["candidate_ids"])
         )
-        starts = (batch["position_ids"][0] == 0).nonzero()[1:, 0]
+        starts = batch["offsets"][1:-1]
         assert (shifted[starts - 1] == IGNORE).all(), "the last token of a sample predicts nothing"
 
 
@@ -53,13 +53,13 @@ def test_a_packed_sample_gets_the_loss_it_gets_alone(selection, tiny_model):
 
 
 def test_the_test_of_packing_notices_a_sample_that_sees_its_neighbour(selection, tiny_model):
-    """Show that the test above can fail: with position ids that run on, the second sample sees the first."""
+    """Show that the test above can fail: under offsets of one sample, the second sees the first."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     attach_loss(model, 0.5)
     batch = pack(selection.load(np.arange(2)), HEAD)
     with torch.no_grad():
         apart = model(**batch)["ce"]
-        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        batch["offsets"] = batch["offsets"][[0, -1]]
         together = model(**batch)["ce"]
     assert abs(apart - together) > 1e-2
 

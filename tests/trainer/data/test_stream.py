@@ -21,9 +21,8 @@ def sample_keys(batch):
     """Return the packed samples of a batch, as tuples of their token ids."""
     if not len(batch["tail_logprobs"]):
         return []
-    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     ids = batch["input_ids"][0].tolist()
-    return [tuple(ids[a:b]) for a, b in zip(starts, [*starts[1:], len(ids)])]
+    return [tuple(ids[a:b]) for a, b in itertools.pairwise(batch["offsets"].tolist())]
 
 
 def step_of(stream_parts):

@@ -87,8 +87,8 @@ from trainer.distill import trainer as distill
 losses_of, log = distill.losses_of, distill.DistillTrainer.log
 seen = {"exact": True}
 
-def watched(student, head, batch, alpha, divergence):
-    losses = losses_of(student, head, batch, alpha, divergence)
+def watched(layers, head, batch, alpha, divergence):
+    losses = losses_of(layers, head, batch, alpha, divergence)
     rounded = batch["candidate_logprobs"].bfloat16().to(batch["candidate_logprobs"].dtype)
     seen["exact"] &= batch["candidate_logprobs"].dtype == torch.float32 and not torch.equal(rounded, batch["candidate_logprobs"])
     seen["loss"], seen["head"] = str(losses.loss.dtype), str(head.weight.dtype)
