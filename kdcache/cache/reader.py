@@ -49,7 +49,7 @@ class Cache:
         self.plan = read_plan(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
         fields = self.plan["fields"]
-        self.policy: Policy = sparsify.parse(fields["sparsify"], fields["capture_k"])
+        self.policy: Policy = sparsify.parse(fields["sparsify"], fields.get("capture_k"))
         storage.linked_files(self.path)
         self._paths = stored_files(self.path)  # by shard name
         self._proved_splits: set[str] = set()

@@ -15,6 +15,7 @@ from helpers import capture_plan
 from kdcache.capture import run as capture
 from kdcache.commands.console import ProgressLine
 from kdcache.printable import json_text, printable
+from kdcache.progress import Progress
 
 OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 HOSTILE = {
@@ -113,6 +114,6 @@ def test_the_first_rejected_row_and_the_progress_are_safe(tiny_model, tmp_path, 
 
 
 def test_a_line_of_progress_is_safe(capsys):
-    line = ProgressLine("done")
-    line.show(1, 1, "\x1b[2Jlabel: answers", None)
-    assert capsys.readouterr().err == "1/1 done  \\x1b[2Jlabel: answers\n"
+    with ProgressLine() as line:
+        line.show(Progress(1, 1, "answers", "\x1b[2Jlabel"))
+    assert capsys.readouterr().err == "1/1 answers  \\x1b[2Jlabel\n"

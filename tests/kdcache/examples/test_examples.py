@@ -1,6 +1,7 @@
 """Data sets in their own layouts -> examples, and no problem (or near duplicate) on two sides of a split."""
 
 import gzip
+import itertools
 import json
 import random
 
@@ -336,14 +337,15 @@ def bugnet_folder(tmp_path):
     return tmp_path / "bugnet"
 
 
-def test_no_problem_is_on_two_sides_whatever_the_data_sets_own_splits(tiny_model, bugnet_folder, tmp_path):
+def test_no_problem_is_on_two_sides_whatever_the_data_sets_own_splits(tiny_model, bugnet_folder, tmp_path, monkeypatch):
     settings = {"data_path": str(bugnet_folder), "mode": "score", "near_duplicates": "keep"}
     plan = capture_plan(tiny_model, "bugnet-python", tmp_path / "out", **settings)
     assert not crossing(plan) and {shard.split for shard in plan.shards} == set(SPLITS)
     assert sum(len(shard.examples) for shard in plan.shards) == 240
-    plan._split = lambda example: SPLITS[int(example.row_id) % 3]  # as by row: then the check must fail
-    plan.shards = plan._cut()
-    assert crossing(plan)
+    # Split by row instead of by problem: then the check must fail.
+    rows = itertools.count()
+    monkeypatch.setattr("kdcache.capture.resolve.split_of", lambda *_: SPLITS[next(rows) % 3])
+    assert crossing(capture_plan(tiny_model, "bugnet-python", tmp_path / "out", **settings))
 
 
 def slices(**texts):

@@ -105,7 +105,7 @@ def test_a_config_file_cannot_set_trust_remote_code(kd, tmp_path, tiny_cache, ti
     (tmp_path / "run.yaml").write_text("trust_remote_code: true\n")
     options = ("--from-cache", tiny_cache, "--student", tiny_model, "--output-dir", "out", "--dry-run")
     process = kd("train", "--config", "run.yaml", *options, code=2)
-    assert "trust_remote_code is for the command line" in process.stderr
+    assert "trust_remote_code must be given on the command line" in process.stderr
 
 
 LOADERS = {"from_pretrained", "from_config"}

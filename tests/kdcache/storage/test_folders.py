@@ -124,7 +124,7 @@ def test_a_student_that_is_an_input_is_not_overwritten(name, command, tiny_model
     shutil.copytree(tiny_model, out / "student")
     before = contents(out)
     arguments = [a.replace(tiny_model, str(out / "student")) for a in command(name, out, "--overwrite")]
-    with pytest.raises(UsageError, match=r"which is read|folders apart"):
+    with pytest.raises(UsageError, match=r"which is read|need separate folders"):
         kd(arguments)
     assert contents(out) == before
 
