@@ -1,6 +1,6 @@
 """The machine that a record was made or measured on: its device, its processor, versions of libraries, peak memory.
 
-This is also the one place that chooses a device (``torch_device``), and that describes the choice in words.
+This is also the one place that chooses the device of a student (``torch_device``), and that describes the choice in words.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ DRIVERS = (Path("/proc/driver/nvidia/version"), Path("/dev/nvidia0"), Path("/dev
 # --- the device -------------------------------------------------------------------------------------------------------
 
 
-def has_gpu() -> bool:
+def has_gpu(forks_later: bool = False) -> bool:
     """Return whether torch sees a CUDA or ROCm GPU. CUDA_VISIBLE_DEVICES is respected.
 
-    torch asks NVML here. Its other way initialises CUDA, which breaks engines that fork afterwards.
+    ``forks_later`` has torch ask NVML, as its other way initialises CUDA, which breaks engines that fork afterwards. NVML
+    also says yes to a GPU that torch cannot use, because the driver is too old.
     """
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if forks_later:
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     import torch
 
     return torch.cuda.is_available()

@@ -128,9 +128,6 @@ def differing_fields(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 # --- one row as a type -------------------------------------------------------------------------------------------------
 
-#: The columns that ``CacheRow.candidates`` holds.
-CANDIDATE_COLUMNS = ("candidate_ids", "candidate_logprobs", "tail_logprobs")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CacheRow:

@@ -22,7 +22,6 @@ from kdcache import storage
 from kdcache.cache import card, shard
 from kdcache.cache.documents import (
     DamagedDocument,
-    plan_was_set_aside,
     read_manifest,
     read_plan,
     recorded,
@@ -34,10 +33,6 @@ from kdcache.errors import KDError
 from kdcache.storage import Location, atomic, digests, seal
 
 __all__ = [
-    "DamagedDocument",
-    "plan_was_set_aside",
-    "read_manifest",
-    "read_plan",
     "rebuild",
     "recorded",
     "rejected_text",

@@ -31,7 +31,7 @@ from kdcache.cache.samples import (
     unpack,
 )
 from kdcache.cache.sparsify import Policy
-from kdcache.errors import KDError
+from kdcache.errors import KDError, UsageError
 from kdcache.storage import Location
 
 __all__ = ["TENSOR_COLUMNS", "TOKEN_COLUMNS", "Cache", "Sample", "entropy_unstored", "normalise"]
@@ -49,7 +49,12 @@ class Cache:
         self.plan = read_plan(self.path)
         self.fingerprint: str = self.plan["fingerprint"]
         fields = self.plan["fields"]
-        self.policy: Policy = sparsify.parse(fields["sparsify"], fields.get("capture_k"))
+        try:
+            self.policy: Policy = sparsify.parse(fields["sparsify"], fields.get("capture_k"))
+        except UsageError:
+            raise KDError(
+                f"{self.path} was made with the policy {fields['sparsify']}, which this version does not know"
+            ) from None
         storage.linked_files(self.path)
         self._paths = stored_files(self.path)  # by shard name
         self._proved_splits: set[str] = set()

@@ -41,7 +41,7 @@ PASSED_ON = ("VLLM_", "TRANSFORMERS_", "TOKENIZERS_", "OMP_", "TORCH_", "HF_HUB_
 class RayOptions:
     """Where the workers run, and how many."""
 
-    address: str | None = LOCAL  # LOCAL (this machine), ``auto`` (the cluster it belongs to) or HOST:PORT; None: no Ray
+    address: str = LOCAL  # LOCAL (this machine), ``auto`` (the cluster it belongs to) or HOST:PORT
     workers: int | None = None  # None: as many as there are GPUs for, else one
     gpus_per_worker: float | None = None  # None: as many as the engine's parallelism asks for
 

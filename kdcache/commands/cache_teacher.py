@@ -80,6 +80,7 @@ def cache_teacher(
     from kdcache.capture.resolve import resolve
 
     warn_of_unsafe(options["unsafe_exec"])
+    ray_address = ray_address or None  # `--ray "$ADDRESS"` with an empty variable
     if ray_address is None and (workers is not None or gpus_per_worker is not None):
         raise click.UsageError("--workers and --gpus-per-worker go with --ray")
     if ray_address is not None and options["plan_slice"]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
+from kdcache.errors import UsageError
 from kdcache.settings import REQUIRED, UNSAFE_EXEC_HELP, Option, option_of
 
 #: Of the whole program: commands take it over from ``kd``.
@@ -81,7 +82,10 @@ class _ParsedType(click.ParamType):
         self._parse = parse
 
     def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
-        return self._parse(value)
+        try:
+            return self._parse(value)
+        except UsageError as error:
+            raise click.UsageError(str(error), context) from None
 
 
 LOCATION, PATH, NAME_OR_PATH = _LocationType(), PathType(), _NameOrPathType()

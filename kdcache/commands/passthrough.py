@@ -39,8 +39,12 @@ class PassThrough(click.Command):
         click.UsageError for an option that neither the command nor the library knows.
         """
         flags = [flag for parameter in self.params for flag in parameter.opts]
-        values = context.meta.get(LIBRARY_OPTIONS, {}) | parse_options(context.args, flags)
-        library = self._library(context.params) if values else None
+        from_file, from_flags = context.meta.get(LIBRARY_OPTIONS, {}), parse_options(context.args, flags)
+        library = self._library(context.params) if from_file or from_flags else None
+        if library is not None:
+            # The run.yaml of an earlier version names an option that is gone, at its default: 0, false or null.
+            from_file = {name: value for name, value in from_file.items() if value or name not in library.renamed}
+        values = from_file | from_flags
         if library is not None:
             names = [*library.options, *(parameter.name for parameter in self.params if parameter.name)]
             for name in values:

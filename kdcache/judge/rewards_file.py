@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from kdcache import storage
 from kdcache.cache import integrity, query, shard, writer
+from kdcache.cache.documents import read_plan
 from kdcache.cache.layout import REWARDS_FILE
 from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
@@ -43,6 +44,7 @@ def verify_answers(
 
     ``where`` is an SQL condition on the samples. KDError if programs must be run and cannot be.
     """
+    read_plan(cache)  # KDError before the lock makes a folder, if there is no cache
     with lock.held(cache):
         samples = [
             sample

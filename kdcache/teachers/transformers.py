@@ -32,7 +32,7 @@ class TransformersTeacher:
         self._torch = torch
         self._k = options.capture_k
         self._options = options
-        self._device = "cuda" if has_gpu() else "cpu"
+        self._device = "cuda" if has_gpu(forks_later=True) else "cpu"
         self._model = models.causal_lm(options.model, dtype=options.dtype).to(self._device).eval()
 
     def run(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:

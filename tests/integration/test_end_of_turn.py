@@ -14,7 +14,7 @@ from kdcache.capture import fingerprint
 from kdcache.capture import run as capture
 from kdcache.capture.config import CaptureConfig
 from kdcache.capture.resolve import resolve
-from kdcache.prompts import tokenize
+from kdcache.prompts import template
 
 pytestmark = pytest.mark.integration
 
@@ -63,10 +63,10 @@ def test_the_teacher_expects_the_end_of_given_answers(mended_cache):
     "end, says", [(2, "nothing in it shows that this matters here"), (0, "hardly expects the end of given answers")]
 )
 def test_verify_says_of_an_old_cache_where_the_policy_matters(smollm, tmp_path, monkeypatch, end, says):
-    probe = tokenize._probe
+    probe = template.probe
     monkeypatch.setattr(fingerprint, "COMPLETION_POLICY_VERSION", 1)
     # 0: <|endoftext|>, as policy 1 took it from such a generation_config
-    monkeypatch.setattr(tokenize, "_probe", lambda *arguments: replace(probe(*arguments), end_of_turn=end))
+    monkeypatch.setattr(template, "probe", lambda *arguments: replace(probe(*arguments), end_of_turn=end))
     capture.run(resolve(config(smollm, tmp_path / "old")))
     [note] = integrity.verify(tmp_path / "old").notes
     assert note.startswith("made under completion policy 1 (now 2)") and says in note

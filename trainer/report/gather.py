@@ -270,12 +270,13 @@ def _by_entropy(evaluated: Sequence[Evaluation]) -> list[EntropyBucket]:
 
 
 def _cache(cache: Location) -> CacheNumbers:
+    summary = manifest.summary(cache)  # first, because it brings the manifest up to date
     rows_of = {}
     for name, view in VIEWS.items():
         columns, rows = query.run(cache, f"SELECT * FROM {view}")
         rows_of[name] = [dict(zip(columns, row)) for row in rows]
     return CacheNumbers(
-        summary=manifest.summary(cache),
+        summary=summary,
         fields=documents.read_plan(cache)["fields"],
         rejected=_rejected(cache / "rejected.jsonl"),
         **rows_of,

@@ -137,7 +137,7 @@ def alone(run: ResolvedRun) -> Iterator[None]:
     folder, start = run.config.output_dir, run.start
     with folders.held(folder, folders.RUN, "--output-dir"):
         find_again = None if _traces(folder) == start.traces else start.find_again
-        if find_again is not None and find_again().point.checkpoint != start.point.checkpoint:
+        if find_again is not None and find_again().point != start.point:
             raise KDError(f"another process wrote to --output-dir {folder} just now; run the same command again")
         yield
 

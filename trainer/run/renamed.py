@@ -26,7 +26,7 @@ RENAMED_OF_TRAIN = {
     "loss_type": "--divergence",
     "lora_rank": "--lora-r",
     "group_by_length": "nothing: the order of batches is fixed by the seed",
-    "packing": "nothing: samples are always packed, without padding",
+    "packing": "nothing: samples are packed wherever the student keeps them apart (`packing` in kdcache.json says how)",
 }
 
 #: Of ``kd grpo``.

@@ -12,7 +12,8 @@ fastest to the slowest:
 * ``one by one``: each sample is a forward of its own.
 
 ``layers_of`` tries them in this order on a few random tokens, and takes the first one that gives each sample the hidden
-states that it has alone. No family of models is known by its name.
+states that it has alone. No family of models is known by its name. What begins later than the few tokens cannot show: a
+model that computes its positions anew for rows beyond a length (Phi-3's longrope) does so for all samples of such a row.
 
     layers = layers_of(student)
     hidden = layers(batch["input_ids"], batch["offsets"])  # (L, D)
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -105,14 +106,26 @@ def layers_of(student: Any) -> Layers:
     before = student.config._attn_implementation
     expected = _alone(student, before)
     for way in WAYS[:-1]:
+        if way in (PER_SAMPLE, BY_POSITIONS) and _has_chunks(student):
+            continue
         # A model may not take offsets or position ids, or may need a mask; then the next way is tried.
         with contextlib.suppress(Exception):
-            student.set_attn_implementation(IMPLEMENTATION if way == PER_SAMPLE else before)
+            _set_attention(student, IMPLEMENTATION if way == PER_SAMPLE else before)
             is_set = student.config._attn_implementation == IMPLEMENTATION  # not all models let it be chosen
             if is_set == (way == PER_SAMPLE) and _is_apart(Layers(student, way), expected):
                 return Layers(student, way)
-    student.set_attn_implementation(before)
+    _set_attention(student, before)
     return Layers(student, ONE_BY_ONE)
+
+
+def _set_attention(student: Any, implementation: str) -> None:
+    if student._can_set_attn_implementation():  # else transformers warns, and changes nothing
+        student.set_attn_implementation(implementation)
+
+
+def _has_chunks(student: Any) -> bool:
+    """Return whether attention ends at fixed places of the row (Llama 4), which are longer apart than the probe."""
+    return getattr(student.config.get_text_config(), "attention_chunk_size", None) is not None
 
 
 def _probe(student: Any) -> tuple[Tensor, Tensor]:
@@ -130,12 +143,12 @@ def _alone(student: Any, before: str) -> Tensor:
     That is transformers' "eager": its sdpa ignores softcaps. Models without "eager" keep their own.
     """
     with contextlib.suppress(ValueError):
-        student.set_attn_implementation("eager")
+        _set_attention(student, "eager")
     try:
         with _evaluating(student):
             return Layers(student, ONE_BY_ONE)(*_probe(student))
     finally:
-        student.set_attn_implementation(before)
+        _set_attention(student, before)
 
 
 def _is_apart(layers: Layers, expected: Tensor) -> bool:
@@ -217,12 +230,14 @@ def _causal(
     length = q.shape[2]
     if softcap is not None or sinks is not None:
         return _by_scores(q, k, v, _visible(length, length, window, q.device), scaling, softcap, sinks, dropout)
-    if window is None or window >= length:
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped
-        )
-    k, v = (repeat_kv(states, q.shape[1] // states.shape[1]) for states in (k, v))  # CUDA's kernels with masks need it
+    is_causal = window is None or window >= length
+    # On CUDA only the flash kernel takes grouped heads as they are, and it has neither masks nor float32.
+    grouped = use_gqa_in_sdpa(None, k, v) and (q.device.type == "cpu" or q.dtype != torch.float32)
+    if is_causal and grouped:
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+    k, v = (repeat_kv(states, q.shape[1] // states.shape[1]) for states in (k, v))
+    if is_causal:
+        return scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling)
     return scaled_dot_product_attention(q, k, v, _visible(length, length, window, q.device), dropout, scale=scaling)
 
 

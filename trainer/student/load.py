@@ -44,7 +44,20 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
         # The library expands the weights at the first call anyway, but only at a call of the whole model, and the loss
         # calls the layers and the head apart.
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    return models.causal_lm(folder, dtype=dtype, **options), tokenizer
+    student = models.causal_lm(folder, dtype=dtype, **options)
+    _keep_trainable(student)
+    return student, tokenizer
+
+
+def _keep_trainable(student: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights when the student runs without gradients, before or between steps.
+
+    On a CPU with bfloat16 instructions, it repacks them for inference. No gradient passes through repacked weights, so
+    all layers below them would stop learning, without an error.
+    """
+    for module in student.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantized_by(model: str) -> str | None:

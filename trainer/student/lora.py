@@ -25,7 +25,6 @@ def add(student: Any, config: StudentConfig) -> Any:
 
     if config.load_in_4bit:
         student = peft.prepare_model_for_kbit_training(student, use_gradient_checkpointing=False)
-        _keep_trainable(student)
     targets = config.lora_target_modules
     settings = peft.LoraConfig(
         r=config.lora_r,
@@ -38,17 +37,6 @@ def add(student: Any, config: StudentConfig) -> Any:
         return peft.get_peft_model(student, settings)
     except ValueError as error:
         raise UsageError(f"--lora-target-modules {targets}: {first_line(error)}") from None
-
-
-def _keep_trainable(student: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights when the student is measured between two steps.
-
-    On a CPU with bfloat16 instructions, it repacks them for inference. No gradient passes through repacked weights, so
-    all layers below them would stop learning, without an error.
-    """
-    for module in student.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def merge(config: StudentConfig, adapter: Path, out: Path, plan: dict[str, Any]) -> None:

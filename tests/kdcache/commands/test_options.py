@@ -118,3 +118,15 @@ def test_options_of_a_library_are_read_as_python_would_read_them():
     texts = ["--bf16", "--no-tqdm", "--learning-rate", "1e-4", "--betas=[0.9, 0.99]", "--report-to", "none"]
     values = {"bf16": True, "tqdm": False, "learning_rate": 1e-4, "betas": [0.9, 0.99], "report_to": None}
     assert parse_options(texts) == values
+
+
+def test_the_yaml_of_an_earlier_version_may_name_an_option_that_is_gone_at_its_default(tmp_path):
+    def library_options(weight: str) -> dict:
+        (tmp_path / "run.yaml").write_text(f"teacher_weight: {weight}\nbeta: 0.1\n")
+        arguments = [*RUN, "--config", str(tmp_path / "run.yaml")]
+        with grpo.make_context("grpo", arguments) as context:
+            return grpo.library_options(context)
+
+    assert library_options("0.0") == {"beta": 0.1}
+    with pytest.raises(click.UsageError, match="it brought no measurable gain"):
+        library_options("0.3")

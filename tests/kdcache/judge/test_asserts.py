@@ -311,3 +311,8 @@ def test_values_survive_being_text():
         {},
     ]
     assert values.decode(values.encode(value, str), values.only_plain) == value
+
+
+def test_the_word_of_the_judge_counts_before_the_exit_code_of_an_answer_that_writes_on(sandbox):
+    verdict = verify(of("assert f() == 1"), "def f(): return 'x' * (17 << 20)", None, sandbox)
+    assert (verdict.reward, verdict.reason) == (0.0, "a value that cannot be read in test 1")

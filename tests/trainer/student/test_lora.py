@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trainer.loss.head import head_of
 from trainer.student import lora as adapters
+from trainer.student.attention import layers_of
 from trainer.student.config import StudentConfig
 from trainer.student.load import load_student
 
@@ -28,6 +30,8 @@ def gradients(model: str, measured_before: bool) -> dict[str, torch.Tensor]:
     config = StudentConfig((), model, Path("unused"), lora_r=4, load_in_4bit=True, dtype="bfloat16")
     torch.manual_seed(0)
     student, _ = load_student(model, "bfloat16", "nf4")
+    if measured_before:  # as attach_loss does, before there is LoRA
+        head_of(student), layers_of(student)
     student = adapters.add(student, config)
     for name, weight in student.named_parameters():
         if "lora_B" in name:
