@@ -26,7 +26,7 @@ from kdcache.capture.ray_worker import REPORT_SECONDS, ShardQueue, Worker
 from kdcache.capture.run import Tally, expected, sandbox_for, write_manifest
 from kdcache.errors import KDError, UsageError, first_line
 from kdcache.progress import ShowProgress, silent
-from kdcache.storage import folders
+from kdcache.storage import atomic, folders
 from kdcache.teachers import Say
 from kdcache.teachers.device import runs_on_gpu
 
@@ -157,8 +157,10 @@ class Driver:
                 self._read_tallies()
                 if self._tally.answers:
                     show(self._tally.progress(self._workers()))
-            if not self._is_claimed:
+            if not self._todo:  # else the first engine that runs claims the folder, and no other may touch it
                 folder.prepare(self._plan)
+            if self._lost:
+                atomic.remove_leftovers(self._plan.config.out / "data")  # what lost workers of this machine half wrote
             show(self._tally.progress(self._workers()))
         finally:
             for call in self._calls.values():

@@ -33,9 +33,12 @@ def introduce(facts: Mapping[str, Any], notes: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """After Ctrl-C, print the command that continues the run."""
+    """After Ctrl-C, print the command that continues the run; at its end, leave the other processes."""
+    from trainer.run import parallel
+
     try:
         yield
+        parallel.leave()
     except KeyboardInterrupt:
         if is_first_rank():
             note(f"interrupted. To continue at the last checkpoint:\n  {this_command()}")

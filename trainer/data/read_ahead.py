@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from trainer.data.pack import Batch
@@ -13,7 +13,7 @@ from trainer.data.pack import Batch
 _END = object()
 
 
-def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Iterator[Batch]:
+def read_ahead(batches: Iterator[Batch], depth: int = 4) -> Generator[Batch]:
     """Yield the same batches, but make up to ``depth`` of them ahead in a thread.
 
     An error in the thread is raised where its batch would have been yielded. Closing this iterator ends the thread.

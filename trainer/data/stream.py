@@ -21,7 +21,8 @@ selection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -100,13 +101,22 @@ class Stream(torch.utils.data.IterableDataset):
         self.selection, self.head_rows, self.seed, self.step = selection, head_rows, seed, step
         self.samples_per_step, self.parts, self.rank, self.ranks = samples_per_step, parts, rank, ranks
         self.steps_per_epoch = -(-len(selection) // samples_per_step)
+        self._iterator: Callable[[], Generator[Batch] | None] = lambda: None
 
     def __len__(self) -> int:
         """Return the number of this rank's micro-batches per epoch."""
         return self.steps_per_epoch * self.parts // self.ranks
 
     def __iter__(self) -> Iterator[Batch]:
-        return read_ahead(self._batches())
+        iterator = read_ahead(self._batches())
+        self._iterator = weakref.ref(iterator)  # weak, because the iterator holds this stream
+        return iterator
+
+    def close(self) -> None:
+        """End the thread that makes batches ahead, when training stops before an iteration does."""
+        iterator = self._iterator()
+        if iterator is not None:
+            iterator.close()
 
     def _batches(self) -> Iterator[Batch]:
         """Yield the micro-batches of as many steps as an epoch has; after a resume, they may span two epochs."""

@@ -119,6 +119,7 @@ def _train(run: Run, on_step: OnStep, say: Callable[[str], None]) -> dict[str, A
     # 5. The folder changes only now, when all that can fail before the first step has not. Then every step is trained.
     begin(run)
     trainer.train_from(point)
+    stream.close()
 
     # 6. The best student, its card and its history; the record last.
     history = trainer.state.log_history

@@ -55,6 +55,12 @@ def sum_over_ranks(sums: Mapping[str, Any], device: torch.device) -> dict[str, f
     return dict(zip(sorted(sums), values.tolist()))
 
 
+def leave() -> None:
+    """Leave the process group, at the end of a command: its threads must not outlive the interpreter."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 # --- FSDP2 ------------------------------------------------------------------------------------------------------------
 
 
