@@ -84,7 +84,7 @@ class RunningProgram:
         except OSError:
             has_started = False
         # Of two programs that run together, the second may be ended with the first before it has started.
-        was_cut_short = self.code is None and not self.exceeded and not errors
+        was_cut_short = self.code is None and not self.exceeded
         if not has_started and not was_cut_short:
             raise KDError(f"the sandbox did not start: {errors.strip() or self.exceeded or 'it says nothing'}")
         code = self.code if self.code is None or self.code >= 0 else 128 - self.code
