@@ -60,6 +60,7 @@ class RunningProgram:
     stderr_bytes: int = 0  # all that was written
     exceeded: str | None = None  # the limit that ended it: an Outcome's status
     code: int | None = None  # its own exit code; None if it was ended
+    is_cut_short: bool = False  # it was ended because its partner had ended, maybe before it had started
     seconds: float = 0.0
 
     def read(self, descriptor: int) -> bool:
@@ -83,9 +84,7 @@ class RunningProgram:
             has_started = self.started_socket.recv(1) != b""
         except OSError:
             has_started = False
-        # Of two programs that run together, the second may be ended with the first before it has started.
-        was_cut_short = self.code is None and not self.exceeded
-        if not has_started and not was_cut_short:
+        if not has_started and not self.is_cut_short:
             raise KDError(f"the sandbox did not start: {errors.strip() or self.exceeded or 'it says nothing'}")
         code = self.code if self.code is None or self.code >= 0 else 128 - self.code
         exceeded = self.exceeded
@@ -215,6 +214,7 @@ def attend(programs: Sequence[RunningProgram]) -> None:
                 if key.fd == end:  # processes that the program left running must let go of its pipes
                     for program in programs:
                         program.code = exit_code_of(program.process)
+                        program.is_cut_short = program.code is None
                         processes.kill(program.process)
                     deadline = time.monotonic() + END_SECONDS
                 if key.fd == end or key.data.read(key.fd):
