@@ -45,7 +45,9 @@ def load_student(model: str, dtype: str, weights: str | None = None) -> tuple[An
         # calls the layers and the head apart.
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
     student = models.causal_lm(folder, dtype=dtype, **options)
-    if weights is not None:  # of a folder that is quantized already, nothing is trained, and repacked weights are faster
+    if (
+        weights is not None
+    ):  # of a folder that is quantized already, nothing is trained, and repacked weights are faster
         _keep_trainable(student)
     return student, tokenizer
 
