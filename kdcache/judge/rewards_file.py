@@ -21,7 +21,6 @@ from kdcache import storage
 from kdcache.cache import integrity, query, shard, writer
 from kdcache.cache.documents import read_plan
 from kdcache.cache.layout import REWARDS_FILE
-from kdcache.errors import KDError, first_line
 from kdcache.judge import verifiers
 from kdcache.progress import Progress, ShowProgress, silent
 from kdcache.prompts.thoughts import whole_turn
@@ -108,10 +107,8 @@ def _read(cache: Location) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     integrity.check_table(cache, REWARDS_FILE)
-    try:
+    with shard.reading(path, integrity.REWARDS_WAY_OUT):
         return pq.read_table(storage.fetched(path), schema=REWARDS, page_checksum_verification=True).to_pylist()
-    except integrity.UNREADABLE as error:
-        raise KDError(f"{path} is damaged ({first_line(error)}); {integrity.REWARDS_WAY_OUT}", 3) from None
 
 
 def _write(cache: Location, rows: dict[str, dict[str, Any]]) -> None:

@@ -65,8 +65,8 @@ def grpo(context: click.Context, dry_run: bool, as_json: bool, **options: Any) -
         print_facts(run.facts(), as_json)
         return
     if is_first_rank():
-        introduce(run.facts(), run.notes)
-    line = StepLine(run.checkpoint)
+        introduce(run.facts(), run.start.notes)
+    line = StepLine(run.start.checkpoint)
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:
         metrics = {short: float(logs[name]) for name, short in SHOWN.items() if name in logs}

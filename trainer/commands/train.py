@@ -53,10 +53,10 @@ def train(context: click.Context, dry_run: bool, as_json: bool, **options: Any) 
         print_facts(run.facts() | estimate.estimate(run), as_json)
         return
     if is_first_rank():
-        introduce(run.facts(), run.notes)
+        introduce(run.facts(), run.start.notes)
     from trainer.distill import trainer as distill
 
-    line = StepLine(run.checkpoint)
+    line = StepLine(run.start.checkpoint)
     hidden = ("epoch", "tokens", "seconds")
 
     def report(step: int, steps: int, logs: dict[str, float]) -> None:

@@ -64,16 +64,6 @@ class Run:
     start: Start
     intervals: Intervals | None = None  # set last, as they need everything above
 
-    @property
-    def checkpoint(self) -> str | None:
-        """The checkpoint that the run resumes from; None if it starts at step 0."""
-        return self.start.point.path
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What the user should know about where the run starts."""
-        return self.start.point.notes
-
     def facts(self) -> dict[str, Any]:
         """Return every derived number, for the user to check before the first step."""
         accumulated = self.samples_per_step // (self.samples_per_device * self.ranks)
@@ -102,7 +92,7 @@ class Run:
                 "steps_per_measurement": self.intervals.measure,
                 "steps_per_checkpoint": self.intervals.save,
             }
-        return facts | {"resume_from": self.checkpoint}
+        return facts | {"resume_from": self.start.checkpoint}
 
 
 def prepare(config: TrainConfig) -> Run:

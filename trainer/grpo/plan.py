@@ -8,7 +8,6 @@ none of a group's answers are right, they are rewarded alike, and there is nothi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,16 +41,6 @@ class GrpoRun:
     record: dict[str, Any]
     start: Start
 
-    @property
-    def checkpoint(self) -> str | None:
-        """The checkpoint that the run resumes from; None if it starts at step 0."""
-        return self.start.point.path
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """What the user should know about where the run starts."""
-        return self.start.point.notes
-
     def facts(self) -> dict[str, Any]:
         """Return what the user should see before the first step."""
         return {
@@ -61,7 +50,7 @@ class GrpoRun:
             "where": self.where,
             "prompts_with_a_trace": sum(bool(prompt.traces) for prompt in self.prompts),
             "guide": self.config.guide,
-            "continues_at": None if self.checkpoint is None else Path(self.checkpoint).name,
+            "continues_at": None if self.start.checkpoint is None else Path(self.start.checkpoint).name,
         }
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,16 @@ class Start:
     point: ResumePoint = field(default_factory=ResumePoint)
     traces: frozenset[Any] = frozenset()  # of the folder, just before the checkpoint was read
     find_again: Callable[[], Start] | None = field(default=None, repr=False)
+
+    @property
+    def checkpoint(self) -> str | None:
+        """The checkpoint that the run resumes from; None if it starts at step 0."""
+        return self.point.path
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know about where the run starts."""
+        return self.point.notes
 
 
 class ResolvedRun(Protocol):

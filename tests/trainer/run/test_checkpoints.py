@@ -123,7 +123,7 @@ def test_what_was_interrupted_after_its_last_step_takes_no_further_step(train, u
         path.unlink()
     record = json.loads((out / "kdcache.json").read_text())
     (out / "kdcache.json").write_text(json.dumps(record | {"finished": False}))
-    assert train(out).checkpoint == str(out / "checkpoint-4")
+    assert train(out).start.checkpoint == str(out / "checkpoint-4")
     assert_same(undisturbed, out)
 
 
@@ -231,7 +231,7 @@ def test_training_does_not_silently_start_anew_if_no_checkpoint_is_whole(cut, tr
 
 def test_from_an_older_checkpoint_the_result_is_the_same(train, cut, undisturbed):
     flip(cut / "checkpoint-2/scheduler.pt")
-    assert train(cut).checkpoint == str(cut / "checkpoint-1")
+    assert train(cut).start.checkpoint == str(cut / "checkpoint-1")
     assert_same(undisturbed, cut)
 
 
@@ -239,7 +239,7 @@ def test_a_run_whose_best_checkpoint_is_lost_resumes_and_says_so(cut, train):
     assert json.loads((cut / "checkpoint-2/trainer_state.json").read_text())["best_global_step"] == 1
     shutil.rmtree(cut / "checkpoint-1")
     resolved = train(cut)
-    assert "the best is chosen from what is measured after it" in resolved.notes[-1]
+    assert "the best is chosen from what is measured after it" in resolved.start.notes[-1]
     assert (cut / "model.safetensors").is_file()
 
 

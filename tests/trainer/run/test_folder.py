@@ -35,7 +35,7 @@ def found_elsewhere():
 
 def test_under_the_lock_an_unchanged_folder_is_not_read_again(config):
     run = plan.prepare(config)
-    assert run.checkpoint is not None
+    assert run.start.checkpoint is not None
     with alone(dataclasses.replace(run, start=dataclasses.replace(run.start, find_again=found_elsewhere))):
         pass
 
